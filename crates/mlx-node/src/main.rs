@@ -1,0 +1,2 @@
+//! `mlx-node`: the program.
+fn main() {}

@@ -1,0 +1,107 @@
+//! The one verb of the project, and the events that answer it.
+
+use crate::{
+    AssetsHash, ClusterView, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId, TokenId,
+};
+use futures_core::Stream;
+use serde::{Deserialize, Serialize};
+use std::{fmt, future::Future, pin::Pin, sync::Arc};
+
+/// A boxed future, so that the traits below can be used as objects.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Any number of [`TokenEvent::Tokens`] with gapless indexes, then exactly one [`TokenEvent::Finished`], then the end.
+/// Dropping it cancels the request.
+pub type TokenStream = Pin<Box<dyn Stream<Item = TokenEvent> + Send>>;
+
+/// One thing that happened to an accepted request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum TokenEvent {
+    /// Tokens were generated.
+    Tokens {
+        /// Index in the output of the first of them; counts from 0, gapless.
+        index: u32,
+        /// The tokens, at least one. An end-of-text token is not among them.
+        tokens: Vec<TokenId>,
+    },
+    /// The last event.
+    Finished(Finish),
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Finish {
+    /// Why.
+    pub reason: FinishReason,
+    /// What it cost.
+    pub usage: Usage,
+}
+
+/// Why a request ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum FinishReason {
+    /// An end-of-text or stop token was drawn.
+    Stop,
+    /// `max_tokens` or the model's context was reached.
+    Length,
+    /// The consumer went away.
+    Cancelled,
+    /// It broke off.
+    Failed(GenerateError),
+}
+
+/// Tokens read and written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Of those, tokens whose KV was found in a cache.
+    pub cached_tokens: u32,
+    /// Tokens generated, an end-of-text token included.
+    pub completion_tokens: u32,
+}
+
+/// Where a request went and why.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RouteInfo {
+    /// The node that serves it.
+    pub node: NodeId,
+    /// That node's name for people.
+    pub node_name: String,
+    /// Tokens of the prompt that the router expected in the node's cache.
+    pub matched_tokens: u32,
+    /// The deciding term in a word or two, such as `affinity` or `least work`.
+    pub reason: String,
+}
+
+/// An accepted request.
+pub struct Generation {
+    /// Where it went.
+    pub route: RouteInfo,
+    /// What happens to it.
+    pub events: TokenStream,
+}
+
+impl fmt::Debug for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generation").field("route", &self.route).finish_non_exhaustive()
+    }
+}
+
+/// Whoever can generate: a router, a peer over the network, a local engine.
+pub trait Generate: Send + Sync + 'static {
+    /// Accepts a request or says why not. After `Ok`, whatever happens is an event.
+    fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, GenerateError>>;
+}
+
+/// Whoever knows the cluster: what is served, with which tokenizer, and how the nodes are.
+pub trait Directory: Send + Sync + 'static {
+    /// Models that at least one ready node serves, by name, each once.
+    fn models(&self) -> Vec<ModelCard>;
+
+    /// A model's tokenizer and template, from a cache or from a node that serves it.
+    fn assets(&self, hash: AssetsHash) -> BoxFuture<'_, Result<Arc<ModelAssets>, GenerateError>>;
+
+    /// Everything there is to show.
+    fn view(&self) -> ClusterView;
+}

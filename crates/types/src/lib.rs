@@ -1,0 +1,30 @@
+//! The vocabulary of the project: ids, requests, token events, block hashes, limits and the traits at its seams.
+//!
+//! Data flows one way: `api` parses JSON into a [`GenerateRequest`], a [`Generate`] answers with a [`Generation`]
+//! whose [`TokenEvent`]s end with exactly one [`TokenEvent::Finished`]. No I/O happens here, and no clock is read.
+#![warn(missing_docs)]
+
+mod block;
+mod error;
+mod generate;
+mod id;
+pub mod limits;
+mod model;
+mod node;
+mod request;
+mod sampling;
+
+pub use block::{BLOCK_TOKENS, BlockHash, block_hashes};
+pub use error::GenerateError;
+pub use generate::{
+    BoxFuture, Directory, Finish, FinishReason, Generate, Generation, RouteInfo, TokenEvent, TokenStream,
+    Usage,
+};
+pub use id::{NodeId, ParseIdError, RequestId};
+pub use model::{AssetsHash, ModelAssets, ModelCard};
+pub use node::{ClusterView, EngineState, NodeLoad, NodeRates, NodeView, Role};
+pub use request::{GenerateDraft, GenerateRequest, GenerateRequestError};
+pub use sampling::{SamplingDraft, SamplingError, SamplingParams};
+
+/// A token's index in its model's vocabulary.
+pub type TokenId = u32;

@@ -1,0 +1,38 @@
+//! Every bound on what one request may ask for and on what one process may hold, with its reason.
+
+use std::time::Duration;
+
+/// Bytes of an HTTP body. A 128k-token prompt is about 0.6 MB of English; JSON escapes can triple that.
+pub const HTTP_BODY_BYTES_MAX: usize = 16 << 20;
+/// Tokens of a prompt, whatever the model's context: bounds one frame on the wire (4 bytes each).
+pub const PROMPT_TOKENS_MAX: usize = 1 << 20;
+/// Tokens one request may generate.
+pub const NEW_TOKENS_MAX: u32 = 1 << 20;
+/// Entries of a request's `logit_bias`: OpenAI's bound.
+pub const LOGIT_BIAS_MAX: usize = 300;
+/// Extra stop tokens of a request.
+pub const STOP_TOKENS_MAX: usize = 64;
+/// Stop strings of a request. OpenAI allows 4; agents use more.
+pub const STOP_STRINGS_MAX: usize = 16;
+/// Bytes of one stop string: bounds what a stream holds back.
+pub const STOP_STRING_BYTES_MAX: usize = 1024;
+/// Requests that one engine keeps waiting for a slot; past it a node refuses.
+pub const ENGINE_WAITING_MAX: usize = 64;
+/// Requests that a router keeps waiting for a node; past it the client gets 429.
+pub const ROUTER_WAITING_MAX: usize = 1024;
+/// Token events a consumer may lag behind before its request is cancelled as stalled (one event is a step's tokens).
+pub const EVENTS_BUFFERED_MAX: usize = 4096;
+/// Nodes a router keeps.
+pub const NODES_MAX: usize = 1024;
+/// Models one node may serve.
+pub const NODE_MODELS_MAX: usize = 64;
+/// Bytes of a tokenizer with its chat template (the largest known vocabularies are about 35 MB).
+pub const ASSETS_BYTES_MAX: usize = 64 << 20;
+/// Without a sign of life for this long a node counts as lost.
+pub const NODE_SILENCE_MAX: Duration = Duration::from_secs(2);
+/// How often a node reports its load even when nothing changed; a few must fit into [`NODE_SILENCE_MAX`].
+pub const LOAD_INTERVAL_MAX: Duration = Duration::from_millis(500);
+/// At most one load report in this time.
+pub const LOAD_INTERVAL_MIN: Duration = Duration::from_millis(50);
+
+const _: () = assert!(LOAD_INTERVAL_MAX.as_millis() * 3 < NODE_SILENCE_MAX.as_millis());

@@ -1,0 +1,96 @@
+//! A node as others see it.
+
+use crate::{ModelCard, NodeId};
+use serde::{Deserialize, Serialize};
+
+/// What an `mlx-node` does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Hosts an engine.
+    Node,
+    /// Routes and serves HTTP.
+    Router,
+}
+
+/// Whether a node's engine can answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state", content = "detail")]
+pub enum EngineState {
+    /// Weights are being loaded.
+    Loading,
+    /// It answers.
+    Ready,
+    /// It finishes what it has and takes nothing new.
+    Draining,
+    /// It died and comes back; the text says what was seen.
+    Restarting(String),
+}
+
+/// How fast an engine is, measured at its start and corrected as it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct NodeRates {
+    /// Prompt tokens a second when nothing else runs.
+    pub prefill_tokens_per_s: f32,
+    /// Seconds of a decode step with one row.
+    pub decode_step_s: f32,
+    /// Seconds that each further row adds to a decode step.
+    pub decode_row_s: f32,
+}
+
+/// How much an engine has to do.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct NodeLoad {
+    /// Requests being decoded or prefilled.
+    pub running: u32,
+    /// Requests waiting for a slot.
+    pub waiting: u32,
+    /// Requests that can run at once.
+    pub slots: u32,
+    /// Prompt tokens not yet prefilled, of running and waiting requests.
+    pub prefill_backlog_tokens: u64,
+    /// Tokens still to be generated at most, of running and waiting requests.
+    pub decode_backlog_tokens: u64,
+    /// Tokens of KV in use and in total.
+    pub kv_tokens: (u64, u64),
+    /// Speed.
+    pub rates: NodeRates,
+}
+
+/// One node in `/v1/cluster`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct NodeView {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name for people: the host's, unless configured.
+    pub name: String,
+    /// Whether it is this process.
+    pub local: bool,
+    /// Where it was reached; none for the local one.
+    pub address: Option<std::net::SocketAddr>,
+    /// What it runs on, such as `Apple M4 Max, 64 GiB` or `CPU x86_64, 2 cores`.
+    pub hardware: String,
+    /// The program's version.
+    pub version: String,
+    /// Its engine.
+    pub engine: EngineState,
+    /// What it serves.
+    pub models: Vec<ModelCard>,
+    /// What it has to do; none until it has told.
+    pub load: Option<NodeLoad>,
+    /// Round-trip time in seconds; none for the local one.
+    pub rtt_s: Option<f32>,
+}
+
+/// `/v1/cluster`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ClusterView {
+    /// The cluster's name.
+    pub cluster: String,
+    /// Nodes, by name and then id.
+    pub nodes: Vec<NodeView>,
+    /// Requests that this router has in flight.
+    pub in_flight: u32,
+    /// Requests that wait at this router.
+    pub waiting: u32,
+}
