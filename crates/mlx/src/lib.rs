@@ -1,1 +1,3 @@
 //! mlx
+pub mod checkpoint;
+pub mod hub;
