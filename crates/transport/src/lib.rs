@@ -1,1 +1,21 @@
-//! transport
+//! QUIC between the processes of a cluster: identity, connections, and one stream per request.
+//!
+//! A node dials a router ([`Endpoint::join`] → [`RouterLink`]); a router takes what comes ([`Endpoint::accept`] →
+//! [`Peer`]). Reports flow from node to router on the control stream; requests from router to node, each on a stream
+//! of its own, whose reset in either direction cancels it.
+//!
+//! Who owns what: [`Endpoint`] the socket and the handshakes in flight, [`Peer`] and [`RouterLink`] one end of a
+//! connection, a `TokenStream` or [`ReplySender`] one end of a request's stream. Every wait is bounded by
+//! [`limits`](crate::limits); both ends prove the [`ClusterKey`] in the TLS handshake, before a byte of ours is read.
+#![warn(missing_docs)]
+
+mod endpoint;
+mod key;
+pub mod limits;
+mod peer;
+mod router_link;
+
+pub use endpoint::{Endpoint, JoinError, TransportError};
+pub use key::{ClusterKey, GenerateKeyError, ParseKeyError};
+pub use peer::{ControlReceiver, Peer};
+pub use router_link::{IncomingRequest, LinkClosed, ReplyError, ReplySender, RouterLink};

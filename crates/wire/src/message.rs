@@ -1,0 +1,171 @@
+//! The messages. Their order and the order of their fields are part of the format: new things go to the end, and any
+//! change bumps [`crate::VERSION`].
+
+use serde::{Deserialize, Serialize};
+use types::{
+    AssetsHash, EngineState, Finish, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId,
+    NodeLoad, NodeRates, RequestId, Role, TokenEvent, TokenId,
+};
+
+/// Who one end of a connection is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The program's version, such as `0.1.0`; for people.
+    pub program: String,
+    /// The process.
+    pub node: NodeId,
+    /// Its name for people.
+    pub name: String,
+    /// The cluster it belongs to; both ends must agree.
+    pub cluster: String,
+    /// What it does.
+    pub roles: Vec<Role>,
+    /// What it runs on, for people.
+    pub hardware: String,
+}
+
+/// On a connection's first stream: `Hello` from the node, `Welcome` or `Refused` from the router, then reports from
+/// the node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Control {
+    /// The node names itself.
+    Hello(Hello),
+    /// The router names itself: the node belongs to the cluster now.
+    Welcome(Hello),
+    /// The router will not have the node.
+    Refused {
+        /// Why, with both values.
+        reason: String,
+    },
+    /// The node's engine changed, or what it serves.
+    State {
+        /// Whether it can answer.
+        #[serde(with = "engine_state")]
+        state: EngineState,
+        /// What it serves.
+        models: Vec<ModelCard>,
+    },
+    /// How much the node has to do.
+    Load(NodeLoad),
+    /// The node takes nothing new and will go once it has finished.
+    Leaving,
+}
+
+/// The first and only frame from a router on a request's stream.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Request {
+    /// Generate tokens.
+    Generate(GenerateRequest),
+    /// Send a model's tokenizer and template.
+    Assets(AssetsHash),
+}
+
+/// A node's frames on a request's stream.
+///
+/// `Generate`: `Rejected`, or `Accepted`, `Tokens`…, `Done`. `Assets`: `Rejected` or `Assets`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Reply {
+    /// The engine has the request.
+    Accepted,
+    /// It will not be served here.
+    Rejected(GenerateError),
+    /// Tokens were generated.
+    Tokens {
+        /// Index in the output of the first of them.
+        index: u32,
+        /// The tokens, at least one.
+        tokens: Vec<TokenId>,
+    },
+    /// The last frame.
+    Done(Finish),
+    /// What was asked for; the last frame.
+    Assets(ModelAssets),
+}
+
+/// To an engine child, over its standard input. The end of the input means `Shutdown`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum EngineCommand {
+    /// Take a request.
+    Submit(GenerateRequest),
+    /// Forget a request.
+    Cancel(RequestId),
+    /// Exit.
+    Shutdown,
+}
+
+/// From an engine child, over its standard output.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum EngineReport {
+    /// It is getting ready.
+    Loading {
+        /// What is being loaded.
+        what: String,
+        /// From 0 to 1.
+        fraction: f32,
+    },
+    /// It can take requests.
+    Ready {
+        /// What it serves.
+        card: ModelCard,
+        /// The tokenizer and template.
+        assets: ModelAssets,
+        /// How fast it is.
+        rates: NodeRates,
+        /// Requests that can run at once.
+        slots: u32,
+    },
+    /// A submitted request was not taken.
+    Rejected {
+        /// Which.
+        id: RequestId,
+        /// Why.
+        error: GenerateError,
+    },
+    /// Something happened to a request.
+    Event {
+        /// Which.
+        id: RequestId,
+        /// What.
+        event: TokenEvent,
+    },
+    /// How much it has to do.
+    Load(NodeLoad),
+    /// It cannot go on and exits.
+    Failed {
+        /// Why.
+        message: String,
+    },
+}
+
+/// [`EngineState`] is tagged for JSON, which bincode cannot read back; here it is an ordinary enum.
+mod engine_state {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use types::EngineState;
+
+    #[derive(Serialize, Deserialize)]
+    enum Plain {
+        Loading,
+        Ready,
+        Draining,
+        Restarting(String),
+    }
+
+    pub(super) fn serialize<S: Serializer>(state: &EngineState, serializer: S) -> Result<S::Ok, S::Error> {
+        let plain = match state {
+            EngineState::Loading => Plain::Loading,
+            EngineState::Ready => Plain::Ready,
+            EngineState::Draining => Plain::Draining,
+            EngineState::Restarting(seen) => Plain::Restarting(seen.clone()),
+        };
+        plain.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<EngineState, D::Error> {
+        Ok(match Plain::deserialize(deserializer)? {
+            Plain::Loading => EngineState::Loading,
+            Plain::Ready => EngineState::Ready,
+            Plain::Draining => EngineState::Draining,
+            Plain::Restarting(seen) => EngineState::Restarting(seen),
+        })
+    }
+}
