@@ -1,0 +1,146 @@
+//! The bytes of one message of each kind. When one of these changes, peers of the old and the new program would
+//! misread each other: bump `wire::VERSION`, then store the new bytes (the failure prints them).
+
+use bytes::BytesMut;
+use serde::Serialize;
+use types::{
+    AssetsHash, BlockHash, EngineState, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest,
+    ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, RequestId, Role, SamplingDraft, TokenEvent, Usage,
+};
+use wire::{Control, EngineCommand, EngineReport, FrameClass, Hello, Reply, Request, encode};
+
+/// Bytes of all messages below, in order.
+const GOLDEN: &str = include_str!("golden.txt");
+
+fn hello() -> Hello {
+    Hello {
+        program: "0.1.0".to_owned(),
+        node: NodeId(0x1234),
+        name: "studio".to_owned(),
+        cluster: "home".to_owned(),
+        roles: vec![Role::Node, Role::Router],
+        hardware: "Apple M4 Max, 64 GiB".to_owned(),
+    }
+}
+
+fn card() -> ModelCard {
+    ModelCard {
+        name: "smollm2".to_owned(),
+        root: BlockHash(0x77),
+        context_tokens: 8192,
+        vocab_size: 49152,
+        eos_tokens: vec![2],
+        assets: AssetsHash([0xab; 32]),
+        created_s: 1_700_000_000,
+    }
+}
+
+fn request() -> GenerateRequest {
+    let sampling = SamplingDraft {
+        temperature: 0.5,
+        top_p: 0.75,
+        top_k: 40,
+        min_p: 0.125,
+        repetition_penalty: 1.5,
+        presence_penalty: -1.0,
+        frequency_penalty: 0.25,
+        logit_bias: vec![(7, -100.0)],
+        seed: 99,
+    };
+    let draft = GenerateDraft {
+        id: RequestId(0xfeed),
+        model: "smollm2".to_owned(),
+        prompt: vec![1, 300, 70_000],
+        sampling: sampling.try_into().expect("in range"),
+        max_tokens: 64,
+        stop_tokens: vec![2],
+        ignore_eos: false,
+    };
+    draft.try_into().expect("valid")
+}
+
+fn finish(reason: FinishReason) -> Finish {
+    Finish { reason, usage: Usage { prompt_tokens: 3, cached_tokens: 2, completion_tokens: 1 } }
+}
+
+fn assets() -> ModelAssets {
+    ModelAssets {
+        tokenizer_json: "{}".to_owned(),
+        chat_template: Some("{{ messages }}".to_owned()),
+        bos_token: None,
+        eos_token: Some("</s>".to_owned()),
+    }
+}
+
+fn load() -> NodeLoad {
+    let rates = NodeRates { prefill_tokens_per_s: 1000.0, decode_step_s: 0.5, decode_row_s: 0.25 };
+    NodeLoad {
+        running: 1,
+        waiting: 2,
+        slots: 3,
+        prefill_backlog_tokens: 400,
+        decode_backlog_tokens: 500,
+        kv_tokens: (600, 7000),
+        rates,
+    }
+}
+
+fn errors() -> [GenerateError; 7] {
+    let text = |text: &str| text.to_owned();
+    [
+        GenerateError::Invalid { message: text("bad"), param: Some(text("top_p")) },
+        GenerateError::UnknownModel { model: text("a"), served: vec![text("b")] },
+        GenerateError::ContextExceeded { prompt_tokens: 1, max_tokens: 2, context_tokens: 3 },
+        GenerateError::Busy { retry_after_ms: 1500 },
+        GenerateError::Unavailable { model: text("a"), reason: text("none") },
+        GenerateError::NodeLost { tokens: 9, reason: text("gone") },
+        GenerateError::Engine { message: text("abort") },
+    ]
+}
+
+fn line(name: &str, class: FrameClass, message: &impl Serialize) -> String {
+    let mut buffer = BytesMut::new();
+    encode(class, message, &mut buffer).expect("fits");
+    let bytes: String = buffer.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{name} {bytes}\n")
+}
+
+#[test]
+fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
+    let mut all = format!("version {}\n", wire::VERSION);
+    let preface: String = wire::preface::preface().iter().map(|byte| format!("{byte:02x}")).collect();
+    all += &format!("preface {preface}\n");
+    let mut add =
+        |name: &str, class, message: &dyn Fn(&str, FrameClass) -> String| all += &message(name, class);
+    macro_rules! add {
+        ($class:ident: $($message:expr),* $(,)?) => {
+            $(add(stringify!($message).split(['(', '{']).next().expect("not empty").trim(), FrameClass::$class,
+                &|name, class| line(name, class, &$message));)*
+        };
+    }
+    let state = |state| Control::State { state, models: vec![card()] };
+    add!(Hello: Control::Hello(hello()), Control::Welcome(hello()), Control::Refused { reason: "no".to_owned() });
+    add!(Control: state(EngineState::Loading), state(EngineState::Ready), state(EngineState::Draining),
+        state(EngineState::Restarting("killed".to_owned())), Control::Load(load()), Control::Leaving);
+    add!(Request: Request::Generate(request()), Request::Assets(AssetsHash([0xab; 32])));
+    add!(Reply: Reply::Accepted, Reply::Tokens { index: 5, tokens: vec![1, 2, 3] },
+        Reply::Done(finish(FinishReason::Stop)), Reply::Done(finish(FinishReason::Length)),
+        Reply::Done(finish(FinishReason::Cancelled)));
+    for error in errors() {
+        add!(Reply: Reply::Rejected(error.clone()), Reply::Done(finish(FinishReason::Failed(error.clone()))));
+    }
+    add!(Assets: Reply::Assets(assets()));
+    add!(Engine: EngineCommand::Submit(request()), EngineCommand::Cancel(RequestId(0xfeed)), EngineCommand::Shutdown);
+    let event = |event| EngineReport::Event { id: RequestId(0xfeed), event };
+    add!(Engine: EngineReport::Loading { what: "weights".to_owned(), fraction: 0.5 },
+        EngineReport::Ready { card: card(), assets: assets(), rates: load().rates, slots: 8 },
+        EngineReport::Rejected { id: RequestId(1), error: GenerateError::Busy { retry_after_ms: 1 } },
+        event(TokenEvent::Tokens { index: 5, tokens: vec![1, 2, 3] }),
+        event(TokenEvent::Finished(finish(FinishReason::Stop))),
+        EngineReport::Load(load()), EngineReport::Failed { message: "abort".to_owned() });
+    assert!(
+        all == GOLDEN,
+        "the wire format changed: bump wire::VERSION and store this as golden.txt (if VERSION is already bumped, \
+         only store it)\n{all}"
+    );
+}

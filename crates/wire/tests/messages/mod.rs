@@ -1,0 +1,208 @@
+//! Strategies for every message, one function per frame that travels.
+
+use proptest::{collection::vec, option, prelude::*};
+use types::{
+    AssetsHash, BlockHash, EngineState, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest,
+    ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, RequestId, Role, SamplingDraft, SamplingParams,
+    TokenEvent, Usage,
+};
+use wire::{Control, EngineCommand, EngineReport, Hello, Reply, Request};
+
+pub(crate) fn hello() -> impl Strategy<Value = Hello> {
+    let role = prop_oneof![Just(Role::Node), Just(Role::Router)];
+    let strings = (text(), text(), text(), text());
+    (strings, any::<u128>(), vec(role, 0..3)).prop_map(|((program, name, cluster, hardware), id, roles)| {
+        Hello { program, node: NodeId(id), name, cluster, roles, hardware }
+    })
+}
+
+pub(crate) fn control() -> impl Strategy<Value = Control> {
+    let state = prop_oneof![
+        Just(EngineState::Loading),
+        Just(EngineState::Ready),
+        Just(EngineState::Draining),
+        text().prop_map(EngineState::Restarting),
+    ];
+    prop_oneof![
+        hello().prop_map(Control::Hello),
+        hello().prop_map(Control::Welcome),
+        text().prop_map(|reason| Control::Refused { reason }),
+        (state, vec(card(), 0..4)).prop_map(|(state, models)| Control::State { state, models }),
+        load().prop_map(Control::Load),
+        Just(Control::Leaving),
+    ]
+}
+
+pub(crate) fn request() -> impl Strategy<Value = Request> {
+    prop_oneof![
+        generate_request().prop_map(Request::Generate),
+        any::<[u8; 32]>().prop_map(|hash| Request::Assets(AssetsHash(hash))),
+    ]
+}
+
+pub(crate) fn reply() -> impl Strategy<Value = Reply> {
+    prop_oneof![
+        Just(Reply::Accepted),
+        error().prop_map(Reply::Rejected),
+        (any::<u32>(), tokens()).prop_map(|(index, tokens)| Reply::Tokens { index, tokens }),
+        finish().prop_map(Reply::Done),
+    ]
+}
+
+pub(crate) fn assets() -> impl Strategy<Value = Reply> {
+    prop_oneof![model_assets().prop_map(Reply::Assets), error().prop_map(Reply::Rejected)]
+}
+
+pub(crate) fn engine_command() -> impl Strategy<Value = EngineCommand> {
+    prop_oneof![
+        generate_request().prop_map(EngineCommand::Submit),
+        any::<u128>().prop_map(|id| EngineCommand::Cancel(RequestId(id))),
+        Just(EngineCommand::Shutdown),
+    ]
+}
+
+pub(crate) fn engine_report() -> impl Strategy<Value = EngineReport> {
+    let id = || any::<u128>().prop_map(RequestId);
+    let event = prop_oneof![
+        (any::<u32>(), tokens()).prop_map(|(index, tokens)| TokenEvent::Tokens { index, tokens }),
+        finish().prop_map(TokenEvent::Finished),
+    ];
+    prop_oneof![
+        (text(), 0f32..=1.0).prop_map(|(what, fraction)| EngineReport::Loading { what, fraction }),
+        (card(), model_assets(), rates(), any::<u32>())
+            .prop_map(|(card, assets, rates, slots)| EngineReport::Ready { card, assets, rates, slots }),
+        (id(), error()).prop_map(|(id, error)| EngineReport::Rejected { id, error }),
+        (id(), event).prop_map(|(id, event)| EngineReport::Event { id, event }),
+        load().prop_map(EngineReport::Load),
+        text().prop_map(|message| EngineReport::Failed { message }),
+    ]
+}
+
+/// A valid request but for what `prompt` makes of it.
+pub(crate) fn draft(prompt: Vec<u32>) -> GenerateDraft {
+    GenerateDraft {
+        id: RequestId(0x0123_4567_89ab_cdef),
+        model: "smollm2".to_owned(),
+        prompt,
+        sampling: SamplingParams::greedy(),
+        max_tokens: 64,
+        stop_tokens: vec![2],
+        ignore_eos: false,
+    }
+}
+
+fn text() -> impl Strategy<Value = String> {
+    vec(any::<char>(), 0..20).prop_map(String::from_iter)
+}
+
+fn tokens() -> impl Strategy<Value = Vec<u32>> {
+    vec(any::<u32>(), 1..40)
+}
+
+fn generate_request() -> impl Strategy<Value = GenerateRequest> {
+    let sampling = (0f32..=2.0, 0.01f32..=1.0, any::<u32>(), 0f32..=1.0, any::<u64>());
+    let bias = vec((any::<u32>(), -100f32..=100.0), 0..5);
+    (
+        any::<u128>(),
+        text(),
+        tokens(),
+        (sampling, bias),
+        1u32..=1 << 20,
+        vec(any::<u32>(), 0..8),
+        any::<bool>(),
+    )
+        .prop_map(|(id, model, prompt, (sampling, logit_bias), max_tokens, stop_tokens, ignore_eos)| {
+            let (temperature, top_p, top_k, min_p, seed) = sampling;
+            let sampling = SamplingDraft {
+                temperature,
+                top_p,
+                top_k,
+                min_p,
+                seed,
+                logit_bias,
+                repetition_penalty: 1.1,
+                presence_penalty: -0.5,
+                frequency_penalty: 0.25,
+            };
+            let sampling = sampling.try_into().expect("in range");
+            let id = RequestId(id);
+            let draft = GenerateDraft { id, model, prompt, sampling, max_tokens, stop_tokens, ignore_eos };
+            draft.try_into().expect("valid")
+        })
+}
+
+fn error() -> impl Strategy<Value = GenerateError> {
+    prop_oneof![
+        (text(), option::of(text())).prop_map(|(message, param)| GenerateError::Invalid { message, param }),
+        (text(), vec(text(), 0..4)).prop_map(|(model, served)| GenerateError::UnknownModel { model, served }),
+        any::<(u32, u32, u32)>().prop_map(|(prompt_tokens, max_tokens, context_tokens)| {
+            GenerateError::ContextExceeded { prompt_tokens, max_tokens, context_tokens }
+        }),
+        any::<u64>().prop_map(|retry_after_ms| GenerateError::Busy { retry_after_ms }),
+        (text(), text()).prop_map(|(model, reason)| GenerateError::Unavailable { model, reason }),
+        (any::<u32>(), text()).prop_map(|(tokens, reason)| GenerateError::NodeLost { tokens, reason }),
+        text().prop_map(|message| GenerateError::Engine { message }),
+    ]
+}
+
+fn finish() -> impl Strategy<Value = Finish> {
+    let reason = prop_oneof![
+        Just(FinishReason::Stop),
+        Just(FinishReason::Length),
+        Just(FinishReason::Cancelled),
+        error().prop_map(FinishReason::Failed),
+    ];
+    (reason, any::<(u32, u32, u32)>()).prop_map(
+        |(reason, (prompt_tokens, cached_tokens, completion_tokens))| Finish {
+            reason,
+            usage: Usage { prompt_tokens, cached_tokens, completion_tokens },
+        },
+    )
+}
+
+fn card() -> impl Strategy<Value = ModelCard> {
+    (text(), any::<u128>(), any::<(u32, u32, u64)>(), vec(any::<u32>(), 0..4), any::<[u8; 32]>()).prop_map(
+        |(name, root, (context_tokens, vocab_size, created_s), eos_tokens, assets)| ModelCard {
+            name,
+            root: BlockHash(root),
+            context_tokens,
+            vocab_size,
+            eos_tokens,
+            assets: AssetsHash(assets),
+            created_s,
+        },
+    )
+}
+
+fn model_assets() -> impl Strategy<Value = ModelAssets> {
+    (text(), option::of(text()), option::of(text()), option::of(text())).prop_map(
+        |(tokenizer_json, chat_template, bos_token, eos_token)| ModelAssets {
+            tokenizer_json,
+            chat_template,
+            bos_token,
+            eos_token,
+        },
+    )
+}
+
+fn rates() -> impl Strategy<Value = NodeRates> {
+    (0f32..1e6, 0f32..10.0, 0f32..1.0).prop_map(|(prefill_tokens_per_s, decode_step_s, decode_row_s)| {
+        NodeRates { prefill_tokens_per_s, decode_step_s, decode_row_s }
+    })
+}
+
+fn load() -> impl Strategy<Value = NodeLoad> {
+    (any::<(u32, u32, u32)>(), any::<(u64, u64)>(), any::<(u64, u64)>(), rates()).prop_map(
+        |((running, waiting, slots), (prefill_backlog_tokens, decode_backlog_tokens), kv_tokens, rates)| {
+            NodeLoad {
+                running,
+                waiting,
+                slots,
+                prefill_backlog_tokens,
+                decode_backlog_tokens,
+                kv_tokens,
+                rates,
+            }
+        },
+    )
+}
