@@ -1,0 +1,240 @@
+//! What is chosen in one situation after the other, as data.
+
+use router::{BookingId, NODE_WAITING_MAX, Route, RouteError, RouteQuery, RouteReason, Router};
+use std::time::{Duration, Instant};
+use types::{
+    AssetsHash, BLOCK_TOKENS, BlockHash, EngineState, ModelCard, NodeId, NodeLoad, NodeRates, TokenId,
+    block_hashes,
+};
+
+const MODEL: &str = "small";
+
+fn card(name: &str) -> ModelCard {
+    ModelCard {
+        name: name.to_owned(),
+        root: BlockHash(7),
+        context_tokens: 8192,
+        vocab_size: 1000,
+        eos_tokens: vec![0],
+        assets: AssetsHash([0; 32]),
+        created_s: 0,
+    }
+}
+
+fn load(prefill_rate: f32, running: u32, prefill_backlog_tokens: u64) -> NodeLoad {
+    NodeLoad {
+        running,
+        waiting: 0,
+        slots: 8,
+        prefill_backlog_tokens,
+        decode_backlog_tokens: u64::from(running) * 100,
+        kv_tokens: (0, 65_536),
+        rates: NodeRates {
+            prefill_tokens_per_s: prefill_rate,
+            decode_step_s: 40.0 / prefill_rate,
+            decode_row_s: 2.0 / prefill_rate,
+        },
+    }
+}
+
+/// A router over nodes 1, 2, …, and a clock that stands still unless told.
+struct Case {
+    router: Router,
+    now: Instant,
+}
+
+impl Case {
+    fn new(loads: &[NodeLoad]) -> Self {
+        let mut case = Self { router: Router::new(), now: Instant::now() };
+        for (index, load) in loads.iter().enumerate() {
+            let node = NodeId(index as u128 + 1);
+            assert!(case.router.node_up(node));
+            case.state(node.0, EngineState::Ready);
+            case.load(node.0, *load);
+        }
+        case
+    }
+
+    fn state(&mut self, node: u128, state: EngineState) {
+        self.router.state(NodeId(node), state, vec![card(MODEL)]);
+    }
+
+    fn load(&mut self, node: u128, load: NodeLoad) {
+        self.router.load(NodeId(node), load, self.now);
+    }
+
+    fn route(&self, prompt: &[TokenId], exclude: &[u128]) -> Result<Route, RouteError> {
+        let exclude: Vec<NodeId> = exclude.iter().copied().map(NodeId).collect();
+        let hashes = block_hashes(BlockHash(7), prompt);
+        self.router.route(&query(prompt, &hashes, &exclude), self.now)
+    }
+
+    /// Routes and books; returns what was booked and where.
+    fn send(&mut self, prompt: &[TokenId]) -> (BookingId, u128) {
+        let route = self.route(prompt, &[]).expect("a route");
+        let hashes = block_hashes(BlockHash(7), prompt);
+        let booking = self.router.book(&route, &query(prompt, &hashes, &[])).expect("the node is known");
+        (booking, route.node.0)
+    }
+
+    /// One request with that prompt from arrival to end.
+    fn serve(&mut self, prompt: &[TokenId]) -> u128 {
+        let (booking, node) = self.send(prompt);
+        self.router.accepted(booking);
+        self.router.first_token(booking);
+        self.router.finished(booking);
+        node
+    }
+
+    #[track_caller]
+    fn check(&self, prompt: &[TokenId], node: u128, reason: RouteReason) {
+        let route = self.route(prompt, &[]).expect("a route");
+        assert_eq!((route.node.0, route.reason), (node, reason), "{route:?}");
+    }
+}
+
+fn query<'a>(prompt: &[TokenId], hashes: &'a [BlockHash], exclude: &'a [NodeId]) -> RouteQuery<'a> {
+    RouteQuery { model: MODEL, hashes, prompt_tokens: prompt.len() as u32, max_tokens: 64, exclude }
+}
+
+fn prompt(first: TokenId, tokens: usize) -> Vec<TokenId> {
+    (0..tokens as u32).map(|index| first * 1000 + index).collect()
+}
+
+#[test]
+fn affinity_wins_over_a_small_difference_in_load() {
+    let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 1, 0), load(1000.0, 1, 0)]);
+    assert_eq!(case.serve(&prompt(1, 640)), 1);
+    case.load(1, load(1000.0, 2, 0));
+    case.check(&prompt(1, 640), 1, RouteReason::Affinity);
+    assert_eq!(case.route(&prompt(1, 640), &[]).expect("a route").matched_tokens, 639);
+    case.check(&prompt(2, 640), 2, RouteReason::LeastWork);
+    let mut longer = prompt(1, 640);
+    longer.extend(prompt(9, 100));
+    assert_eq!(
+        case.route(&longer, &[]).expect("a route").matched_tokens as usize,
+        640 / BLOCK_TOKENS * BLOCK_TOKENS
+    );
+}
+
+#[test]
+fn load_wins_over_affinity_where_the_queue_is_long() {
+    let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0)]);
+    assert_eq!(case.serve(&prompt(1, 640)), 1);
+    case.load(1, load(1000.0, 4, 2000));
+    case.check(&prompt(1, 640), 2, RouteReason::LeastWork);
+    case.now += Duration::from_secs(2);
+    case.check(&prompt(1, 640), 1, RouteReason::Affinity);
+}
+
+#[test]
+fn unequal_rates() {
+    let mut case = Case::new(&[load(500.0, 0, 0), load(4000.0, 3, 1000)]);
+    case.check(&prompt(1, 1000), 2, RouteReason::LeastWork);
+    case.load(2, load(4000.0, 3, 16_000));
+    case.check(&prompt(1, 1000), 1, RouteReason::LeastWork);
+}
+
+#[test]
+fn ties_go_to_lower_load_then_id() {
+    let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0)]);
+    case.check(&prompt(1, 100), 1, RouteReason::LeastWork);
+    case.router.rtt(NodeId(1), Duration::from_millis(3));
+    case.check(&prompt(1, 100), 1, RouteReason::LeastWork);
+    let busy =
+        NodeLoad { rates: NodeRates { decode_row_s: 0.0, ..load(1e6, 0, 0).rates }, ..load(1e6, 1, 0) };
+    case.load(1, busy);
+    case.load(2, NodeLoad { running: 0, ..busy });
+    case.check(&prompt(1, 100), 2, RouteReason::LeastWork);
+}
+
+#[test]
+fn bookings_spread_a_burst_before_any_report() {
+    let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0), load(1000.0, 0, 0)]);
+    let mut nodes: Vec<u128> = (0..6).map(|index| case.send(&prompt(index, 200)).1).collect();
+    nodes.sort_unstable();
+    assert_eq!(nodes, [1, 1, 2, 2, 3, 3]);
+}
+
+#[test]
+fn a_report_takes_over_from_the_booking() {
+    let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0)]);
+    let (booking, node) = case.send(&prompt(1, 500));
+    assert_eq!(node, 1);
+    case.load(1, load(1000.0, 0, 0));
+    case.check(&prompt(2, 500), 2, RouteReason::LeastWork);
+    case.router.accepted(booking);
+    case.load(1, load(1000.0, 0, 0));
+    case.check(&prompt(2, 500), 1, RouteReason::LeastWork);
+}
+
+#[test]
+fn excluded_draining_and_lost_nodes_are_not_chosen() {
+    let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0), load(1000.0, 0, 0)]);
+    assert_eq!(case.route(&prompt(1, 10), &[1]).expect("a route").node, NodeId(2));
+    case.state(1, EngineState::Draining);
+    case.check(&prompt(1, 10), 2, RouteReason::LeastWork);
+    case.router.node_down(NodeId(2));
+    case.check(&prompt(1, 10), 3, RouteReason::OnlyNode);
+    case.state(3, EngineState::Restarting("killed".to_owned()));
+    let reason = "a node is leaving, a node is restarting (killed)".to_owned();
+    assert_eq!(case.route(&prompt(1, 10), &[]), Err(RouteError::NoNode { reason }));
+}
+
+#[test]
+fn a_restarted_node_forgets() {
+    let mut case = Case::new(&[load(1000.0, 1, 0), load(1000.0, 0, 0)]);
+    assert_eq!(case.serve(&prompt(1, 640)), 2);
+    case.check(&prompt(1, 640), 2, RouteReason::LeastWork);
+    assert_eq!(case.route(&prompt(1, 640), &[]).expect("a route").matched_tokens, 639);
+    case.state(2, EngineState::Restarting("killed".to_owned()));
+    case.state(2, EngineState::Ready);
+    case.load(2, load(1000.0, 0, 0));
+    assert_eq!(case.route(&prompt(1, 640), &[]).expect("a route").matched_tokens, 0);
+}
+
+#[test]
+fn full_nodes_are_not_chosen_and_all_full_is_busy() {
+    let mut case = Case::new(&[load(1000.0, 8 + NODE_WAITING_MAX, 0), load(10.0, 0, 0)]);
+    case.check(&prompt(1, 1000), 2, RouteReason::OnlyNode);
+    let mut sent: Vec<BookingId> = (0..8 + NODE_WAITING_MAX).map(|_| case.send(&prompt(1, 10)).0).collect();
+    match case.route(&prompt(1, 10), &[]) {
+        Err(RouteError::AllBusy { retry_after }) => {
+            assert!(retry_after >= Duration::from_secs(1) && retry_after <= Duration::from_secs(60));
+        }
+        other => panic!("expected busy, got {other:?}"),
+    }
+    case.router.finished(sent.pop().expect("one was sent"));
+    case.check(&prompt(1, 10), 2, RouteReason::OnlyNode);
+}
+
+#[test]
+fn an_end_after_the_report_makes_room_at_once() {
+    let mut case = Case::new(&[load(1000.0, 0, 0)]);
+    let (booking, _) = case.send(&prompt(1, 10));
+    case.router.accepted(booking);
+    case.load(1, load(1000.0, 8 + NODE_WAITING_MAX, 0));
+    assert!(matches!(case.route(&prompt(1, 10), &[]), Err(RouteError::AllBusy { .. })));
+    case.router.finished(booking);
+    case.check(&prompt(1, 10), 1, RouteReason::OnlyNode);
+}
+
+#[test]
+fn unknown_models_and_missing_nodes_are_told_apart() {
+    let check = |case: &Case, model: &str, expected: RouteError| {
+        let query = RouteQuery { model, hashes: &[], prompt_tokens: 1, max_tokens: 1, exclude: &[] };
+        assert_eq!(case.router.route(&query, case.now), Err(expected));
+    };
+    let reason = |text: &str| RouteError::NoNode { reason: text.to_owned() };
+    let unknown = RouteError::UnknownModel { model: "other".to_owned(), served: vec![MODEL.to_owned()] };
+    let mut case = Case::new(&[]);
+    check(&case, MODEL, reason("no node is connected"));
+    assert!(case.router.node_up(NodeId(1)));
+    check(&case, MODEL, reason("nodes are still loading their models"));
+    case.state(1, EngineState::Ready);
+    check(&case, "other", unknown);
+    case.router.state(NodeId(1), EngineState::Ready, vec![card("third")]);
+    check(&case, MODEL, reason("no connected node serves it any more"));
+    case.router.node_down(NodeId(1));
+    check(&case, MODEL, reason("no node is connected"));
+}
