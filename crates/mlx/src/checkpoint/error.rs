@@ -48,6 +48,12 @@ pub enum LoadError {
         /// What there is.
         supported: Vec<&'static str>,
     },
+    /// The configuration asks for something that is not supported here, or contradicts itself.
+    #[error("the model's configuration: {reason}")]
+    Config {
+        /// The setting, its value and what would do.
+        reason: String,
+    },
     /// A tensor that the model needs is in none of its files.
     #[error("the tensor {name:?} is missing from {origin}")]
     MissingTensor {
@@ -95,6 +101,12 @@ impl LoadError {
 
     pub(crate) fn unsupported(path: &Path, reason: impl Into<String>) -> Self {
         Self::Unsupported { path: path.to_owned(), reason: reason.into() }
+    }
+}
+
+impl From<mlx_rs::error::Exception> for LoadError {
+    fn from(error: mlx_rs::error::Exception) -> Self {
+        Self::Mlx { what: "preparing the weights".to_owned(), message: error.what().to_owned() }
     }
 }
 
