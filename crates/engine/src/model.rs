@@ -82,7 +82,8 @@ pub trait Model: fmt::Debug {
     /// One forward pass over all slices together; returns the drawn token of each slice that samples, in their order.
     ///
     /// # Errors
-    /// [`ModelError::Backend`] where the pass failed.
+    /// [`ModelError::Backend`] where the pass failed; [`ModelError::Sequence`] where one of the sequences made it
+    /// impossible, with nothing appended for any of them: the engine closes that one and goes on with the others.
     fn step(&mut self, slices: &[Slice<'_>]) -> Result<Vec<TokenId>, ModelError>;
 
     /// Frees a sequence's KV at once.

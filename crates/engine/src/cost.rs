@@ -1,0 +1,296 @@
+//! How long a step takes: `t = a + b·prefill tokens + c·rows + d·attended KV tokens`, in seconds, learned as it runs.
+//!
+//! [`CostModel`] starts from measured [`NodeRates`] and is corrected by every step's duration. The scheduler asks it how
+//! many prompt tokens fit into a time, routers see it as [`NodeRates`] again. It owns no clock: durations come in.
+
+use types::NodeRates;
+
+/// Query tokens that share one pass over the KV in a prefill; a decode row reads its KV alone.
+const QUERY_TILE_TOKENS: f64 = 32.0;
+/// Context at which [`CostModel::rates`] describes decoding, and slice at which it describes prefill, in tokens.
+const RATES_TOKENS: usize = 512;
+/// Attended KV tokens guessed to cost as much as a decode step of one row: only a scale, the model learns the factor.
+const KV_TOKENS_SCALE: f64 = 8192.0;
+/// Variance of a measured duration around the model's, relative: steps of one shape differ by about 10 %.
+const NOISE: f64 = 0.01;
+/// Variance of a coefficient before any measurement, in units of its seed: a seed may be wrong by its own size.
+const DOUBT: f64 = 1.0;
+/// Variance that every step adds, so that old measurements fade: a coefficient may drift by 1 % a step.
+const DRIFT: f64 = 1e-4;
+/// Where drift stops: what is not exercised (prefill, during hours of decoding) must not become arbitrary.
+const DRIFT_DOUBT_MAX: f64 = 0.25;
+/// A duration further off than this, relative to the prediction, is a surprise: it counts as this far off at most,
+/// and only a second one in a row, in the same direction, is believed.
+const SURPRISE: f64 = 0.5;
+/// A believed surprise scales the whole model, by this factor at most: the machine is another than was thought.
+const RESCALE_MAX: f64 = 4.0;
+/// The prefill coefficient never falls below this share of its scale: a collapse would allow slices without end.
+const PREFILL_SHARE_MIN: f64 = 0.01;
+/// No step is predicted to take less, in seconds: keeps relative errors finite.
+const STEP_S_MIN: f64 = 1e-7;
+
+/// What a step did, as far as its duration depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct StepShape {
+    prefill_tokens: usize,
+    rows: usize,
+    kv_tokens: f64,
+}
+
+impl StepShape {
+    /// Adds a decode row that attends to `context` tokens.
+    pub(crate) fn add_row(&mut self, context: usize) {
+        self.rows += 1;
+        self.kv_tokens += context as f64;
+    }
+
+    /// Adds a slice of `tokens` prompt tokens behind `start` others.
+    pub(crate) fn add_slice(&mut self, start: usize, tokens: usize) {
+        self.prefill_tokens += tokens;
+        self.kv_tokens += tokens as f64 / QUERY_TILE_TOKENS * (start as f64 + tokens as f64 / 2.0);
+    }
+
+    fn features(self) -> [f64; 4] {
+        [1.0, self.prefill_tokens as f64, self.rows as f64, self.kv_tokens]
+    }
+}
+
+/// The step-time model: a Kalman filter over its four coefficients, on relative errors so that long and short steps count
+/// alike. Coefficients are kept as multiples of a scale, which begins as the seed.
+#[derive(Debug, Clone)]
+pub(crate) struct CostModel {
+    scale: [f64; 4],
+    factor: [f64; 4],
+    covariance: [[f64; 4]; 4],
+    /// Sign of the last duration's error where it was a surprise, else 0.
+    surprise: f64,
+}
+
+impl CostModel {
+    /// A model that predicts what `rates` say; a rate that is not a positive number is replaced by `fallback`'s.
+    pub(crate) fn new(rates: &NodeRates, fallback: &NodeRates) -> Self {
+        let sane = |value: f32, other: f32| {
+            f64::from(if value.is_finite() && value > 0.0 { value } else { other }).max(STEP_S_MIN)
+        };
+        let prefill_s = 1.0 / sane(rates.prefill_tokens_per_s, fallback.prefill_tokens_per_s);
+        let step_s = sane(rates.decode_step_s, fallback.decode_step_s);
+        let row_s = sane(rates.decode_row_s, step_s as f32 / 100.0).min(step_s);
+        Self {
+            scale: [step_s, prefill_s, row_s, step_s / KV_TOKENS_SCALE],
+            factor: [(1.0 - row_s / step_s).max(0.1), 1.0, 1.0, 0.0],
+            covariance: doubt(),
+            surprise: 0.0,
+        }
+    }
+
+    /// Seconds that a step of this shape is expected to take.
+    pub(crate) fn seconds(&self, shape: StepShape) -> f64 {
+        let features = shape.features();
+        let sum: f64 = (0..4).map(|i| self.scale[i] * self.factor[i] * features[i]).sum();
+        sum.max(STEP_S_MIN)
+    }
+
+    /// Seconds that a slice of `tokens` behind `start` tokens adds to a step.
+    pub(crate) fn slice_seconds(&self, start: usize, tokens: usize) -> f64 {
+        let mut shape = StepShape::default();
+        shape.add_slice(start, tokens);
+        self.coefficient(1) * shape.prefill_tokens as f64 + self.coefficient(3) * shape.kv_tokens
+    }
+
+    /// Most prompt tokens behind `start` tokens that `room_s` seconds more allow: [`Self::slice_seconds`], solved for them.
+    pub(crate) fn slice_tokens(&self, room_s: f64, start: usize) -> usize {
+        if room_s <= 0.0 {
+            return 0;
+        }
+        let quadratic = self.coefficient(3) / QUERY_TILE_TOKENS / 2.0;
+        let linear = self.coefficient(1) + self.coefficient(3) / QUERY_TILE_TOKENS * start as f64;
+        // The form of the root that stays exact where `quadratic` is near or at 0.
+        (2.0 * room_s / (linear + (linear * linear + 4.0 * quadratic * room_s).sqrt())) as usize
+    }
+
+    /// Learns from a step that took `seconds`.
+    pub(crate) fn observe(&mut self, shape: StepShape, seconds: f64) {
+        if !seconds.is_finite() || seconds <= 0.0 {
+            return;
+        }
+        let expected = self.seconds(shape);
+        let error = seconds / expected - 1.0;
+        let surprise = if error.abs() > SURPRISE { error.signum() } else { 0.0 };
+        if surprise != 0.0 && surprise == self.surprise {
+            let ratio = (seconds / expected).clamp(1.0 / RESCALE_MAX, RESCALE_MAX);
+            self.scale = self.scale.map(|scale| scale * ratio);
+            self.covariance = doubt();
+            self.surprise = 0.0;
+            return;
+        }
+        self.surprise = surprise;
+        let features = shape.features();
+        let h: [f64; 4] = std::array::from_fn(|i| self.scale[i] * features[i] / expected);
+        let ph: [f64; 4] = std::array::from_fn(|i| (0..4).map(|j| self.covariance[i][j] * h[j]).sum());
+        let variance = NOISE + (0..4).map(|i| h[i] * ph[i]).sum::<f64>();
+        let error = error.clamp(-SURPRISE, SURPRISE);
+        let floor = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0];
+        for i in 0..4 {
+            self.factor[i] = (self.factor[i] + ph[i] / variance * error).max(floor[i]);
+            for j in 0..4 {
+                self.covariance[i][j] -= ph[i] * ph[j] / variance;
+            }
+        }
+        for i in 0..4 {
+            // Rounding must not make a variance negative.
+            self.covariance[i][i] = self.covariance[i][i].max(DRIFT);
+            if self.covariance[i][i] < DRIFT_DOUBT_MAX {
+                self.covariance[i][i] += DRIFT;
+            }
+        }
+    }
+
+    /// The model as routers see it.
+    pub(crate) fn rates(&self) -> NodeRates {
+        let mut prefill = StepShape::default();
+        prefill.add_slice(0, RATES_TOKENS);
+        let mut decode = StepShape::default();
+        decode.add_row(RATES_TOKENS);
+        let one_row = self.seconds(decode);
+        decode.add_row(RATES_TOKENS);
+        NodeRates {
+            prefill_tokens_per_s: (RATES_TOKENS as f64 / self.seconds(prefill)) as f32,
+            decode_step_s: one_row as f32,
+            decode_row_s: (self.seconds(decode) - one_row) as f32,
+        }
+    }
+
+    fn coefficient(&self, index: usize) -> f64 {
+        self.scale[index] * self.factor[index]
+    }
+}
+
+fn doubt() -> [[f64; 4]; 4] {
+    std::array::from_fn(|i| std::array::from_fn(|j| if i == j { DOUBT } else { 0.0 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEED: NodeRates =
+        NodeRates { prefill_tokens_per_s: 1000.0, decode_step_s: 0.02, decode_row_s: 0.002 };
+
+    /// A machine with known coefficients, and a reproducible mix of steps on it.
+    struct Machine {
+        coefficients: [f64; 4],
+        random: u64,
+    }
+
+    impl Machine {
+        fn random(&mut self, below: usize) -> usize {
+            self.random =
+                self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (self.random >> 33) as usize % below
+        }
+
+        fn shape(&mut self, prefills: bool) -> StepShape {
+            let mut shape = StepShape::default();
+            for _ in 0..1 + self.random(16) {
+                shape.add_row(self.random(4096));
+            }
+            if prefills && self.random(2) == 0 {
+                let (start, tokens) = (self.random(4096), 64 + self.random(1024));
+                shape.add_slice(start, tokens);
+            }
+            shape
+        }
+
+        fn seconds(&mut self, shape: StepShape) -> f64 {
+            let features = shape.features();
+            let exact: f64 = (0..4).map(|i| self.coefficients[i] * features[i]).sum();
+            exact * (0.95 + 0.1 * self.random(1000) as f64 / 1000.0)
+        }
+
+        fn teach(&mut self, cost: &mut CostModel, steps: usize, prefills: bool) {
+            for _ in 0..steps {
+                let shape = self.shape(prefills);
+                let seconds = self.seconds(shape);
+                cost.observe(shape, seconds);
+            }
+        }
+
+        /// Largest relative error over steps not learned from.
+        fn error_max(&mut self, cost: &CostModel) -> f64 {
+            let errors = (0..200).map(|_| {
+                let shape = self.shape(true);
+                (cost.seconds(shape) / self.seconds(shape) - 1.0).abs()
+            });
+            errors.collect::<Vec<_>>().into_iter().fold(0.0, f64::max)
+        }
+    }
+
+    fn machine(coefficients: [f64; 4]) -> Machine {
+        Machine { coefficients, random: 7 }
+    }
+
+    #[test]
+    fn learns_machines_unlike_its_seed() {
+        let check = |coefficients: [f64; 4]| {
+            let mut cost = CostModel::new(&SEED, &SEED);
+            let mut machine = machine(coefficients);
+            machine.teach(&mut cost, 400, true);
+            let error = machine.error_max(&cost);
+            assert!(error < 0.25, "{coefficients:?} is predicted with an error of {error}: {cost:?}");
+        };
+        check([0.02, 0.001, 0.002, 1e-6]);
+        check([0.2, 0.02, 0.02, 1e-5]);
+        check([0.001, 0.00002, 0.00001, 1e-8]);
+        check([0.0, 0.001, 0.05, 0.0]);
+        check([2.0, 0.1, 0.2, 1e-4]);
+    }
+
+    #[test]
+    fn one_outlier_is_not_believed_and_a_slower_machine_is() {
+        let mut cost = CostModel::new(&SEED, &SEED);
+        let mut fast = machine([0.02, 0.001, 0.002, 1e-6]);
+        fast.teach(&mut cost, 400, true);
+        let shape = fast.shape(true);
+        let before = cost.seconds(shape);
+        cost.observe(shape, 100.0 * before);
+        assert!(cost.seconds(shape) < 1.3 * before, "{before} became {}", cost.seconds(shape));
+        let mut slow = machine([0.06, 0.003, 0.006, 3e-6]);
+        slow.teach(&mut cost, 50, true);
+        assert!(slow.error_max(&cost) < 0.4, "{cost:?}");
+    }
+
+    #[test]
+    fn decoding_for_hours_keeps_what_is_known_of_prefill() {
+        let mut cost = CostModel::new(&SEED, &SEED);
+        let mut machine = machine([0.02, 0.001, 0.002, 1e-6]);
+        machine.teach(&mut cost, 400, true);
+        machine.teach(&mut cost, 100_000, false);
+        assert!(machine.error_max(&cost) < 0.25, "{cost:?}");
+        assert!(cost.covariance.iter().flatten().all(|value| value.is_finite()));
+    }
+
+    #[test]
+    fn slices_fill_their_time_and_never_more() {
+        let mut cost = CostModel::new(&SEED, &SEED);
+        machine([0.02, 0.001, 0.002, 1e-5]).teach(&mut cost, 400, true);
+        for room_s in [-1.0, 0.0, 0.01, 0.1, 1.0, 10.0] {
+            for start in [0, 100, 32_000] {
+                let tokens = cost.slice_tokens(room_s, start);
+                assert!(tokens == 0 || cost.slice_seconds(start, tokens) <= room_s, "{tokens} in {room_s} s");
+                assert!(cost.slice_seconds(start, tokens + 1) > room_s, "{tokens} in {room_s} s");
+            }
+        }
+    }
+
+    #[test]
+    fn rates_survive_a_round_trip_and_nonsense_is_replaced() {
+        let check = |rates: NodeRates| {
+            let got = CostModel::new(&rates, &SEED).rates();
+            assert!((got.decode_step_s / SEED.decode_step_s - 1.0).abs() < 0.01, "{got:?}");
+            assert!((got.prefill_tokens_per_s / SEED.prefill_tokens_per_s - 1.0).abs() < 0.1, "{got:?}");
+            assert!(got.decode_row_s > 0.0, "{got:?}");
+        };
+        check(SEED);
+        check(NodeRates { prefill_tokens_per_s: 0.0, decode_step_s: f32::NAN, decode_row_s: -1.0 });
+    }
+}

@@ -1,0 +1,274 @@
+//! What goes into the next step: FairBatching in seconds (arXiv 2510.14392), pure and without any tensor or queue.
+//!
+//! Each token has a deadline; slack is the time left until it. A step may take `T = max(least slack of a decode row,
+//! TPOT target)` and is filled with 1. decode rows that cannot wait for another step, 2. slices of prompts, by deadline,
+//! as many tokens as the time left allows, 3. the other decode rows. While rows decode, slack is bounded by the TPOT target
+//! plus one smallest slice (see `Sequence::slack_s`), which bounds the pause that any reader sees.
+
+use crate::{
+    cost::{CostModel, StepShape},
+    sequence::Sequence,
+};
+use std::{collections::VecDeque, time::Instant};
+
+/// Smallest part of a prompt worth a pass over the weights, and what larger slices are a multiple of, in tokens.
+pub(crate) const SLICE_TOKENS_MIN: usize = 64;
+/// Most prompt tokens in a step: bounds the memory of activations, and gains nothing further on any device.
+pub(crate) const STEP_PREFILL_TOKENS_MAX: usize = 2048;
+
+const _: () = assert!(STEP_PREFILL_TOKENS_MAX.is_multiple_of(SLICE_TOKENS_MIN));
+
+/// A running sequence as the scheduler sees it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Candidate {
+    /// Whether it needs just its next token; else it has a prompt to read.
+    pub(crate) decodes: bool,
+    /// Tokens in its KV.
+    pub(crate) start: usize,
+    /// Tokens known but not in its KV; at least one.
+    pub(crate) pending: usize,
+    /// Seconds until its next token is due.
+    pub(crate) slack_s: f64,
+}
+
+/// The time a step may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Budgets {
+    /// While rows decode, at least this long: the TPOT target in seconds.
+    pub(crate) tpot_s: f64,
+    /// While none does, in seconds.
+    pub(crate) prefill_only_s: f64,
+}
+
+/// A candidate's share of the step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// Index of the candidate.
+    pub(crate) index: usize,
+    /// How many of its pending tokens.
+    pub(crate) tokens: usize,
+}
+
+/// A step to run: decode rows in the candidates' order, then slices of prompts, the most urgent first.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    pub(crate) parts: Vec<Part>,
+    pub(crate) shape: StepShape,
+}
+
+/// What is free for sequences that wait.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    pub(crate) slots: usize,
+    pub(crate) kv_tokens: u64,
+}
+
+/// Index of the waiting sequence to admit next, if it fits. The one place that knows the order: first come, first
+/// served, and nobody overtakes a large one, so that it cannot starve.
+pub(crate) fn next_admitted(waiting: &VecDeque<Sequence>, room: Room) -> Option<usize> {
+    let first = waiting.front()?;
+    (room.slots > 0 && first.reserved <= room.kv_tokens).then_some(0)
+}
+
+/// The scheduler; all it remembers is since when prompts got nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Scheduler {
+    blocked_since: Option<Instant>,
+}
+
+impl Scheduler {
+    /// Fills the next step.
+    pub(crate) fn plan(
+        &mut self,
+        now: Instant,
+        candidates: &[Candidate],
+        cost: &CostModel,
+        budgets: Budgets,
+    ) -> Plan {
+        let by_slack = |decodes: bool| {
+            let mut indexes: Vec<usize> =
+                (0..candidates.len()).filter(|&index| candidates[index].decodes == decodes).collect();
+            indexes.sort_by(|&a, &b| candidates[a].slack_s.total_cmp(&candidates[b].slack_s));
+            indexes
+        };
+        let (rows, prompts) = (by_slack(true), by_slack(false));
+        let budget_s = match rows.first() {
+            Some(&least) => candidates[least].slack_s.max(budgets.tpot_s),
+            None => budgets.prefill_only_s,
+        };
+        // A row that is not in this step is in one that ends, at the latest, at its deadline.
+        let urgent =
+            rows.iter().take_while(|&&index| candidates[index].slack_s < budget_s + budgets.tpot_s).count();
+        let (urgent, others) = rows.split_at(urgent);
+
+        let mut shape = StepShape::default();
+        let mut decoding = Vec::with_capacity(rows.len());
+        for &index in urgent {
+            shape.add_row(candidates[index].start + 1);
+            decoding.push(index);
+        }
+        let mut slices = fill(&prompts, candidates, cost, budget_s, &mut shape);
+        // Others yield only to slices that fit; without one there is nothing to yield to.
+        let others_yield = !slices.is_empty();
+        if !slices.is_empty() || prompts.is_empty() {
+            self.blocked_since = None;
+        } else if let Some(slice) = self.overdue(now, prompts[0], candidates, cost, rows.is_empty()) {
+            shape.add_slice(candidates[slice.index].start, slice.tokens);
+            slices.push(slice);
+        }
+        for &index in others {
+            let mut with_row = shape;
+            with_row.add_row(candidates[index].start + 1);
+            if others_yield && cost.seconds(with_row) > budget_s {
+                break;
+            }
+            shape = with_row;
+            decoding.push(index);
+        }
+        decoding.sort_unstable();
+        let decoding = decoding.into_iter().map(|index| Part { index, tokens: 1 });
+        Plan { parts: decoding.chain(slices).collect(), shape }
+    }
+
+    /// The smallest slice of the most urgent prompt, once decode rows have had as much time to themselves as it takes.
+    ///
+    /// Where the rows alone take longer than their targets, prompts thus still get half of the time.
+    fn overdue(
+        &mut self,
+        now: Instant,
+        index: usize,
+        candidates: &[Candidate],
+        cost: &CostModel,
+        alone: bool,
+    ) -> Option<Part> {
+        let tokens = candidates[index].pending.min(SLICE_TOKENS_MIN);
+        let since = *self.blocked_since.get_or_insert(now);
+        let waited_s = now.saturating_duration_since(since).as_secs_f64();
+        let due = alone || (since < now && waited_s >= cost.slice_seconds(candidates[index].start, tokens));
+        due.then(|| {
+            self.blocked_since = None;
+            Part { index, tokens }
+        })
+    }
+}
+
+/// Slices of prompts, the most urgent first, that fit into what `shape` leaves of the budget.
+fn fill(
+    prompts: &[usize],
+    candidates: &[Candidate],
+    cost: &CostModel,
+    budget_s: f64,
+    shape: &mut StepShape,
+) -> Vec<Part> {
+    let mut slices = Vec::new();
+    let mut tokens_left = STEP_PREFILL_TOKENS_MAX;
+    for &index in prompts {
+        let Candidate { start, pending, .. } = candidates[index];
+        let fitting = cost.slice_tokens(budget_s - cost.seconds(*shape), start).min(tokens_left);
+        let tokens = if pending <= fitting { pending } else { fitting - fitting % SLICE_TOKENS_MIN };
+        if tokens == 0 {
+            // No smaller prompt overtakes: it could do so for ever.
+            break;
+        }
+        shape.add_slice(start, tokens);
+        tokens_left -= tokens;
+        slices.push(Part { index, tokens });
+    }
+    slices
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use types::NodeRates;
+
+    /// 20 ms a step and 1 ms a row or prompt token.
+    const RATES: NodeRates =
+        NodeRates { prefill_tokens_per_s: 1000.0, decode_step_s: 0.021, decode_row_s: 0.001 };
+    const BUDGETS: Budgets = Budgets { tpot_s: 0.1, prefill_only_s: 0.5 };
+
+    fn row(slack_s: f64) -> Candidate {
+        Candidate { decodes: true, start: 100, pending: 1, slack_s }
+    }
+
+    fn prompt(pending: usize, slack_s: f64) -> Candidate {
+        Candidate { decodes: false, start: 0, pending, slack_s }
+    }
+
+    fn parts(plan: &Plan) -> Vec<(usize, usize)> {
+        plan.parts.iter().map(|part| (part.index, part.tokens)).collect()
+    }
+
+    #[test]
+    fn steps_are_filled_by_urgency_and_time() {
+        let cost = CostModel::new(&RATES, &RATES);
+        let check = |what: &str, candidates: &[Candidate], expected: &[(usize, usize)]| {
+            let plan = Scheduler::default().plan(Instant::now(), candidates, &cost, BUDGETS);
+            assert_eq!(parts(&plan), expected, "{what}");
+        };
+        check("nothing", &[], &[]);
+        check("rows", &[row(0.1), row(-3.0), row(9.0)], &[(0, 1), (1, 1), (2, 1)]);
+        check("a short prompt", &[prompt(10, 1.0)], &[(0, 10)]);
+        check("a long prompt alone takes the long budget", &[prompt(5000, 1.0)], &[(0, 448)]);
+        check(
+            "a late row leaves the rest of its target",
+            &[row(-1.0), prompt(5000, 1.0)],
+            &[(0, 1), (1, 64)],
+        );
+        check("an early row leaves its slack", &[row(0.3), prompt(5000, 1.0)], &[(0, 1), (1, 256)]);
+        check("by deadline", &[prompt(300, 2.0), prompt(100, 1.0)], &[(1, 100), (0, 300)]);
+        check(
+            "several at once, and what is left of the time for the last",
+            &[prompt(300, 2.0), prompt(100, 1.0), prompt(300, 3.0)],
+            &[(1, 100), (0, 300), (2, 64)],
+        );
+        let mut full = vec![row(-1.0); 30];
+        let rows: Vec<_> = (0..30).map(|index| (index, 1)).collect();
+        full.extend([prompt(70, 1.0), prompt(5, 2.0)]);
+        check("no small prompt overtakes one that does not fit", &full, &rows);
+        check(
+            "a row with time to spare yields to a prompt",
+            &[row(0.0), row(0.3), prompt(5000, 1.0)],
+            &[(0, 1), (1, 1), (2, 64)],
+        );
+        let fast = CostModel::new(&NodeRates { prefill_tokens_per_s: 1e6, ..RATES }, &RATES);
+        let plan = Scheduler::default().plan(Instant::now(), &[prompt(50_000, 1.0)], &fast, BUDGETS);
+        assert_eq!(parts(&plan), [(0, STEP_PREFILL_TOKENS_MAX)], "a fast machine is bounded by memory");
+        let slow = CostModel::new(&NodeRates { prefill_tokens_per_s: 10.0, ..RATES }, &RATES);
+        let plan = Scheduler::default().plan(Instant::now(), &[prompt(500, 1.0)], &slow, BUDGETS);
+        assert_eq!(parts(&plan), [(0, SLICE_TOKENS_MIN)], "a slow one still gets on");
+    }
+
+    #[test]
+    fn a_full_slice_lets_rows_with_time_wait() {
+        // 79.5 ms are left: 64 tokens, then 15 rows of the 20 that could wait.
+        let cost = CostModel::new(&RATES, &RATES);
+        let mut candidates = vec![row(0.0), prompt(5000, 1.0)];
+        candidates.extend([row(0.4); 20]);
+        let budgets = Budgets { tpot_s: 0.1005, ..BUDGETS };
+        let plan = Scheduler::default().plan(Instant::now(), &candidates, &cost, budgets);
+        assert_eq!(plan.parts.iter().filter(|part| part.index > 1).count(), 15, "{plan:?}");
+        assert!(plan.parts.contains(&Part { index: 1, tokens: 64 }));
+    }
+
+    #[test]
+    fn prompts_get_half_of_the_time_where_rows_need_all_of_it() {
+        let cost = CostModel::new(&RATES, &RATES);
+        let mut scheduler = Scheduler::default();
+        let mut candidates = vec![row(-1.0); 100];
+        candidates.push(prompt(100_000, -1.0));
+        let mut now = Instant::now();
+        let (mut slices, mut seconds) = (0, 0.0);
+        for _ in 0..100 {
+            let plan = scheduler.plan(now, &candidates, &cost, BUDGETS);
+            assert!(plan.parts.len() >= 100, "every row is late and in every step");
+            slices += plan.parts.len() - 100;
+            seconds += cost.seconds(plan.shape);
+            now += Duration::from_secs_f64(cost.seconds(plan.shape));
+        }
+        // 0.12 s of rows are longer than a slice: every second step holds one.
+        assert_eq!(slices, 50);
+        assert!((seconds - (100.0 * 0.12 + 50.0 * 0.064)).abs() < 0.01, "{seconds}");
+    }
+}
