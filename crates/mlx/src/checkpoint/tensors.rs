@@ -104,15 +104,12 @@ impl Tensors {
         }
     }
 
-    /// Takes a vector that some models do not have, such as a bias.
+    /// Takes a dense tensor that some models do not have; `None` where it is not there.
     ///
-    /// Vectors are open from the start, so that one which is there cannot fail to be read. A matrix that cannot be read
-    /// is reported in the log, and none.
-    pub fn take_optional(&mut self, name: &str) -> Option<Array> {
-        if !self.contains(name) {
-            return None;
-        }
-        self.take(name).inspect_err(|error| tracing::error!(%error, "left out")).ok()
+    /// # Errors
+    /// As [`Self::take`], where it is there.
+    pub fn take_optional(&mut self, name: &str) -> Result<Option<Array>, LoadError> {
+        if self.contains(name) { self.take(name).map(Some) } else { Ok(None) }
     }
 
     /// Takes a dense tensor that must have that shape.
