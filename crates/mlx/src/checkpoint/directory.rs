@@ -1,10 +1,7 @@
 //! Opens a model's folder as Hugging Face and MLX's tools lay it out.
 
 use super::{
-    Checkpoint, LoadError, Parts,
-    fingerprint::WeightFile,
-    quantization::Quantization,
-    safetensors,
+    Checkpoint, LoadError, Parts, fingerprint::WeightFile, quantization::Quantization, safetensors,
     tensors::Tensors,
 };
 use serde::Deserialize;
@@ -48,7 +45,8 @@ pub(crate) fn open(folder: &Path, progress: &mut dyn FnMut(&str, f32)) -> Result
         let headers = safetensors::read_header(path)?;
         files.check_listed(path, &headers)?;
         safetensors::open_tensors(path, &mut entries)?;
-        let tensors = headers.iter().map(|(name, header)| format!("{name} {} {:?}", header.dtype, header.shape));
+        let tensors =
+            headers.iter().map(|(name, header)| format!("{name} {} {:?}", header.dtype, header.shape));
         described.push(WeightFile { path, tensors: tensors.collect() });
     }
     let origin = files.origin.display().to_string();
@@ -75,7 +73,8 @@ struct WeightFiles {
 impl WeightFiles {
     fn check_listed<T>(&self, path: &Path, headers: &BTreeMap<String, T>) -> Result<(), LoadError> {
         let Some(file) = path.file_name().and_then(|name| name.to_str()) else { return Ok(()) };
-        let missing = self.listed.iter().find(|(name, holder)| *holder == file && !headers.contains_key(*name));
+        let missing =
+            self.listed.iter().find(|(name, holder)| *holder == file && !headers.contains_key(*name));
         match missing {
             None => Ok(()),
             Some((name, _)) => {
@@ -127,8 +126,12 @@ fn no_weights_hint(folder: &Path) -> String {
     names.sort();
     let find = |end: &str| names.iter().find(|name| name.ends_with(end));
     match (find(".gguf"), find(".bin")) {
-        (Some(name), _) => format!("it should hold the weights; the folder has {name:?}: give the path of that file"),
-        (None, Some(name)) => format!("it should hold the weights; {name:?} is a PyTorch file, convert it to safetensors"),
+        (Some(name), _) => {
+            format!("it should hold the weights; the folder has {name:?}: give the path of that file")
+        }
+        (None, Some(name)) => {
+            format!("it should hold the weights; {name:?} is a PyTorch file, convert it to safetensors")
+        }
         (None, None) => format!("it or {INDEX} should hold the weights"),
     }
 }
@@ -197,7 +200,8 @@ fn chat_template(folder: &Path, settings: &Value) -> Result<Option<String>, Load
 /// A template as text, or the one named "default" of a list.
 fn template_of(value: &Value) -> Option<String> {
     let named = |name: &str| {
-        let entry = value.as_array()?.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some(name))?;
+        let entry =
+            value.as_array()?.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some(name))?;
         entry.get("template")?.as_str()
     };
     value.as_str().or_else(|| named("default")).map(str::to_owned)

@@ -74,7 +74,8 @@ mod tests {
         let print = |folder: &Path, config: &str, bytes: &[u8]| {
             let path = folder.join("model.safetensors");
             std::fs::write(&path, bytes).unwrap();
-            Fingerprint::of(config, &[WeightFile { path: &path, tensors: vec!["a F32 [1]".to_owned()] }]).unwrap()
+            Fingerprint::of(config, &[WeightFile { path: &path, tensors: vec!["a F32 [1]".to_owned()] }])
+                .unwrap()
         };
         let long = vec![7; (SAMPLE_BYTES * (SAMPLES + 3)) as usize];
         let original = print(one.path(), "{}", &long);

@@ -156,7 +156,9 @@ impl Header {
 
         let alignment = match metadata.get("general.alignment") {
             None => ALIGNMENT_DEFAULT,
-            Some(Value::Int(value)) if (1..=1 << 20).contains(value) && value.count_ones() == 1 => *value as u64,
+            Some(Value::Int(value)) if (1..=1 << 20).contains(value) && value.count_ones() == 1 => {
+                *value as u64
+            }
             Some(other) => return damaged(format!("general.alignment is {other:?}, not a power of two")),
         };
         let data = input.at.next_multiple_of(alignment);
@@ -267,8 +269,7 @@ impl<R: Read> Input<R> {
         let mut bytes = vec![0; length as usize];
         self.from.read_exact(&mut bytes).map_err(HeaderError::Io)?;
         self.at += length;
-        String::from_utf8(bytes)
-            .or_else(|_| damaged(format!("{what} at byte {at} is not UTF-8")))
+        String::from_utf8(bytes).or_else(|_| damaged(format!("{what} at byte {at} is not UTF-8")))
     }
 
     fn value(&mut self, key: &str) -> Result<Value, HeaderError> {
@@ -403,7 +404,10 @@ mod tests {
         assert!(message(&good[..good.len() - 1]).contains("download may be incomplete"));
         let k_quant = GgufWriter::new().raw_tensor("blk.0.ffn_up.weight", &[2, 256], 12, &[0; 288]).finish();
         let text = message(&k_quant);
-        assert!(text.contains("blk.0.ffn_up.weight") && text.contains("Q4_K") && text.contains("Q8_0"), "{text}");
+        assert!(
+            text.contains("blk.0.ffn_up.weight") && text.contains("Q4_K") && text.contains("Q8_0"),
+            "{text}"
+        );
         let huge = GgufWriter::new().raw_tensor("x", &[i64::MAX as u64, 2, 2], 0, &[]).finish();
         assert!(message(&huge).contains("impossible shape"));
         let twice = GgufWriter::new().value("k", Value::Int(1)).value("k", Value::Int(1)).finish();

@@ -41,7 +41,11 @@ impl DataFile {
 
     /// Reads `tensor`. With `unpermute_heads`, the rows of each head go from GGUF's order for llama (the two RoPE
     /// halves interleaved) back to Hugging Face's (one half after the other).
-    pub(crate) fn read(&self, tensor: &TensorInfo, unpermute_heads: Option<usize>) -> Result<Weight, LoadError> {
+    pub(crate) fn read(
+        &self,
+        tensor: &TensorInfo,
+        unpermute_heads: Option<usize>,
+    ) -> Result<Weight, LoadError> {
         let failed = |error| LoadError::io(&self.path, error);
         let rows = tensor.shape.first().map_or(1, |&rows| rows as usize);
         let order = unpermute_heads.map(|heads| half_order(rows, heads));
@@ -78,8 +82,18 @@ impl DataFile {
                         &with_last(words_per_block),
                         Dtype::Uint32,
                     )?,
-                    scales: self.array(tensor, &reordered(blocks.scales, order, rows), &groups, Dtype::Float16)?,
-                    biases: self.array(tensor, &reordered(blocks.biases, order, rows), &groups, Dtype::Float16)?,
+                    scales: self.array(
+                        tensor,
+                        &reordered(blocks.scales, order, rows),
+                        &groups,
+                        Dtype::Float16,
+                    )?,
+                    biases: self.array(
+                        tensor,
+                        &reordered(blocks.biases, order, rows),
+                        &groups,
+                        Dtype::Float16,
+                    )?,
                     group_size: GROUP_SIZE,
                     bits,
                 })
@@ -88,7 +102,11 @@ impl DataFile {
     }
 
     /// [`Self::read`] of a tensor that must not be quantized.
-    pub(crate) fn read_dense(&self, tensor: &TensorInfo, unpermute_heads: Option<usize>) -> Result<Array, LoadError> {
+    pub(crate) fn read_dense(
+        &self,
+        tensor: &TensorInfo,
+        unpermute_heads: Option<usize>,
+    ) -> Result<Array, LoadError> {
         match self.read(tensor, unpermute_heads)? {
             Weight::Dense(array) => Ok(array),
             Weight::Quantized { .. } => Err(LoadError::Tensor {
@@ -117,9 +135,19 @@ impl DataFile {
     }
 
     #[expect(unsafe_code, reason = "the safe constructors need Rust types for f16 and bf16")]
-    fn array<T: Plain>(&self, tensor: &TensorInfo, values: &[T], shape: &[i32], dtype: Dtype) -> Result<Array, LoadError> {
+    fn array<T: Plain>(
+        &self,
+        tensor: &TensorInfo,
+        values: &[T],
+        shape: &[i32],
+        dtype: Dtype,
+    ) -> Result<Array, LoadError> {
         let elements = shape.iter().map(|&length| length as usize).product::<usize>();
-        assert_eq!((elements, T::BYTES), (values.len(), dtype_bytes(dtype)), "the header's sizes were checked");
+        assert_eq!(
+            (elements, T::BYTES),
+            (values.len(), dtype_bytes(dtype)),
+            "the header's sizes were checked"
+        );
         // SAFETY: `values` holds exactly as many elements of exactly `dtype`'s size as `shape` says, aligned for them
         // (both asserted above), and MLX copies them before it returns.
         let array = unsafe { Array::from_raw_data(values.as_ptr().cast::<c_void>(), shape, dtype) };
@@ -266,7 +294,11 @@ mod tests {
     fn float(half: &[u8]) -> f32 {
         let bits = u16::from_le_bytes([half[0], half[1]]);
         let (exponent, fraction) = (i32::from(bits >> 10 & 31), f32::from(bits & 0x3ff) / 1024.0);
-        let value = if exponent == 0 { fraction * 2_f32.powi(-14) } else { (1.0 + fraction) * 2_f32.powi(exponent - 15) };
+        let value = if exponent == 0 {
+            fraction * 2_f32.powi(-14)
+        } else {
+            (1.0 + fraction) * 2_f32.powi(exponent - 15)
+        };
         if bits & 0x8000 == 0 { value } else { -value }
     }
 
@@ -278,7 +310,11 @@ mod tests {
             _ => {
                 let codes = &block[if encoding == Encoding::Q4_1 { 4 } else { 2 }..];
                 let code = f32::from(if index < 16 { codes[index] & 15 } else { codes[index - 16] >> 4 });
-                if encoding == Encoding::Q4_1 { float(block) * code + float(&block[2..]) } else { float(block) * (code - 8.0) }
+                if encoding == Encoding::Q4_1 {
+                    float(block) * code + float(&block[2..])
+                } else {
+                    float(block) * (code - 8.0)
+                }
             }
         };
         bytes.chunks(size as usize).flat_map(|block| (0..32).map(move |index| value(block, index))).collect()
@@ -290,23 +326,35 @@ mod tests {
             let bytes = blocks(encoding, 8 * 2);
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("model.gguf");
-            std::fs::write(&path, GgufWriter::new().tensor("w.weight", &[8, 64], encoding, &bytes).finish()).unwrap();
+            std::fs::write(&path, GgufWriter::new().tensor("w.weight", &[8, 64], encoding, &bytes).finish())
+                .unwrap();
             let tensor = Header::open(&path).unwrap().tensors.remove(0);
             let weight = DataFile::open(&path).unwrap().read(&tensor, None).unwrap();
-            let Weight::Quantized { words, scales, biases, group_size, bits } = weight else { panic!("quantized") };
+            let Weight::Quantized { words, scales, biases, group_size, bits } = weight else {
+                panic!("quantized")
+            };
             let dense = |array: &Array| array.as_dtype(Dtype::Float32).unwrap();
-            let values = dequantize(&words, &dense(&scales), Some(&dense(&biases)), Some(group_size), Some(bits)).unwrap();
+            let values =
+                dequantize(&words, &dense(&scales), Some(&dense(&biases)), Some(group_size), Some(bits))
+                    .unwrap();
             assert_eq!(values.shape(), [8, 64]);
             let expected = expected(encoding, &bytes);
             for (index, (one, two)) in values.as_slice::<f32>().iter().zip(&expected).enumerate() {
-                assert!((one - two).abs() <= 1e-6 * two.abs().max(1.0), "{encoding:?} {index}: {one} for {two}");
+                assert!(
+                    (one - two).abs() <= 1e-6 * two.abs().max(1.0),
+                    "{encoding:?} {index}: {one} for {two}"
+                );
             }
 
             // MLX's own loader makes the very same triplet.
             let theirs = mlx_rs::io::GgufFile::load(&path).unwrap();
             for (name, ours) in [("w.weight", &words), ("w.scales", &scales), ("w.biases", &biases)] {
                 let theirs = theirs.get_array(name).unwrap().unwrap();
-                assert_eq!((theirs.dtype(), theirs.shape()), (ours.dtype(), ours.shape()), "{encoding:?} {name}");
+                assert_eq!(
+                    (theirs.dtype(), theirs.shape()),
+                    (ours.dtype(), ours.shape()),
+                    "{encoding:?} {name}"
+                );
                 assert!(theirs.eq_values(ours).unwrap(), "{encoding:?} {name}");
             }
         }
@@ -336,7 +384,10 @@ mod tests {
     fn checkpoint_gguf_heads_are_put_back_in_order() {
         // Two heads of four rows: GGUF holds them as (half 0, half 1) pairs.
         assert_eq!(half_order(8, 2), [0, 2, 1, 3, 4, 6, 5, 7]);
-        assert_eq!(reordered(vec![0, 1, 2, 3, 4, 5, 6, 7], Some(&half_order(4, 1)), 4), [0, 1, 4, 5, 2, 3, 6, 7]);
+        assert_eq!(
+            reordered(vec![0, 1, 2, 3, 4, 5, 6, 7], Some(&half_order(4, 1)), 4),
+            [0, 1, 4, 5, 2, 3, 6, 7]
+        );
         assert_eq!(reordered(vec![1, 2, 3], None, 3), [1, 2, 3]);
     }
 }

@@ -98,7 +98,9 @@ impl<'a> Metadata<'a> {
             None => {
                 let mut found = format!("{value:?}");
                 // Cut where a character ends: lists of tokens are long.
-                found.truncate((0..=80.min(found.len())).rev().find(|&at| found.is_char_boundary(at)).unwrap_or(0));
+                found.truncate(
+                    (0..=80.min(found.len())).rev().find(|&at| found.is_char_boundary(at)).unwrap_or(0),
+                );
                 Err(self.damaged(format!("{key:?} is {found}, not {kind}")))
             }
         }
@@ -136,7 +138,9 @@ pub(crate) fn config(header: &Header, path: &Path) -> Result<(serde_json::Value,
     let kv_heads = int("attention.head_count_kv")?.unwrap_or(heads);
     let head_dim = int("attention.key_length")?.unwrap_or(hidden / heads);
     if kv_heads == 0 || heads % kv_heads != 0 || head_dim == 0 || head_dim % 2 != 0 {
-        return Err(metadata.damaged(format!("{heads} heads, {kv_heads} of them for keys, of {head_dim} do not fit")));
+        return Err(
+            metadata.damaged(format!("{heads} heads, {kv_heads} of them for keys, of {head_dim} do not fit"))
+        );
     }
     if let Some(rotated) = int("rope.dimension_count")?.filter(|&rotated| rotated != head_dim) {
         return Err(metadata.unsupported(format!("rotation of {rotated} of a head's {head_dim} dimensions")));
@@ -144,7 +148,8 @@ pub(crate) fn config(header: &Header, path: &Path) -> Result<(serde_json::Value,
     if let Some(values) = int("attention.value_length")?.filter(|&values| values != head_dim) {
         return Err(metadata.unsupported(format!("values of {values} with keys of {head_dim} dimensions")));
     }
-    let shape = |name: &str| header.tensors.iter().find(|tensor| tensor.name == name).map(|tensor| &tensor.shape);
+    let shape =
+        |name: &str| header.tensors.iter().find(|tensor| tensor.name == name).map(|tensor| &tensor.shape);
     let vocabulary = shape("token_embd.weight").and_then(|shape| shape.first().copied());
     let epsilon = key("attention.layer_norm_rms_epsilon");
 
@@ -181,7 +186,9 @@ fn rope_scaling(metadata: &Metadata<'_>, architecture: &str) -> Result<serde_jso
             "original_max_position_embeddings": metadata.int(&key("scaling.original_context_length"))?,
         }),
         // Before there were types, there was only this one.
-        (None, Some(factor), _) | (None, None, Some(factor)) => json!({"rope_type": "linear", "factor": factor}),
+        (None, Some(factor), _) | (None, None, Some(factor)) => {
+            json!({"rope_type": "linear", "factor": factor})
+        }
     })
 }
 

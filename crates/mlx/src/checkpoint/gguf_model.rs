@@ -24,9 +24,10 @@ pub(crate) fn open(path: &Path, progress: &mut dyn FnMut(&str, f32)) -> Result<C
 
     progress("weights", 0.9);
     let file = Rc::new(DataFile::open(path)?);
-    let described = header.tensors.iter().map(|tensor| {
-        format!("{} {:?} {:?}", tensor.name, tensor.encoding, tensor.shape)
-    });
+    let described = header
+        .tensors
+        .iter()
+        .map(|tensor| format!("{} {:?} {:?}", tensor.name, tensor.encoding, tensor.shape));
     let described = [WeightFile { path, tensors: described.collect() }];
     let mut entries = BTreeMap::new();
     for tensor in header.tensors {
@@ -34,7 +35,8 @@ pub(crate) fn open(path: &Path, progress: &mut dyn FnMut(&str, f32)) -> Result<C
         let unpermute_heads = heads.map(|heads| heads as usize);
         let rows = tensor.shape.first().map_or(0, |&rows| rows as usize);
         if unpermute_heads.is_some_and(|heads| rows == 0 || rows % (2 * heads) != 0) {
-            let reason = format!("tensor {:?} has {rows} rows, which is not a number of whole heads", tensor.name);
+            let reason =
+                format!("tensor {:?} has {rows} rows, which is not a number of whole heads", tensor.name);
             return Err(LoadError::damaged(path, reason));
         }
         let entry = if tensor.shape.len() < 2 {

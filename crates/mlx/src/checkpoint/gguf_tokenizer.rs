@@ -35,7 +35,8 @@ pub(crate) fn build(header: &Header, path: &Path) -> Result<GgufTokenizer, LoadE
         "gpt2" => byte_level(metadata, &vocabulary)?,
         "llama" => sentence_piece(metadata, &vocabulary)?,
         other => {
-            return Err(metadata.unsupported(format!("the tokenizer {other:?}; \"gpt2\" and \"llama\" are supported")));
+            return Err(metadata
+                .unsupported(format!("the tokenizer {other:?}; \"gpt2\" and \"llama\" are supported")));
         }
     };
     let bos_token = vocabulary.special(metadata, "bos")?;
@@ -110,7 +111,9 @@ impl<'a> Vocabulary<'a> {
             // What some converters write for "none".
             None | Some(u32::MAX) => Ok(None),
             Some(id) if (id as usize) < self.tokens.len() => Ok(Some(id)),
-            Some(id) => Err(metadata.damaged(format!("{key:?} is {id}, but there are {} tokens", self.tokens.len()))),
+            Some(id) => {
+                Err(metadata.damaged(format!("{key:?} is {id}, but there are {} tokens", self.tokens.len())))
+            }
         }
     }
 
@@ -122,7 +125,8 @@ impl<'a> Vocabulary<'a> {
 
     /// Tokens that are matched whole: special ones, which decoding can leave out, and others.
     fn added_tokens(&self) -> Value {
-        let added = self.types.iter().enumerate().filter(|(_, kind)| [UNKNOWN, CONTROL, USER_DEFINED].contains(kind));
+        let added =
+            self.types.iter().enumerate().filter(|(_, kind)| [UNKNOWN, CONTROL, USER_DEFINED].contains(kind));
         let added = added.map(|(id, &kind)| {
             json!({
                 "id": id,
@@ -146,10 +150,14 @@ impl<'a> Vocabulary<'a> {
             let text = json!({"Sequence": {"id": name, "type_id": 0}});
             before.map(special).into_iter().chain([text]).chain(after.map(special)).collect::<Vec<_>>()
         };
-        let tokens: BTreeMap<&str, Value> = [before, after].into_iter().flatten().map(|id| {
-            let token = self.tokens[id as usize].as_str();
-            (token, json!({"id": token, "ids": [id], "tokens": [token]}))
-        }).collect();
+        let tokens: BTreeMap<&str, Value> = [before, after]
+            .into_iter()
+            .flatten()
+            .map(|id| {
+                let token = self.tokens[id as usize].as_str();
+                (token, json!({"id": token, "ids": [id], "tokens": [token]}))
+            })
+            .collect();
         let pair = [sequence("A"), sequence("B")].concat();
         json!({
             "type": "TemplateProcessing",
@@ -178,12 +186,11 @@ fn bpe(vocabulary: &Vocabulary<'_>, merges: Value) -> Value {
 fn byte_level(metadata: Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Kind, LoadError> {
     const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-    let bytes = |use_regex: bool| {
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
-    };
+    let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
     let first = |step: Value, then: Value| json!({"type": "Sequence", "pretokenizers": [step, then]});
     let split = |pattern: &str| {
-        let step = json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let step =
+            json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
         first(step, bytes(false))
     };
     let merges = metadata.needed("tokenizer.ggml.merges", metadata.texts("tokenizer.ggml.merges"))?;
@@ -230,11 +237,13 @@ fn sentence_piece(metadata: Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result
     }
     let mut model = bpe(vocabulary, merges_of_scores(vocabulary, scores).into());
     let unknown = vocabulary.special(metadata, "unknown")?;
-    let unknown = unknown.or_else(|| vocabulary.types.iter().position(|&kind| kind == UNKNOWN).map(|id| id as u32));
+    let unknown =
+        unknown.or_else(|| vocabulary.types.iter().position(|&kind| kind == UNKNOWN).map(|id| id as u32));
     model["unk_token"] = unknown.map(|id| vocabulary.tokens[id as usize].as_str()).into();
     (model["fuse_unk"], model["byte_fallback"]) = (true.into(), true.into());
 
-    let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+    let replace =
+        |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
     let mut normalizers = vec![replace(" ", "▁")];
     let mut decoders = vec![replace("▁", " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
     if metadata.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true) {

@@ -67,7 +67,10 @@ impl Checkpoint {
         if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
             return gguf_model::open(path, progress);
         }
-        Err(LoadError::unsupported(path, "a model is a folder with config.json and safetensors, or a .gguf file"))
+        Err(LoadError::unsupported(
+            path,
+            "a model is a folder with config.json and safetensors, or a .gguf file",
+        ))
     }
 
     fn from_parts(parts: Parts<'_>) -> Result<Self, LoadError> {

@@ -115,11 +115,17 @@ mod tests {
             let error = Quantization::parse(&config, Path::new("dir/config.json")).unwrap_err().to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{error}");
         };
-        check(json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), &["dir/config.json", "gptq", "mlx-community"]);
+        check(
+            json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+            &["dir/config.json", "gptq", "mlx-community"],
+        );
         check(json!({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}), &["mxfp4", "affine"]);
         check(json!({"quantization": {"group_size": 48, "bits": 4}}), &["group_size", "48"]);
         check(json!({"quantization": {"group_size": 64}}), &["bits", "null"]);
-        check(json!({"quantization": {"group_size": 64, "bits": 4, "lm_head": {"group_size": 64, "bits": 7}}}), &["lm_head", "7"]);
+        check(
+            json!({"quantization": {"group_size": 64, "bits": 4, "lm_head": {"group_size": 64, "bits": 7}}}),
+            &["lm_head", "7"],
+        );
         check(json!({"quantization": 4}), &["not an object"]);
     }
 }

@@ -3,13 +3,7 @@
 use super::{LoadError, tensors::Entry};
 use mlx_rs::{Array, Stream, with_stream};
 use serde::Deserialize;
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    io::Read,
-    path::Path,
-    rc::Rc,
-};
+use std::{collections::BTreeMap, fs::File, io::Read, path::Path, rc::Rc};
 
 /// Bytes of a header. A model of 100,000 tensors has 12 MB; the format's own library stops at 100 MB.
 const HEADER_BYTES_MAX: u64 = 64 << 20;
@@ -62,9 +56,8 @@ pub(crate) fn read_header(path: &Path) -> Result<BTreeMap<String, TensorHeader>,
 /// [`LoadError::Mlx`] where MLX refuses all the same.
 pub(crate) fn open_tensors(path: &Path, into: &mut BTreeMap<String, Entry>) -> Result<(), LoadError> {
     // Reading is the CPU's work on every backend: Metal has no kernel for it.
-    let arrays = with_stream(&Stream::cpu(), || Array::load_safetensors(path)).map_err(|error| {
-        LoadError::Mlx { what: path.display().to_string(), message: error.to_string() }
-    })?;
+    let arrays = with_stream(&Stream::cpu(), || Array::load_safetensors(path))
+        .map_err(|error| LoadError::Mlx { what: path.display().to_string(), message: error.to_string() })?;
     let file: Rc<Path> = path.into();
     into.extend(arrays.into_iter().map(|(name, array)| (name, Entry::Lazy { array, file: file.clone() })));
     Ok(())
@@ -84,7 +77,8 @@ fn check_tensor(
         "U32" | "I32" | "F32" => 4,
         "U64" | "I64" => 8,
         other => {
-            let reason = format!("tensor {name:?} is stored as {other}; F32, F16, BF16 and MLX's quantization are");
+            let reason =
+                format!("tensor {name:?} is stored as {other}; F32, F16, BF16 and MLX's quantization are");
             return Err(LoadError::unsupported(path, reason));
         }
     };
@@ -125,13 +119,17 @@ mod tests {
             assert!(found.is_ok(), "{found:?}");
         } else {
             let error = found.unwrap_err().to_string();
-            assert!(error.contains("model.safetensors") && words.iter().all(|word| error.contains(word)), "{error}");
+            assert!(
+                error.contains("model.safetensors") && words.iter().all(|word| error.contains(word)),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn checkpoint_safetensors_header_is_checked() {
-        let good = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}"#;
+        let good =
+            r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}"#;
         check(&file(good, 24), &[]);
         check(&file(good, 23), &["\"a\"", "incomplete"]);
         check(&file(good, 24)[..40], &["cut off"]);
@@ -142,7 +140,8 @@ mod tests {
         check(&file(r#"{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}"#, 2), &["F8_E4M3"]);
         check(&file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#, 8), &["does not fit"]);
         check(&file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8), &["does not fit"]);
-        let huge = format!(r#"{{"a":{{"dtype":"F32","shape":[{0},{0},{0}],"data_offsets":[0,4]}}}}"#, i32::MAX);
+        let huge =
+            format!(r#"{{"a":{{"dtype":"F32","shape":[{0},{0},{0}],"data_offsets":[0,4]}}}}"#, i32::MAX);
         check(&file(&huge, 4), &["does not fit"]);
     }
 }

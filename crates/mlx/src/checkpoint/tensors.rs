@@ -140,7 +140,8 @@ impl Tensors {
         if !self.contains(&scales_name) {
             return Ok(Weight::Dense(array));
         }
-        let refused = |reason: String| LoadError::Tensor { name: name.clone(), origin: origin.clone(), reason };
+        let refused =
+            |reason: String| LoadError::Tensor { name: name.clone(), origin: origin.clone(), reason };
         let Some(QuantizationParams { group_size, bits }) = self.quantization.of(prefix) else {
             return Err(refused(format!("has {scales_name:?}, but config.json says it is not quantized")));
         };
