@@ -1,7 +1,18 @@
-//! The socket: who may connect, and the handshake on both sides.
+//! The socket: dialling, listening, and the handshakes in flight (what is said in them is in `handshake`).
 
-use crate::{ClusterKey, ControlReceiver, Peer, RouterLink};
-use std::{io, net::SocketAddr, sync::Arc};
+use crate::{
+    ClusterKey, ControlReceiver, Peer, RouterLink, close, handshake,
+    limits::{CLOSE_TIME_MAX, HANDSHAKE_TIME_MAX, HANDSHAKES_MAX},
+    tls,
+    warnings::Warnings,
+};
+use ring::hmac;
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+use tokio::{sync::Mutex, task::JoinSet, time::timeout};
 use wire::Hello;
 
 /// Why an endpoint cannot be had.
@@ -74,13 +85,42 @@ pub enum JoinError {
 
 /// One UDP socket for all connections of a process. Clones share it.
 #[derive(Debug, Clone)]
-pub struct Endpoint {}
+pub struct Endpoint(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    quinn: quinn::Endpoint,
+    local: SocketAddr,
+    server: quinn::ServerConfig,
+    client: quinn::ClientConfig,
+    warnings: Warnings,
+    handshakes: Mutex<Handshakes>,
+}
+
+/// What [`Endpoint::accept`] works on; behind a lock because several may wait in it.
+#[derive(Debug, Default)]
+struct Handshakes {
+    listening: bool,
+    tasks: JoinSet<Option<(Peer, ControlReceiver)>>,
+}
 
 impl Endpoint {
     /// Listens on `address`. An unspecified address means all of both IPv4 and IPv6 where the system can.
+    ///
+    /// Needs a tokio runtime.
     pub fn bind(address: SocketAddr, key: &ClusterKey) -> Result<Self, TransportError> {
-        let _ = (address, key);
-        Ok(Self {})
+        let port = address.port();
+        let all = [(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()];
+        let addresses: &[SocketAddr] = if address.ip().is_unspecified() { &all } else { &[address] };
+        let mut bound = Err(io::ErrorKind::AddrNotAvailable.into());
+        for &address in addresses {
+            // A client for now: `accept` makes it a server. It binds IPv6 sockets as dual-stack ones.
+            bound = quinn::Endpoint::client(address);
+            if bound.is_ok() {
+                break;
+            }
+        }
+        Self::new(bound.map_err(|source| TransportError::Bind { address, source })?, key)
     }
 
     /// Uses a socket and a runtime of the caller's, and random numbers from a seed if there is one.
@@ -90,34 +130,98 @@ impl Endpoint {
         key: &ClusterKey,
         rng_seed: Option<[u8; 32]>,
     ) -> Result<Self, TransportError> {
-        let _ = (socket, runtime, key, rng_seed);
-        Ok(Self {})
+        let mut config = quinn::EndpointConfig::default();
+        if let Some(seed) = rng_seed {
+            config.reset_key(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &seed))).rng_seed(Some(seed));
+        }
+        let quinn = quinn::Endpoint::new_with_abstract_socket(config, None, socket, runtime);
+        Self::new(quinn.map_err(|source| TransportError::Socket { source })?, key)
+    }
+
+    fn new(quinn: quinn::Endpoint, key: &ClusterKey) -> Result<Self, TransportError> {
+        let local = quinn.local_addr().map_err(|source| TransportError::Socket { source })?;
+        let (server, client) = tls::configs(key)?;
+        let (warnings, handshakes) = (Warnings::default(), Mutex::default());
+        Ok(Self(Arc::new(Inner { quinn, local, server, client, warnings, handshakes })))
     }
 
     /// Where this endpoint listens.
     pub fn local_address(&self) -> SocketAddr {
-        SocketAddr::from(([0, 0, 0, 0], 0))
+        self.0.local
     }
 
-    /// Node side: dials a router, says hello, and is welcomed or refused, within [`crate::limits::HANDSHAKE_TIME_MAX`].
+    /// Node side: dials a router, says hello, and is welcomed or refused, within [`HANDSHAKE_TIME_MAX`]. A refusal is
+    /// also logged.
     pub async fn join(&self, router: SocketAddr, hello: Hello) -> Result<RouterLink, JoinError> {
-        let _ = hello;
-        tokio::task::yield_now().await;
-        Err(JoinError::Itself { router })
+        let connecting = self.0.quinn.connect_with(self.0.client.clone(), router, tls::SERVER_NAME);
+        let connecting =
+            connecting.map_err(|error| JoinError::Address { router, reason: error.to_string() })?;
+        let joined = match timeout(HANDSHAKE_TIME_MAX, handshake::join(connecting, router, hello)).await {
+            Ok(joined) => joined,
+            Err(_) => {
+                let reason = format!("no welcome within {} s", HANDSHAKE_TIME_MAX.as_secs());
+                Err(JoinError::Unreachable { router, reason })
+            }
+        };
+        if let Err(error @ (JoinError::Refused { .. } | JoinError::Key { .. })) = &joined {
+            self.0.warnings.not_joined(error);
+        }
+        joined
     }
 
     /// Router side: the next node that proved the key and said a matching hello; `None` once closed. Others are
     /// logged and skipped. Until this is first called, nobody can connect. Safe to cancel.
     pub async fn accept(&self, welcome: &Hello) -> Option<(Peer, ControlReceiver)> {
-        let _ = welcome;
-        tokio::task::yield_now().await;
-        None
+        let mut handshakes = self.0.handshakes.lock().await;
+        if !handshakes.listening {
+            self.0.quinn.set_server_config(Some(self.0.server.clone()));
+            handshakes.listening = true;
+        }
+        loop {
+            let room = handshakes.tasks.len() < HANDSHAKES_MAX;
+            tokio::select! {
+                Some(done) = handshakes.tasks.join_next() => match done {
+                    Ok(Some(accepted)) => return Some(accepted),
+                    Ok(None) => {}
+                    Err(error) => tracing::error!(%error, "a handshake failed within"),
+                },
+                incoming = self.0.quinn.accept(), if room => {
+                    let incoming = incoming?;
+                    // When busy, only with those who receive what is sent to their address.
+                    if handshakes.tasks.len() >= HANDSHAKES_MAX / 2 && incoming.may_retry() {
+                        if let Err(error) = incoming.retry() {
+                            error.into_incoming().refuse();
+                        }
+                        continue;
+                    }
+                    handshakes.tasks.spawn(greet(self.clone(), incoming, welcome.clone()));
+                }
+            }
+        }
     }
 
-    /// Closes all connections and takes no more; waits until the other ends were told, at most
-    /// [`crate::limits::CLOSE_TIME_MAX`].
+    /// Closes all connections and takes no more; waits until the other ends were told, at most [`CLOSE_TIME_MAX`].
     pub async fn close(&self, reason: &str) {
-        let _ = reason;
-        tokio::task::yield_now().await;
+        self.0.quinn.close(close::CLOSED, close::cut(reason).as_bytes());
+        if timeout(CLOSE_TIME_MAX, self.0.quinn.wait_idle()).await.is_err() {
+            tracing::debug!("some peers may not know that this endpoint is closed");
+        }
     }
+}
+
+/// One handshake on the router's side, from the first packet to the welcome.
+async fn greet(
+    endpoint: Endpoint,
+    incoming: quinn::Incoming,
+    welcome: Hello,
+) -> Option<(Peer, ControlReceiver)> {
+    let peer = close::canonical(incoming.remote_address());
+    let greeted = timeout(HANDSHAKE_TIME_MAX, handshake::greet(incoming, welcome)).await;
+    let refusal = match greeted {
+        Ok(Ok(accepted)) => return Some(accepted),
+        Ok(Err(refusal)) => refusal,
+        Err(_) => handshake::Refusal(format!("no hello within {} s", HANDSHAKE_TIME_MAX.as_secs())),
+    };
+    endpoint.0.warnings.refused(peer, &refusal.0);
+    None
 }

@@ -9,11 +9,16 @@
 //! [`limits`](crate::limits); both ends prove the [`ClusterKey`] in the TLS handshake, before a byte of ours is read.
 #![warn(missing_docs)]
 
+mod close;
 mod endpoint;
+mod framed;
+mod handshake;
 mod key;
 pub mod limits;
 mod peer;
 mod router_link;
+mod tls;
+mod warnings;
 
 pub use endpoint::{Endpoint, JoinError, TransportError};
 pub use key::{ClusterKey, GenerateKeyError, ParseKeyError};

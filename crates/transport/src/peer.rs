@@ -1,65 +1,266 @@
-//! A node seen from a router.
+//! A node seen from a router: its reports, and one stream for each request it is given.
 
-use std::{net::SocketAddr, time::Duration};
-use types::{AssetsHash, GenerateError, GenerateRequest, ModelAssets, TokenStream};
-use wire::{Control, Hello};
+use crate::{
+    close::{self, ReceiveError, SendError, close},
+    framed::{FrameReader, FrameWriter},
+    limits::{ACCEPT_TIME_MAX, ASSETS_TIME_MAX},
+};
+use futures_util::stream;
+use quinn::Connection;
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tokio::time::timeout;
+use types::{
+    AssetsHash, Finish, FinishReason, GenerateError, GenerateRequest, ModelAssets, TokenEvent, TokenStream,
+    Usage, limits::NODE_MODELS_MAX,
+};
+use wire::{Control, FrameClass, Hello, Reply, Request};
 
-/// A connected node. Clones share the connection.
+/// A connected node. Clones share the connection, which ends when the last clone and the last stream are dropped.
 #[derive(Debug, Clone)]
-pub struct Peer {
-    hello: std::sync::Arc<Hello>,
+pub struct Peer(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    connection: Connection,
+    hello: Hello,
 }
 
 impl Peer {
+    pub(crate) fn new(connection: Connection, hello: Hello) -> Self {
+        Self(Arc::new(Inner { connection, hello }))
+    }
+
     /// Who it said it is.
     pub fn hello(&self) -> &Hello {
-        &self.hello
+        &self.0.hello
     }
 
-    /// Has the node generate. `Err` when it refuses or does not answer within [`crate::limits::ACCEPT_TIME_MAX`];
-    /// afterwards everything is an event, also the loss of the node. Dropping the stream, or this future, cancels.
+    /// Has the node generate. `Err` when it refuses or does not answer within [`ACCEPT_TIME_MAX`]; afterwards
+    /// everything is an event, also the loss of the node. Dropping the stream, or this future, cancels.
     pub async fn generate(&self, request: GenerateRequest) -> Result<TokenStream, GenerateError> {
-        tokio::task::yield_now().await;
-        Err(GenerateError::Unavailable { model: request.model.clone(), reason: String::new() })
+        let (model, prompt_tokens) = (request.model.clone(), request.prompt.len() as u32);
+        let exchange = self.ask(Request::Generate(request), FrameClass::Reply);
+        let (stream, reply) = self.answer(ACCEPT_TIME_MAX, exchange, &model).await?;
+        match reply {
+            Reply::Accepted => {
+                let tokens = Tokens { stream, next_index: 0, prompt_tokens, ended: false };
+                Ok(Box::pin(stream::unfold(tokens, Tokens::next)))
+            }
+            Reply::Rejected(error) => Err(stream.finished(error)),
+            reply => Err(unavailable(&model, stream.out_of_turn(&reply))),
+        }
     }
 
-    /// Fetches a model's tokenizer and template, within [`crate::limits::ASSETS_TIME_MAX`]; their hash is checked.
+    /// Fetches a model's tokenizer and template, within [`ASSETS_TIME_MAX`]; their hash is checked.
     pub async fn assets(&self, hash: AssetsHash) -> Result<ModelAssets, GenerateError> {
-        tokio::task::yield_now().await;
-        Err(GenerateError::Unavailable { model: hash.to_string(), reason: String::new() })
+        let model = hash.to_string();
+        let exchange = self.ask(Request::Assets(hash), FrameClass::Assets);
+        let (stream, reply) = self.answer(ASSETS_TIME_MAX, exchange, &model).await?;
+        match reply {
+            Reply::Assets(assets) => match stream.finished(assets.hash()) {
+                actual if actual == hash => Ok(assets),
+                actual => Err(unavailable(&model, format!("the node sent assets with hash {actual}"))),
+            },
+            Reply::Rejected(error) => Err(stream.finished(error)),
+            reply => Err(unavailable(&model, stream.out_of_turn(&reply))),
+        }
     }
 
     /// The connection's current estimate of a round trip.
     pub fn rtt(&self) -> Duration {
-        Duration::ZERO
+        self.0.connection.rtt()
     }
 
     /// Where it is.
     pub fn remote_address(&self) -> SocketAddr {
-        SocketAddr::from(([0, 0, 0, 0], 0))
+        close::canonical(self.0.connection.remote_address())
     }
 
     /// Waits until the connection has ended, and says why.
     pub async fn closed(&self) -> String {
-        tokio::task::yield_now().await;
-        String::new()
+        close::connection_error(&self.0.connection.closed().await)
     }
 
     /// Ends the connection and tells the node why.
     pub fn close(&self, reason: &str) {
-        let _ = reason;
+        close(&self.0.connection, close::CLOSED, reason);
+    }
+
+    /// Sends a request on a stream of its own and reads the first reply.
+    async fn ask(&self, request: Request, replies: FrameClass) -> Result<(RequestStream, Reply), AskError> {
+        let (writer, reader) = self.0.connection.open_bi().await?;
+        let mut stream = RequestStream {
+            writer: FrameWriter::new(writer),
+            reader: FrameReader::new(reader, replies),
+            done: false,
+        };
+        stream.writer.send(FrameClass::Request, &request).await?;
+        let _ = stream.writer.stream.finish();
+        match stream.reader.next().await? {
+            Some(reply) => Ok((stream, reply)),
+            None => Err(AskError::NoReply),
+        }
+    }
+
+    async fn answer(
+        &self,
+        within: Duration,
+        exchange: impl Future<Output = Result<(RequestStream, Reply), AskError>>,
+        model: &str,
+    ) -> Result<(RequestStream, Reply), GenerateError> {
+        match timeout(within, exchange).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(unavailable(model, format!("node {:?}: {error}", self.0.hello.name))),
+            Err(_) => {
+                let (name, seconds) = (&self.0.hello.name, within.as_secs());
+                Err(unavailable(model, format!("node {name:?} did not answer within {seconds} s")))
+            }
+        }
+    }
+}
+
+fn unavailable(model: &str, reason: String) -> GenerateError {
+    GenerateError::Unavailable { model: model.to_owned(), reason }
+}
+
+/// Why there is no first reply.
+#[derive(Debug, thiserror::Error)]
+enum AskError {
+    #[error("{}", close::connection_error(.0))]
+    Connection(#[from] quinn::ConnectionError),
+    #[error(transparent)]
+    Send(#[from] SendError),
+    #[error(transparent)]
+    Receive(#[from] ReceiveError),
+    #[error("it ended the stream without a reply")]
+    NoReply,
+}
+
+/// The router's end of one request. Dropped before the last reply, it cancels the request.
+#[derive(Debug)]
+struct RequestStream {
+    writer: FrameWriter,
+    reader: FrameReader<Reply>,
+    done: bool,
+}
+
+impl RequestStream {
+    /// There is no further reply to come; passes `last` on.
+    fn finished<T>(mut self, last: T) -> T {
+        self.done = true;
+        last
+    }
+
+    /// Breaks off because of a reply that must not come now; says what came.
+    fn out_of_turn(mut self, reply: &Reply) -> String {
+        self.done = true;
+        let _ = self.reader.stream.stop(close::PROTOCOL);
+        format!("the node sent {} out of turn", name(reply))
+    }
+}
+
+impl Drop for RequestStream {
+    fn drop(&mut self) {
+        if !self.done {
+            // Both may have ended already, which is as good.
+            let _ = self.writer.stream.reset(close::CANCELLED);
+            let _ = self.reader.stream.stop(close::CANCELLED);
+        }
+    }
+}
+
+fn name(reply: &Reply) -> &'static str {
+    match reply {
+        Reply::Accepted => "`Accepted`",
+        Reply::Rejected(_) => "`Rejected`",
+        Reply::Tokens { .. } => "`Tokens`",
+        Reply::Done(_) => "`Done`",
+        Reply::Assets(_) => "`Assets`",
+    }
+}
+
+/// An accepted request's events: holds the node to the contract of [`TokenStream`], and keeps it when the node is lost.
+struct Tokens {
+    stream: RequestStream,
+    next_index: u32,
+    prompt_tokens: u32,
+    ended: bool,
+}
+
+impl Tokens {
+    async fn next(mut self) -> Option<(TokenEvent, Self)> {
+        if self.ended {
+            return None;
+        }
+        let reason = match self.stream.reader.next().await {
+            Ok(Some(Reply::Tokens { index, tokens })) => match self.after(index, &tokens) {
+                Some(next_index) => {
+                    self.next_index = next_index;
+                    return Some((TokenEvent::Tokens { index, tokens }, self));
+                }
+                None => format!(
+                    "the node sent {} tokens from index {index} where index {} was due",
+                    tokens.len(),
+                    self.next_index
+                ),
+            },
+            Ok(Some(Reply::Done(finish))) => {
+                (self.ended, self.stream.done) = (true, true);
+                return Some((TokenEvent::Finished(finish), self));
+            }
+            Ok(Some(reply)) => format!("the node sent {} out of turn", name(&reply)),
+            Ok(None) => "the node ended the stream early".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        self.ended = true;
+        let _ = self.stream.reader.stream.stop(close::CANCELLED);
+        let (prompt_tokens, completion_tokens) = (self.prompt_tokens, self.next_index);
+        let finish = Finish {
+            reason: FinishReason::Failed(GenerateError::NodeLost { tokens: completion_tokens, reason }),
+            usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens },
+        };
+        Some((TokenEvent::Finished(finish), self))
+    }
+
+    /// The index after `tokens`, if they are the ones that are due.
+    fn after(&self, index: u32, tokens: &[types::TokenId]) -> Option<u32> {
+        let due = index == self.next_index && !tokens.is_empty();
+        let count = u32::try_from(tokens.len()).ok().filter(|_| due)?;
+        index.checked_add(count)
     }
 }
 
 /// What a node reports.
 #[derive(Debug)]
-pub struct ControlReceiver {}
+pub struct ControlReceiver {
+    connection: Connection,
+    reader: FrameReader<Control>,
+}
 
 impl ControlReceiver {
+    pub(crate) fn new(connection: Connection, reader: FrameReader<Control>) -> Self {
+        Self { connection, reader }
+    }
+
     /// The next report, in order; `None` once the connection has ended (see [`Peer::closed`] for why). A node that
     /// sends anything else than reports is disconnected. Safe to cancel.
     pub async fn next(&mut self) -> Option<Control> {
-        tokio::task::yield_now().await;
+        let reason = match self.reader.next().await {
+            Ok(Some(Control::State { models, .. })) if models.len() > NODE_MODELS_MAX => {
+                format!("{} models; at most {NODE_MODELS_MAX} are allowed", models.len())
+            }
+            Ok(Some(report @ (Control::State { .. } | Control::Load(_) | Control::Leaving))) => {
+                return Some(report);
+            }
+            Ok(Some(Control::Hello(_) | Control::Welcome(_))) => "a second hello".to_owned(),
+            Ok(None) => "the control stream was ended".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        if self.connection.close_reason().is_none() {
+            let peer = close::canonical(self.connection.remote_address());
+            tracing::warn!(%peer, reason, "disconnected a node");
+            close(&self.connection, close::PROTOCOL, &reason);
+        }
         None
     }
 }

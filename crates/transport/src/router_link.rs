@@ -1,13 +1,28 @@
-//! A router seen from a node.
+//! A router seen from a node: reports go to it, requests come from it.
 
-use std::{future::Future, net::SocketAddr};
+use crate::{
+    close::{self, SendError, close},
+    framed::{FrameReader, FrameWriter},
+    limits::REQUEST_TIME_MAX,
+};
+use quinn::{Connection, RecvStream, SendStream};
+use std::{net::SocketAddr, sync::Arc};
+use tokio::{sync::Mutex, task::JoinSet, time::timeout};
 use types::{AssetsHash, GenerateRequest};
-use wire::{Control, FrameError, Hello, Reply};
+use wire::{Control, FrameClass, FrameError, Hello, Reply, Request};
 
-/// A joined router.
+/// A joined router. Clones share the connection, which ends when the last clone and the last [`ReplySender`] are
+/// dropped.
 #[derive(Debug, Clone)]
-pub struct RouterLink {
-    router: std::sync::Arc<Hello>,
+pub struct RouterLink(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    connection: Connection,
+    router: Hello,
+    control: Mutex<FrameWriter>,
+    /// Requests that are being read, so that a slow one does not hold up the next.
+    arriving: Mutex<JoinSet<Option<IncomingRequest>>>,
 }
 
 /// The connection has ended.
@@ -56,57 +71,160 @@ pub enum ReplyError {
 
 /// A node's end of one request. Dropped before its last reply, it resets the stream: the router sees a lost node.
 #[derive(Debug)]
-pub struct ReplySender {}
+pub struct ReplySender {
+    writer: FrameWriter,
+    /// The last reply was given to `writer`.
+    last: bool,
+    /// And all of it was sent.
+    finished: bool,
+}
 
 impl RouterLink {
+    pub(crate) fn new(connection: Connection, router: Hello, control: FrameWriter) -> Self {
+        let (control, arriving) = (Mutex::new(control), Mutex::default());
+        Self(Arc::new(Inner { connection, router, control, arriving }))
+    }
+
     /// Who it said it is.
     pub fn router(&self) -> &Hello {
-        &self.router
+        &self.0.router
     }
 
     /// Where it is.
     pub fn remote_address(&self) -> SocketAddr {
-        SocketAddr::from(([0, 0, 0, 0], 0))
+        close::canonical(self.0.connection.remote_address())
     }
 
     /// Sends a report; in order, and waiting while the router does not read. Safe to cancel: a report is sent whole
-    /// or not at all.
+    /// or not at all. A report that is too large to travel ends the connection.
     pub async fn send(&self, report: Control) -> Result<(), LinkClosed> {
-        let _ = report;
-        tokio::task::yield_now().await;
-        Err(LinkClosed { reason: String::new() })
+        let mut control = self.0.control.lock().await;
+        let sent = control.send(FrameClass::Control, &report).await;
+        sent.map_err(|error| {
+            let reason = error.to_string();
+            if self.0.connection.close_reason().is_none() {
+                close(&self.0.connection, close::PROTOCOL, &reason);
+            }
+            LinkClosed { reason }
+        })
     }
 
     /// The next request; `None` once the connection has ended. Safe to cancel.
     pub async fn next_request(&self) -> Option<IncomingRequest> {
-        tokio::task::yield_now().await;
-        None
+        let mut arriving = self.0.arriving.lock().await;
+        loop {
+            tokio::select! {
+                Some(read) = arriving.join_next() => match read {
+                    Ok(Some(request)) => return Some(request),
+                    Ok(None) => {}
+                    Err(error) => tracing::error!(%error, "reading a request failed within"),
+                },
+                stream = self.0.connection.accept_bi() => {
+                    let (send, receive) = stream.ok()?;
+                    arriving.spawn(read_request(send, receive, self.remote_address()));
+                }
+            }
+        }
     }
 
     /// Waits until the connection has ended, and says why.
     pub async fn closed(&self) -> String {
-        tokio::task::yield_now().await;
-        String::new()
+        close::connection_error(&self.0.connection.closed().await)
     }
 
     /// Ends the connection and tells the router why.
     pub fn close(&self, reason: &str) {
-        let _ = reason;
+        close(&self.0.connection, close::CLOSED, reason);
     }
+}
+
+/// Reads the one frame of a request's stream, and its end.
+async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr) -> Option<IncomingRequest> {
+    let replies = ReplySender { writer: FrameWriter::new(send), last: false, finished: false };
+    let mut reader = FrameReader::<Request>::new(receive, FrameClass::Request);
+    let read = timeout(REQUEST_TIME_MAX, async {
+        let request = reader.next().await?;
+        Ok((request, reader.next().await?.is_none()))
+    });
+    let reason = match read.await {
+        Ok(Ok((Some(Request::Generate(request)), true))) => {
+            return Some(IncomingRequest::Generate { request, replies });
+        }
+        Ok(Ok((Some(Request::Assets(hash)), true))) => {
+            return Some(IncomingRequest::Assets { hash, replies });
+        }
+        Ok(Ok((None, _))) => "no request on its stream".to_owned(),
+        Ok(Ok((Some(_), false))) => "more than one request on a stream".to_owned(),
+        // The router changed its mind, or is gone.
+        Ok(Err(close::ReceiveError::Stream(_))) => return None,
+        Ok(Err(close::ReceiveError::Frame(error))) => error.to_string(),
+        Err(_) => format!("a request was not complete within {} s", REQUEST_TIME_MAX.as_secs()),
+    };
+    tracing::warn!(%router, reason, "refused a stream");
+    replies.refuse(&mut reader.stream);
+    None
 }
 
 impl ReplySender {
     /// Sends a reply, waiting while the router does not read. After `Rejected`, `Done` or `Assets` the stream is
     /// finished. Safe to cancel: a reply is sent whole or not at all.
     pub async fn send(&mut self, reply: Reply) -> Result<(), ReplyError> {
-        let _ = reply;
-        tokio::task::yield_now().await;
-        Err(ReplyError::Finished)
+        if self.last {
+            // A cancelled call may have left a part of it.
+            self.writer.flush().await.map_err(ReplyError::from)?;
+            self.finish();
+            return Err(ReplyError::Finished);
+        }
+        let class = if matches!(reply, Reply::Assets(_)) { FrameClass::Assets } else { FrameClass::Reply };
+        let last = matches!(reply, Reply::Rejected(_) | Reply::Done(_) | Reply::Assets(_));
+        self.writer.flush().await?;
+        self.last = last;
+        let sent = self.writer.send(class, &reply).await;
+        if let Err(SendError::Frame(_)) = sent {
+            self.last = false;
+        }
+        sent?;
+        if self.last {
+            self.finish();
+        }
+        Ok(())
     }
 
     /// Resolves when no further reply will be read: the request was cancelled, the router is gone, or the last reply
     /// was delivered. Independent of `self`, so that it can be awaited beside [`ReplySender::send`].
     pub fn cancelled(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
-        std::future::pending()
+        let stopped = self.writer.stream.stopped();
+        async move {
+            let _ = stopped.await;
+        }
+    }
+
+    fn finish(&mut self) {
+        self.finished = true;
+        // An error means that the router has stopped reading, which it may.
+        let _ = self.writer.stream.finish();
+    }
+
+    fn refuse(mut self, receive: &mut RecvStream) {
+        self.finished = true;
+        let _ = self.writer.stream.reset(close::PROTOCOL);
+        let _ = receive.stop(close::PROTOCOL);
+    }
+}
+
+impl Drop for ReplySender {
+    fn drop(&mut self) {
+        if !self.finished {
+            let _ = self.writer.stream.reset(close::ABANDONED);
+        }
+    }
+}
+
+impl From<SendError> for ReplyError {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Frame(error) => Self::Frame(error),
+            error @ SendError::Stream(_) => Self::Cancelled { reason: error.to_string() },
+        }
     }
 }

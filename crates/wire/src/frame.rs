@@ -10,7 +10,7 @@ use types::limits;
 
 /// Bytes of the length before each message.
 pub const HEADER_BYTES: usize = 4;
-/// Bytes of a `Hello`, `Welcome` or `Refused`: a few names.
+/// Bytes of a `Hello` or `Welcome`: a few names.
 const HELLO_BYTES_MAX: usize = 16 << 10;
 /// Bytes of a report on the control stream: up to [`limits::NODE_MODELS_MAX`] model cards with room to spare.
 const CONTROL_BYTES_MAX: usize = 1 << 20;

@@ -24,19 +24,15 @@ pub struct Hello {
     pub hardware: String,
 }
 
-/// On a connection's first stream: `Hello` from the node, `Welcome` or `Refused` from the router, then reports from
-/// the node.
+/// On a connection's first stream: `Hello` from the node, `Welcome` from the router, then reports from the node.
+///
+/// A router that will not have a node closes the connection with its reason, which any version can read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Control {
     /// The node names itself.
     Hello(Hello),
     /// The router names itself: the node belongs to the cluster now.
     Welcome(Hello),
-    /// The router will not have the node.
-    Refused {
-        /// Why, with both values.
-        reason: String,
-    },
     /// The node's engine changed, or what it serves.
     State {
         /// Whether it can answer.

@@ -156,11 +156,27 @@ fn oversize_is_refused_in_both_directions_before_any_byte_of_it_is_kept() {
         let error = Decoder::<Reply>::new(class).next(&mut buffer).expect_err("too large");
         assert_eq!(error, FrameError::TooLarge { class, bytes });
     }
-    let large = Control::Refused { reason: "x".repeat(FrameClass::Hello.bytes_max()) };
+    let reason = "x".repeat(FrameClass::Hello.bytes_max());
+    let large = EngineReport::Failed { message: reason };
     let mut buffer = BytesMut::from(&b"before"[..]);
     let error = encode(FrameClass::Hello, &large, &mut buffer).expect_err("too large").to_string();
     assert_eq!(error, "a Hello frame of 16388 bytes; at most 16384 are allowed");
     assert_eq!(&buffer[..], b"before");
+}
+
+/// Lengths that the bytes cannot keep: a text of 60 MB and a list of four billion tokens, in a dozen bytes.
+#[test]
+fn a_promised_length_allocates_nothing() {
+    let check = |payload: &[u8]| {
+        let mut buffer = BytesMut::from(&(payload.len() as u32).to_le_bytes()[..]);
+        buffer.extend_from_slice(payload);
+        let error = Decoder::<Reply>::new(FrameClass::Assets).next(&mut buffer).expect_err("cannot hold it");
+        error.to_string()
+    };
+    let text = check(&[&[4, 252][..], &60_000_000u32.to_le_bytes(), b"{}"].concat());
+    assert_eq!(text, "cannot decode 8 bytes: LimitExceeded");
+    let list = check(&[&[2, 0, 252][..], &u32::MAX.to_le_bytes(), &[1, 2, 3]].concat());
+    assert!(list.starts_with("cannot decode 10 bytes: "), "{list}");
 }
 
 #[test]

@@ -119,7 +119,7 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
         };
     }
     let state = |state| Control::State { state, models: vec![card()] };
-    add!(Hello: Control::Hello(hello()), Control::Welcome(hello()), Control::Refused { reason: "no".to_owned() });
+    add!(Hello: Control::Hello(hello()), Control::Welcome(hello()));
     add!(Control: state(EngineState::Loading), state(EngineState::Ready), state(EngineState::Draining),
         state(EngineState::Restarting("killed".to_owned())), Control::Load(load()), Control::Leaving);
     add!(Request: Request::Generate(request()), Request::Assets(AssetsHash([0xab; 32])));

@@ -26,7 +26,6 @@ pub(crate) fn control() -> impl Strategy<Value = Control> {
     prop_oneof![
         hello().prop_map(Control::Hello),
         hello().prop_map(Control::Welcome),
-        text().prop_map(|reason| Control::Refused { reason }),
         (state, vec(card(), 0..4)).prop_map(|(state, models)| Control::State { state, models }),
         load().prop_map(Control::Load),
         Just(Control::Leaving),
