@@ -1,0 +1,378 @@
+"""The official openai client against one mlx-node that is started here; see ./run."""
+
+import argparse
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+
+import openai
+
+API_KEY = "test-key-1"
+# Loading the test model takes a few seconds on two cores; a debug build takes longer.
+READY_SECONDS = 180
+# A cancelled request frees its slot within two steps; this leaves room for a slow machine.
+FREED_SECONDS = 10
+SLOTS = 4
+TESTS = []
+
+
+def test(function):
+    TESTS.append(function)
+    return function
+
+
+class Node:
+    """One mlx-node process on loopback, alone: it has no cluster key."""
+
+    def __init__(self, binary, model, folder):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = "127.0.0.1:%d" % probe.getsockname()[1]
+        self.log_path = pathlib.Path(folder) / "node.log"
+        self.log = open(self.log_path, "wb")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_NODE_")}
+        environment.update(HOME=folder, XDG_CONFIG_HOME=folder)
+        flags = ["--model", model, "--http", self.address, "--api-keys", API_KEY, "--max-batch", str(SLOTS)]
+        self.process = subprocess.Popen(
+            [binary, *flags], cwd=folder, env=environment, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL
+        )
+
+    def get(self, path, key=API_KEY):
+        """Status and text of a GET."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request = urllib.request.Request(f"http://{self.address}{path}", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def wait_ready(self):
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"mlx-node ended with {self.process.returncode}:\n{self.log_path.read_text()}")
+            try:
+                if self.get("/ready")[0] == 200:
+                    return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise RuntimeError(f"mlx-node was not ready after {READY_SECONDS} s:\n{self.log_path.read_text()}")
+
+    def load(self):
+        """The node's load, as /v1/cluster tells it."""
+        return json.loads(self.get("/v1/cluster")[1])["nodes"][0]["load"]
+
+    def wait_idle(self, seconds):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            load = self.load()
+            if load["running"] == 0 and load["waiting"] == 0:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"not idle after {seconds} s: {load}")
+
+    def client(self, key=API_KEY):
+        return openai.OpenAI(base_url=f"http://{self.address}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError("mlx-node did not end within 30 s of SIGTERM")
+        finally:
+            self.log.close()
+
+
+def model_of(client):
+    return client.models.list().data[0].id
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+def expect(error, call, contains=""):
+    """Calls and demands that error class, with that text in its message."""
+    try:
+        call()
+    except error as raised:
+        assert contains in str(raised), f"{contains!r} is not in {raised}"
+        return raised
+    raise AssertionError(f"no {error.__name__} was raised")
+
+
+@test
+def models_are_listed_and_retrieved(node):
+    client = node.client()
+    models = client.models.list().data
+    assert len(models) == 1, models
+    assert models[0].object == "model" and models[0].created > 0, models
+    assert "SmolLM2" in models[0].id, models
+    assert client.models.retrieve(models[0].id).id == models[0].id
+
+
+@test
+def chat_answers(node):
+    client = node.client()
+    answer = client.chat.completions.create(
+        model=model_of(client), messages=ask("What is the capital of France?"), max_tokens=32, temperature=0
+    )
+    choice = answer.choices[0]
+    assert "Paris" in choice.message.content, answer
+    assert choice.message.role == "assistant" and choice.finish_reason in ("stop", "length"), answer
+    assert answer.object == "chat.completion", answer
+    usage = answer.usage
+    assert usage.prompt_tokens > 5 and 0 < usage.completion_tokens <= 32, usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens, usage
+
+
+@test
+def a_streamed_chat_is_the_same_text(node):
+    client = node.client()
+    question = dict(model=model_of(client), messages=ask("Name three colours."), max_tokens=40, temperature=0)
+    whole = client.chat.completions.create(**question)
+    chunks = list(client.chat.completions.create(**question, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content, (text, whole)
+    assert chunks[0].choices[0].delta.role == "assistant", chunks[0]
+    finishes = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+    assert finishes == [whole.choices[0].finish_reason], finishes
+    assert not chunks[-1].choices and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens, chunks[-1]
+    assert len({chunk.id for chunk in chunks}) == 1, "all chunks carry one id"
+    assert len(chunks) > 5, "the text came in pieces"
+
+
+@test
+def a_stream_without_usage_has_none(node):
+    client = node.client()
+    stream = client.chat.completions.create(model=model_of(client), messages=ask("Hi"), max_tokens=4, stream=True)
+    assert all(chunk.usage is None and chunk.choices for chunk in stream)
+
+
+@test
+def completions_answer(node):
+    client = node.client()
+    question = dict(model=model_of(client), prompt="The opposite of hot is", max_tokens=8, temperature=0)
+    whole = client.completions.create(**question)
+    assert whole.object == "text_completion" and "cold" in whole.choices[0].text, whole
+    streamed = client.completions.create(**question, stream=True)
+    text = "".join(chunk.choices[0].text for chunk in streamed if chunk.choices)
+    assert text == whole.choices[0].text, (text, whole)
+
+
+@test
+def stop_strings_end_the_text(node):
+    client = node.client()
+    question = dict(model=model_of(client), prompt="1, 2, 3, 4, 5,", max_tokens=40, temperature=0)
+    free = client.completions.create(**question).choices[0].text
+    stop = free[8:11]
+    stopped = client.completions.create(**question, stop=stop).choices[0]
+    assert stopped.text == free[: free.index(stop)], (free, stop, stopped)
+    assert stopped.finish_reason == "stop", stopped
+
+
+@test
+def max_tokens_bounds_the_text(node):
+    client = node.client()
+    answer = client.chat.completions.create(model=model_of(client), messages=ask("Tell me a story."), max_tokens=3)
+    assert answer.usage.completion_tokens == 3 and answer.choices[0].finish_reason == "length", answer
+
+
+@test
+def a_seed_gives_its_text_again(node):
+    client = node.client()
+    question = dict(model=model_of(client), messages=ask("Tell me a story."), max_tokens=24, temperature=1.0)
+    texts = [client.chat.completions.create(**question, seed=seed).choices[0].message.content for seed in (7, 7, 8)]
+    assert texts[0] == texts[1] != texts[2], texts
+
+
+@test
+def out_of_range_is_a_bad_request(node):
+    client = node.client()
+    create = client.chat.completions.create
+    model = model_of(client)
+    error = expect(openai.BadRequestError, lambda: create(model=model, messages=ask("Hi"), temperature=9), "temperature")
+    assert error.param == "temperature" and error.type == "invalid_request_error", error.body
+    expect(openai.BadRequestError, lambda: create(model=model, messages=ask("Hi"), top_p=-1), "top_p")
+    expect(openai.BadRequestError, lambda: create(model=model, messages=ask("Hi"), max_tokens=0), "max_tokens")
+    expect(openai.BadRequestError, lambda: create(model=model, messages=[]))
+    expect(openai.BadRequestError, lambda: create(model=model, messages=ask("word " * 20000)), "context")
+
+
+@test
+def an_unknown_model_is_not_found(node):
+    client = node.client()
+    create = client.chat.completions.create
+    error = expect(openai.NotFoundError, lambda: create(model="gpt-99", messages=ask("Hi")), "gpt-99")
+    assert error.code == "model_not_found", error.body
+    expect(openai.NotFoundError, lambda: client.models.retrieve("gpt-99"), "gpt-99")
+
+
+@test
+def a_wrong_key_is_refused(node):
+    expect(openai.AuthenticationError, lambda: node.client("wrong").models.list())
+    create = node.client("wrong").chat.completions.create
+    expect(openai.AuthenticationError, lambda: create(model="x", messages=ask("Hi")))
+    assert node.get("/v1/cluster", key=None)[0] == 401
+    assert node.get("/health", key=None)[0] == 200, "whether it is alive, anybody may ask"
+
+
+@test
+def a_cancelled_stream_frees_its_slot(node):
+    client = node.client()
+    node.wait_idle(FREED_SECONDS)
+    streams = [
+        client.chat.completions.create(
+            model=model_of(client), messages=ask("Count to one thousand."), max_tokens=1500, stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for _ in range(SLOTS)
+    ]
+    for stream in streams:
+        next(iter(stream))
+    seen = time.monotonic() + FREED_SECONDS
+    while node.load()["running"] < SLOTS:
+        assert time.monotonic() < seen, node.load()
+        time.sleep(0.05)
+    for stream in streams:
+        stream.close()
+    node.wait_idle(FREED_SECONDS)
+
+
+@test
+def too_many_at_once_are_told_to_come_back(node):
+    # More than slots, engine queue and router queue hold together; each asks for little, so it ends soon.
+    count = 1400
+    client = node.client()
+    model = model_of(client)
+    outcomes = {}
+    lock = threading.Lock()
+    start = threading.Barrier(count)
+
+    def one(index):
+        mine = openai.OpenAI(base_url=client.base_url, api_key=API_KEY, max_retries=0, timeout=300)
+        start.wait()
+        try:
+            stream = mine.chat.completions.create(
+                model=model, messages=ask(f"{index}"), max_tokens=600, stream=True, extra_body={"ignore_eos": True}
+            )
+            outcome = "served"
+            stream.close()
+        except openai.RateLimitError as error:
+            wait = error.response.headers.get("retry-after")
+            outcome = "told to wait" if wait and int(wait) >= 1 else f"no Retry-After: {error}"
+        except openai.APIConnectionError:
+            # The listener's backlog is shorter than this crowd.
+            outcome = "not connected"
+        with lock:
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+
+    threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert set(outcomes) <= {"served", "told to wait", "not connected"}, outcomes
+    print(f"  {outcomes}")
+    node.wait_idle(60)
+
+
+def sixteen_at_once(node, seconds):
+    """16 clients, streaming and not, for that long: no error, no empty answer."""
+    model = model_of(node.client())
+    deadline = time.monotonic() + seconds
+    done, failures = [], []
+
+    def one(index):
+        client = node.client()
+        turn = 0
+        while time.monotonic() < deadline:
+            turn += 1
+            question = dict(
+                model=model, messages=ask(f"Tell me about the number {index * 1000 + turn}."), max_tokens=16 + index,
+                temperature=0.0 if index % 2 else 0.8,
+            )
+            try:
+                if turn % 2:
+                    chunks = client.chat.completions.create(
+                        **question, stream=True, stream_options={"include_usage": True}
+                    )
+                    tokens = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
+                    assert len(tokens) == 1 and tokens[0] > 0, tokens
+                    done.append(tokens[0])
+                else:
+                    usage = client.chat.completions.create(**question).usage
+                    assert usage.completion_tokens > 0, usage
+                    done.append(usage.completion_tokens)
+            except Exception as error:  # every kind of failure counts
+                failures.append(f"{type(error).__name__}: {error}")
+                if len(failures) > 20:
+                    return
+
+    threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(16)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds + 120)
+    elapsed = time.monotonic() - began
+    assert not any(thread.is_alive() for thread in threads), "a request hangs"
+    print(f"  {len(done)} requests, {len(failures)} errors, {sum(done) / elapsed:.0f} tokens/s")
+    assert not failures, failures[:5]
+    assert len(done) >= 16, done
+    node.wait_idle(FREED_SECONDS)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--binary", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--only", default="", help="run the tests whose name contains this")
+    arguments = parser.parse_args()
+    tests = [(function.__name__, function) for function in TESTS]
+    tests.append(("sixteen_at_once", lambda node: sixteen_at_once(node, arguments.seconds)))
+    passed = failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        binary, model = (str(pathlib.Path(path).resolve()) for path in (arguments.binary, arguments.model))
+        node = Node(binary, model, folder)
+        try:
+            node.wait_ready()
+            for name, function in tests:
+                if arguments.only not in name:
+                    continue
+                began = time.monotonic()
+                try:
+                    function(node)
+                    passed += 1
+                    print(f"ok {name} ({time.monotonic() - began:.1f} s)", flush=True)
+                except Exception:
+                    failed += 1
+                    print(f"FAILED {name}\n{traceback.format_exc()}", flush=True)
+            node.stop()
+        finally:
+            if node.process.poll() is None:
+                node.process.kill()
+                node.process.wait()
+            if failed:
+                print("last lines of the node's log:\n" + "\n".join(node.log_path.read_text().splitlines()[-40:]))
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(1 if failed or not passed else 0)
+
+
+if __name__ == "__main__":
+    main()
