@@ -1,3 +1,20 @@
-//! mlx
+//! Models on MLX: weights, KV, the forward pass, sampling. The only crate that touches an `Array`.
+//!
+//! [`load`] turns a model's files into an [`engine::Model`]; everything it returns belongs to the calling thread, since
+//! MLX's streams and caches are thread-local.
+
+mod attention;
 pub mod checkpoint;
 pub mod hub;
+mod kv;
+mod layers;
+mod load;
+mod models;
+mod raw;
+mod rope;
+mod runner;
+mod sampler;
+
+pub use checkpoint::LoadError;
+pub use load::{Dequantize, DeviceChoice, LoadSettings, load};
+pub use models::SUPPORTED;

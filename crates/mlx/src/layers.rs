@@ -1,0 +1,214 @@
+//! The parts that model families are made of: linear layers, embeddings, norms.
+
+use crate::checkpoint::{LoadError, Tensors, Weight};
+use mlx_rs::{
+    Array, Dtype,
+    error::Result,
+    fast,
+    ops::{concatenate, dequantize, indexing::TryIndexOp, quantized_matmul},
+};
+
+/// A matrix `[out, in]` as the forward pass uses it.
+#[derive(Debug)]
+pub(crate) enum Linear {
+    /// Stored transposed as a view, so that `x @ weight` is one call.
+    Dense { transposed: Array, bias: Option<Array> },
+    /// MLX's affine quantization.
+    Quantized { words: Array, scales: Array, biases: Array, group_size: i32, bits: i32, bias: Option<Array> },
+}
+
+impl Linear {
+    /// `x [.., in] → [.., out]`.
+    pub(crate) fn forward(&self, x: &Array) -> Result<Array> {
+        let (product, bias) = match self {
+            Self::Dense { transposed, bias } => (x.matmul(transposed)?, bias),
+            Self::Quantized { words, scales, biases, group_size, bits, bias } => {
+                (quantized_matmul(x, words, scales, biases, true, *group_size, *bits)?, bias)
+            }
+        };
+        match bias {
+            Some(bias) => product.add(bias),
+            None => Ok(product),
+        }
+    }
+
+    /// The layer of one weight, or of several side by side (fused: one product instead of several).
+    pub(crate) fn load(tensors: &mut Tensors, prefixes: &[String], precision: Precision) -> std::result::Result<Self, LoadError> {
+        let weights = prefixes.iter().map(|prefix| tensors.weight(prefix));
+        let weights: Vec<_> = weights.collect::<std::result::Result<_, _>>()?;
+        let biases = prefixes.iter().map(|prefix| tensors.take_optional(&format!("{prefix}.bias")));
+        let biases: Vec<_> = biases.collect::<std::result::Result<_, _>>()?;
+        let bias = match biases.into_iter().collect::<Option<Vec<_>>>() {
+            Some(parts) => Some(precision.cast(concatenate(&parts, 0)?)?),
+            None => None,
+        };
+        Self::fuse(weights, bias, precision)
+    }
+
+    /// The layer of one weight that others share (a tied embedding).
+    pub(crate) fn of(weight: Weight, precision: Precision) -> std::result::Result<Self, LoadError> {
+        Self::fuse(vec![weight], None, precision)
+    }
+
+    fn fuse(weights: Vec<Weight>, bias: Option<Array>, precision: Precision) -> std::result::Result<Self, LoadError> {
+        let weights: Vec<_> =
+            weights.into_iter().map(|weight| precision.apply(weight)).collect::<Result<_>>()?;
+        let formats: Vec<_> = weights.iter().map(format_of).collect();
+        let alike = formats.iter().all(|format| *format == formats[0]);
+        if let (true, Some((group_size, bits))) = (alike, formats[0]) {
+            let mut parts = [Vec::new(), Vec::new(), Vec::new()];
+            for weight in weights {
+                if let Weight::Quantized { words, scales, biases, .. } = weight {
+                    parts[0].push(words);
+                    parts[1].push(scales);
+                    parts[2].push(biases);
+                }
+            }
+            let [words, scales, biases] = parts.map(|arrays| concatenate(&arrays, 0));
+            let (words, scales, biases) = (words?, scales?, biases?);
+            return Ok(Self::Quantized { words, scales, biases, group_size, bits, bias });
+        }
+        // Layers quantized differently side by side cannot be one product; they are dense ones then.
+        let dense: Vec<_> =
+            weights.iter().map(|weight| dense_of(weight, precision.activations)).collect::<Result<_>>()?;
+        let joined = if dense.len() == 1 { dense[0].clone() } else { concatenate(&dense, 0)? };
+        Ok(Self::Dense { transposed: joined.t(), bias })
+    }
+
+    /// Every array, to be evaluated at load.
+    pub(crate) fn arrays(&self) -> Vec<&Array> {
+        match self {
+            Self::Dense { transposed, bias } => [Some(transposed), bias.as_ref()].into_iter().flatten().collect(),
+            Self::Quantized { words, scales, biases, bias, .. } => {
+                [Some(words), Some(scales), Some(biases), bias.as_ref()].into_iter().flatten().collect()
+            }
+        }
+    }
+}
+
+/// Which numbers a model computes with, and whether its weights stay quantized.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Precision {
+    /// Of activations, KV and dense weights.
+    pub(crate) activations: Dtype,
+    /// Whether quantized weights are turned into dense ones at load.
+    pub(crate) dequantize: bool,
+}
+
+impl Precision {
+    pub(crate) fn cast(self, array: Array) -> Result<Array> {
+        if array.dtype() == self.activations { Ok(array) } else { array.as_dtype(self.activations) }
+    }
+
+    fn apply(self, weight: Weight) -> Result<Weight> {
+        match weight {
+            Weight::Dense(array) => Ok(Weight::Dense(self.cast(array)?)),
+            quantized if self.dequantize => Ok(Weight::Dense(dense_of(&quantized, self.activations)?)),
+            // Products are computed in the type of the scales.
+            Weight::Quantized { words, scales, biases, group_size, bits } => Ok(Weight::Quantized {
+                words,
+                scales: self.cast(scales)?,
+                biases: self.cast(biases)?,
+                group_size,
+                bits,
+            }),
+        }
+    }
+}
+
+fn format_of(weight: &Weight) -> Option<(i32, i32)> {
+    match weight {
+        Weight::Dense(_) => None,
+        Weight::Quantized { group_size, bits, .. } => Some((*group_size, *bits)),
+    }
+}
+
+fn dense_of(weight: &Weight, dtype: Dtype) -> Result<Array> {
+    match weight {
+        Weight::Dense(array) => Ok(array.clone()),
+        Weight::Quantized { words, scales, biases, group_size, bits } => {
+            // In f32, so that the only rounding is the one to `dtype`.
+            let (scales, biases) = (scales.as_dtype(Dtype::Float32)?, biases.as_dtype(Dtype::Float32)?);
+            dequantize(words, scales, &biases, *group_size, *bits)?.as_dtype(dtype)
+        }
+    }
+}
+
+/// A table of one vector a token.
+#[derive(Debug)]
+pub(crate) struct Embedding(Weight);
+
+impl Embedding {
+    pub(crate) fn load(weight: &Weight, precision: Precision) -> Result<Self> {
+        Ok(Self(precision.apply(weight.clone())?))
+    }
+
+    /// `tokens [n] → [n, hidden]`.
+    pub(crate) fn forward(&self, tokens: &Array, dtype: Dtype) -> Result<Array> {
+        match &self.0 {
+            Weight::Dense(table) => table.take_axis(tokens, 0),
+            Weight::Quantized { words, scales, biases, group_size, bits } => {
+                let biases = biases.take_axis(tokens, 0)?;
+                let rows = dequantize(
+                    words.take_axis(tokens, 0)?,
+                    scales.take_axis(tokens, 0)?,
+                    &biases,
+                    *group_size,
+                    *bits,
+                )?;
+                rows.as_dtype(dtype)
+            }
+        }
+    }
+
+    pub(crate) fn arrays(&self) -> Vec<&Array> {
+        match &self.0 {
+            Weight::Dense(table) => vec![table],
+            Weight::Quantized { words, scales, biases, .. } => vec![words, scales, biases],
+        }
+    }
+
+    /// The same matrix as an output layer.
+    pub(crate) fn tied_head(&self, precision: Precision) -> std::result::Result<Linear, LoadError> {
+        Linear::of(self.0.clone(), precision)
+    }
+}
+
+/// Root-mean-square normalization with a learned scale.
+#[derive(Debug)]
+pub(crate) struct RmsNorm {
+    weight: Array,
+    eps: f32,
+}
+
+impl RmsNorm {
+    pub(crate) fn load(
+        tensors: &mut Tensors,
+        prefix: &str,
+        eps: f32,
+        precision: Precision,
+    ) -> std::result::Result<Self, LoadError> {
+        Ok(Self { weight: precision.cast(tensors.take(&format!("{prefix}.weight"))?)?, eps })
+    }
+
+    pub(crate) fn forward(&self, x: &Array) -> Result<Array> {
+        fast::rms_norm(x, Some(&self.weight), self.eps)
+    }
+
+    pub(crate) fn array(&self) -> &Array {
+        &self.weight
+    }
+}
+
+/// `silu(gate) · up` of a fused product `[.., 2·n]` that holds gate and up side by side.
+pub(crate) fn swiglu(gate_up: &Array) -> Result<Array> {
+    let parts = gate_up.split_equal(2, -1)?;
+    let gate = &parts[0];
+    gate.multiply(mlx_rs::ops::sigmoid(gate)?)?.multiply(&parts[1])
+}
+
+/// Rows `at` of `x [n, ..]`; `x` itself where that is all of them in order.
+pub(crate) fn take_rows(x: &Array, at: &[i32]) -> Result<Array> {
+    let all = at.len() as i32 == x.dim(0) && at.iter().enumerate().all(|(index, &row)| index as i32 == row);
+    if all { Ok(x.clone()) } else { x.try_index(Array::from_slice(at, &[at.len() as i32])) }
+}

@@ -1,0 +1,161 @@
+//! From a model's files to something that generates.
+
+use crate::{
+    attention::AttentionPath,
+    checkpoint::{self, Checkpoint, LoadError},
+    layers::Precision,
+    models,
+    rope::RopePath,
+    runner::Runner,
+};
+use engine::{Model, ModelLimits};
+use mlx_rs::{Device, DeviceType, Dtype, transforms::eval};
+use std::path::PathBuf;
+use types::{ModelAssets, ModelCard};
+
+/// Whether quantized weights are turned into dense ones at load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Dequantize {
+    /// On a CPU, where quantized products do not use BLAS and grow with the batch; not on a GPU.
+    #[default]
+    Auto,
+    /// Keep them as they are.
+    Never,
+    /// Always.
+    Always,
+}
+
+/// What to compute on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The GPU where there is one.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU; an error where there is none.
+    Gpu,
+}
+
+/// What to load and how.
+#[derive(Debug, Clone)]
+pub struct LoadSettings {
+    /// A folder or a `.gguf` file.
+    pub model: PathBuf,
+    /// The name that clients ask for.
+    pub name: String,
+    /// Sequences at once.
+    pub slots: usize,
+    /// Tokens of context, if fewer than the model's own.
+    pub context_tokens: Option<usize>,
+    /// Bytes for KV; by default a part of what the weights leave.
+    pub kv_bytes: Option<u64>,
+    /// What to do with quantized weights.
+    pub dequantize: Dequantize,
+    /// What to compute on.
+    pub device: DeviceChoice,
+}
+
+/// Of the memory that the weights leave, the share that KV may take: activations and the system need the rest.
+const KV_SHARE: f64 = 0.6;
+/// Slabs double as they grow and slots are at least half full, so what is held can exceed what is promised.
+const KV_OVERHEAD: u64 = 2;
+/// Memory assumed where the system does not tell how much there is.
+const KV_BYTES_UNKNOWN: u64 = 4 << 30;
+/// Groups of weights evaluated at once: enough for a moving progress bar, few enough to read files in long runs.
+const EVALUATIONS: usize = 20;
+
+/// Loads a model onto the calling thread, which must be the one that uses it.
+///
+/// # Errors
+/// [`LoadError`] names the file, tensor or setting that is wrong, and the memory that is lacking.
+pub fn load(
+    settings: &LoadSettings,
+    progress: &mut dyn FnMut(&str, f32),
+) -> Result<(Box<dyn Model>, ModelAssets), LoadError> {
+    let on_gpu = choose_device(settings.device)?;
+    let mut checkpoint = Checkpoint::open(&settings.model, progress)?;
+    let dequantize = match settings.dequantize {
+        Dequantize::Auto => !on_gpu,
+        Dequantize::Never => false,
+        Dequantize::Always => true,
+    };
+    let activations = if on_gpu { stored_dtype(&checkpoint) } else { Dtype::Float32 };
+    let precision = Precision { activations, dequantize };
+    let (rope, attention) = if on_gpu {
+        (RopePath::Kernel, AttentionPath::Kernel)
+    } else {
+        (RopePath::Shared, AttentionPath::Products)
+    };
+    let family = models::load(&mut checkpoint, precision, rope)?;
+    let arrays = family.arrays();
+    let weight_bytes: u64 = arrays.iter().map(|array| array.nbytes() as u64).sum();
+    checkpoint::memory_check(weight_bytes)?;
+    let chunk = arrays.len().div_ceil(EVALUATIONS).max(1);
+    for (index, arrays) in arrays.chunks(chunk).enumerate() {
+        eval(arrays.iter().copied())?;
+        progress("weights", ((index + 1) * chunk) as f32 / (chunk * EVALUATIONS) as f32);
+    }
+    drop(checkpoint.tensors);
+
+    let dims = family.dims();
+    let context = settings.context_tokens.map_or(dims.context, |limit| limit.min(dims.context));
+    let kv_bytes_per_token = dims.kv.bytes_per_token();
+    let available = checkpoint::available_memory().unwrap_or(KV_BYTES_UNKNOWN);
+    let kv_bytes = settings.kv_bytes.unwrap_or((available as f64 * KV_SHARE) as u64);
+    let kv_tokens = kv_bytes / kv_bytes_per_token / KV_OVERHEAD;
+    if kv_tokens < context.min(1024) as u64 {
+        return Err(LoadError::TooLittleMemory {
+            needed: weight_bytes + context.min(1024) as u64 * kv_bytes_per_token * KV_OVERHEAD,
+            available: weight_bytes + kv_bytes,
+        });
+    }
+    let assets = checkpoint.assets;
+    let card = ModelCard {
+        name: settings.name.clone(),
+        root: checkpoint.fingerprint.child(&[dims.kv.dtype as u32]),
+        context_tokens: context as u32,
+        vocab_size: dims.vocabulary,
+        eos_tokens: checkpoint.eos_tokens,
+        assets: assets.hash(),
+        created_s: checkpoint.created_s,
+    };
+    tracing::info!(
+        model = settings.name,
+        device = if on_gpu { "gpu" } else { "cpu" },
+        weights_mb = weight_bytes >> 20,
+        kv_tokens,
+        ?activations,
+        dequantize,
+        "model loaded"
+    );
+    let limits = ModelLimits { slots: settings.slots, kv_tokens, kv_bytes_per_token };
+    Ok((Box::new(Runner::new(card, limits, family, attention)), assets))
+}
+
+/// Whether computation goes to a GPU, after making it the default or not.
+fn choose_device(choice: DeviceChoice) -> Result<bool, LoadError> {
+    let default = Device::try_default().and_then(|device| device.get_type());
+    let has_gpu = matches!(default, Ok(DeviceType::Gpu));
+    match choice {
+        DeviceChoice::Auto => Ok(has_gpu),
+        DeviceChoice::Gpu if has_gpu => Ok(true),
+        DeviceChoice::Gpu => Err(LoadError::Config {
+            reason: "device is \"gpu\", but this build of MLX finds none; use \"auto\" or \"cpu\"".to_owned(),
+        }),
+        DeviceChoice::Cpu => {
+            Device::set_default(&Device::cpu());
+            Ok(false)
+        }
+    }
+}
+
+/// The type that the model was published in: half precision computes twice as fast on a GPU.
+fn stored_dtype(checkpoint: &Checkpoint) -> Dtype {
+    let named = ["torch_dtype", "dtype"].into_iter().find_map(|key| checkpoint.config.get(key)?.as_str());
+    match named {
+        Some("bfloat16") => Dtype::Bfloat16,
+        Some("float32") => Dtype::Float32,
+        _ => Dtype::Float16,
+    }
+}

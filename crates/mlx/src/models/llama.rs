@@ -1,0 +1,200 @@
+//! `model_type: llama`: Llama 2 and 3, SmolLM2 and whatever else shares their layers.
+
+use super::{Dims, Family, StepInput};
+use crate::{
+    checkpoint::{Checkpoint, LoadError, Tensors},
+    kv::{KvShape, KvSlabs},
+    layers::{Embedding, Linear, Precision, RmsNorm, swiglu, take_rows},
+    rope::{Rope, RopePath, RopeScaling, wavelengths},
+};
+use mlx_rs::{Array, error::Result};
+use serde::Deserialize;
+
+#[derive(Debug, Deserialize)]
+struct Config {
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    rms_norm_eps: f32,
+    vocab_size: u32,
+    #[serde(default = "default_theta")]
+    rope_theta: f32,
+    rope_scaling: Option<RopeScaling>,
+    #[serde(default = "default_context")]
+    max_position_embeddings: usize,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    rope_traditional: bool,
+}
+
+fn default_theta() -> f32 {
+    10_000.0
+}
+
+fn default_context() -> usize {
+    2048
+}
+
+/// The weights of one model.
+#[derive(Debug)]
+pub(super) struct Llama {
+    precision: Precision,
+    dims: Dims,
+    heads: i32,
+    embedding: Embedding,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Linear,
+    rope: Rope,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attention_norm: RmsNorm,
+    /// Queries, keys and values side by side.
+    qkv: Linear,
+    output: Linear,
+    mlp_norm: RmsNorm,
+    /// Gate and up side by side.
+    gate_up: Linear,
+    down: Linear,
+}
+
+pub(super) fn load(
+    checkpoint: &mut Checkpoint,
+    precision: Precision,
+    rope: RopePath,
+) -> std::result::Result<Box<dyn Family>, LoadError> {
+    Ok(Box::new(Llama::load(checkpoint, precision, rope)?))
+}
+
+impl Llama {
+    pub(super) fn load(
+        checkpoint: &mut Checkpoint,
+        precision: Precision,
+        rope_path: RopePath,
+    ) -> std::result::Result<Self, LoadError> {
+        let config: Config = serde_json::from_value(checkpoint.config.clone())
+            .map_err(|error| LoadError::Config { reason: error.to_string() })?;
+        let heads = config.num_attention_heads;
+        let kv_heads = config.num_key_value_heads.unwrap_or(heads);
+        let invalid = |reason: String| Err(LoadError::Config { reason });
+        if heads == 0 || kv_heads == 0 || heads % kv_heads != 0 {
+            return invalid(format!("{heads} attention heads cannot share {kv_heads} key-value heads"));
+        }
+        if config.rope_traditional {
+            return invalid("rope_traditional is true; only false is supported".to_owned());
+        }
+        let head_dim = config.head_dim.unwrap_or(config.hidden_size / heads);
+        if head_dim == 0 || head_dim % 2 != 0 {
+            return invalid(format!("head_dim is {head_dim}; it must be even and not 0"));
+        }
+        let mut lengths = wavelengths(head_dim, config.rope_theta, config.rope_scaling.as_ref())?;
+        let tensors = &mut checkpoint.tensors;
+        // Llama 3 GGUF files carry the scaling as a tensor of factors.
+        if let Some(factors) = tensors.take_optional("rope_freqs.weight")? {
+            let factors = factors.as_dtype(mlx_rs::Dtype::Float32)?;
+            for (length, factor) in lengths.iter_mut().zip(factors.as_slice::<f32>()) {
+                *length *= factor;
+            }
+        }
+        let embedding = Embedding::load(&tensors.weight("model.embed_tokens")?, precision)?;
+        let layers = (0..config.num_hidden_layers).map(|index| Layer::load(tensors, index, &config, precision));
+        let layers = layers.collect::<std::result::Result<Vec<_>, _>>()?;
+        let norm = RmsNorm::load(tensors, "model.norm", config.rms_norm_eps, precision)?;
+        let head = if config.tie_word_embeddings {
+            embedding.tied_head(precision)?
+        } else {
+            Linear::load(tensors, &["lm_head".to_owned()], precision)?
+        };
+        let kv = KvShape {
+            layers: config.num_hidden_layers,
+            heads: kv_heads as i32,
+            head_dim: head_dim as i32,
+            dtype: precision.activations,
+        };
+        let dims = Dims {
+            kv,
+            vocabulary: config.vocab_size,
+            context: config.max_position_embeddings,
+            scale: (head_dim as f32).powf(-0.5),
+        };
+        let rope = Rope::new(rope_path, &lengths);
+        Ok(Self { precision, dims, heads: heads as i32, embedding, layers, norm, head, rope })
+    }
+
+    pub(super) fn limit_context(&mut self, tokens: usize) {
+        self.dims.context = self.dims.context.min(tokens);
+    }
+}
+
+impl Layer {
+    fn load(
+        tensors: &mut Tensors,
+        index: usize,
+        config: &Config,
+        precision: Precision,
+    ) -> std::result::Result<Self, LoadError> {
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let mut linear = |parts: &[&str]| {
+            let names: Vec<_> = parts.iter().map(|part| name(part)).collect();
+            Linear::load(tensors, &names, precision)
+        };
+        let qkv = linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])?;
+        let output = linear(&["self_attn.o_proj"])?;
+        let gate_up = linear(&["mlp.gate_proj", "mlp.up_proj"])?;
+        let down = linear(&["mlp.down_proj"])?;
+        let mut norm = |part: &str| RmsNorm::load(tensors, &name(part), config.rms_norm_eps, precision);
+        let attention_norm = norm("input_layernorm")?;
+        let mlp_norm = norm("post_attention_layernorm")?;
+        Ok(Self { attention_norm, qkv, output, mlp_norm, gate_up, down })
+    }
+}
+
+impl Family for Llama {
+    fn dims(&self) -> Dims {
+        self.dims
+    }
+
+    fn forward(&self, input: &StepInput<'_>, kv: &mut KvSlabs) -> Result<Option<Array>> {
+        let KvShape { heads: kv_heads, head_dim, .. } = self.dims.kv;
+        let count = input.positions.len() as i32;
+        let rope = self.rope.at(input.positions, self.precision.activations)?;
+        let mut x = self.embedding.forward(&input.tokens, self.precision.activations)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let qkv = layer.qkv.forward(&layer.attention_norm.forward(&x)?)?;
+            let qkv = qkv.reshape(&[count, self.heads + 2 * kv_heads, head_dim])?;
+            // One rotation for queries and keys together.
+            let parts = qkv.split_at_indices(&[self.heads + kv_heads], 1)?;
+            let turned = rope.apply(&parts[0])?.split_at_indices(&[self.heads], 1)?;
+            kv.write(index, &turned[1], &parts[1], input.singles, input.runs)?;
+            let last = index + 1 == self.layers.len();
+            if last && input.wanted.is_empty() {
+                // Nothing after the last layer's keys and values is needed in the middle of a prompt.
+                return Ok(None);
+            }
+            let attended = input.attention.forward(index, &turned[0], kv)?;
+            let (attended, residual) = if last {
+                (take_rows(&attended, input.wanted)?, take_rows(&x, input.wanted)?)
+            } else {
+                (attended, x)
+            };
+            x = residual.add(layer.output.forward(&attended)?)?;
+            let gate_up = layer.gate_up.forward(&layer.mlp_norm.forward(&x)?)?;
+            x = x.add(layer.down.forward(&swiglu(&gate_up)?)?)?;
+        }
+        Ok(Some(self.head.forward(&self.norm.forward(&x)?)?))
+    }
+
+    fn arrays(&self) -> Vec<&Array> {
+        let layers = self.layers.iter().flat_map(|layer| {
+            let linears = [&layer.qkv, &layer.output, &layer.gate_up, &layer.down];
+            let norms = [layer.attention_norm.array(), layer.mlp_norm.array()];
+            linears.into_iter().flat_map(Linear::arrays).chain(norms)
+        });
+        layers.chain(self.head.arrays()).chain(self.embedding.arrays()).chain([self.norm.array()]).collect()
+    }
+}
