@@ -9,8 +9,9 @@ use types::NodeRates;
 const QUERY_TILE_TOKENS: f64 = 32.0;
 /// Context at which [`CostModel::rates`] describes decoding, and slice at which it describes prefill, in tokens.
 const RATES_TOKENS: usize = 512;
-/// Attended KV tokens guessed to cost as much as a decode step of one row: only a scale, the model learns the factor.
-const KV_TOKENS_SCALE: f64 = 8192.0;
+/// Attended KV tokens guessed to cost as much as a decode step of one row: weights and KV are both read once, and weights
+/// are as large as the KV of 10k (SmolLM2) to 40k tokens (Llama 8B at 4 bits). Only a scale, the model learns the factor.
+const KV_TOKENS_SCALE: f64 = 32768.0;
 /// Variance of a measured duration around the model's, relative: steps of one shape differ by about 10 %.
 const NOISE: f64 = 0.01;
 /// Variance of a coefficient before any measurement, in units of its seed: a seed may be wrong by its own size.

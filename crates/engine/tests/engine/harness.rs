@@ -1,0 +1,168 @@
+//! An engine, its fake model and the oracles over its events, driven as a node drives them.
+
+use engine::{Engine, EngineSettings, ModelError, StepSummary};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+use testkit::{FakeHandle, FakeModel, FakeSettings, Streams, VirtualClock};
+use types::{
+    Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, NodeRates, RequestId, SamplingDraft,
+    SamplingParams, TokenEvent,
+};
+
+/// What [`testkit::StepCost::mac`] comes to.
+pub(crate) const MAC_RATES: NodeRates =
+    NodeRates { prefill_tokens_per_s: 1000.0, decode_step_s: 0.021, decode_row_s: 0.001 };
+
+/// A request with a prompt of its own, which is drawn greedily.
+pub(crate) fn draft(id: u128, prompt_tokens: usize, max_tokens: u32) -> GenerateDraft {
+    GenerateDraft {
+        id: RequestId(id),
+        model: "fake".to_owned(),
+        prompt: (0..prompt_tokens).map(|index| 1 + ((index as u128 * 31 + id * 7) % 997) as u32).collect(),
+        sampling: SamplingParams::greedy(),
+        max_tokens,
+        stop_tokens: Vec::new(),
+        ignore_eos: false,
+    }
+}
+
+pub(crate) fn sampling(seed: u64) -> SamplingParams {
+    SamplingParams::try_from(SamplingDraft { seed, ..SamplingDraft::default() }).expect("in range")
+}
+
+pub(crate) struct Bench {
+    pub(crate) engine: Engine,
+    pub(crate) clock: VirtualClock,
+    pub(crate) model: FakeHandle,
+    pub(crate) streams: Streams,
+    /// When each request's events came: its tokens and its end.
+    pub(crate) times: BTreeMap<RequestId, Vec<Instant>>,
+    pub(crate) arrivals: BTreeMap<RequestId, Instant>,
+    /// Every event so far, in order.
+    pub(crate) events: Vec<(RequestId, TokenEvent)>,
+    settings: FakeSettings,
+    accepted: BTreeMap<RequestId, GenerateRequest>,
+    cancelled: BTreeSet<RequestId>,
+}
+
+impl Bench {
+    pub(crate) fn new(settings: FakeSettings, engine: EngineSettings) -> Self {
+        let clock = VirtualClock::new();
+        let (model, handle) = FakeModel::new(settings.clone(), clock.clone());
+        Self {
+            engine: Engine::new(Box::new(model), engine),
+            clock,
+            model: handle,
+            streams: Streams::default(),
+            times: BTreeMap::new(),
+            arrivals: BTreeMap::new(),
+            events: Vec::new(),
+            settings,
+            accepted: BTreeMap::new(),
+            cancelled: BTreeSet::new(),
+        }
+    }
+
+    /// A bench whose engine knows how fast its machine is.
+    pub(crate) fn measured(settings: FakeSettings) -> Self {
+        Self::new(settings, EngineSettings { rates: MAC_RATES, ..EngineSettings::default() })
+    }
+
+    pub(crate) fn submit(&mut self, draft: GenerateDraft) -> Result<RequestId, GenerateError> {
+        let request = GenerateRequest::try_from(draft).expect("a valid request");
+        let id = request.id;
+        self.engine.submit(self.clock.now(), request.clone())?;
+        self.streams.accepted(id);
+        self.arrivals.insert(id, self.clock.now());
+        self.accepted.insert(id, request);
+        Ok(id)
+    }
+
+    pub(crate) fn accept(&mut self, draft: GenerateDraft) -> RequestId {
+        self.submit(draft).expect("room for the request")
+    }
+
+    pub(crate) fn cancel(&mut self, id: RequestId) {
+        if self.streams.finish(id).is_none() {
+            self.cancelled.insert(id);
+        }
+        self.engine.cancel(id);
+    }
+
+    pub(crate) fn try_step(&mut self) -> Result<StepSummary, ModelError> {
+        let mut events = Vec::new();
+        let result = self.engine.step(self.clock.now(), &mut events);
+        self.engine.observe(self.clock.now());
+        for (id, event) in &events {
+            self.streams.record(*id, event);
+            self.times.entry(*id).or_default().push(self.clock.now());
+        }
+        if let Ok(summary) = &result {
+            let count = |wanted: fn(&TokenEvent) -> bool| events.iter().filter(|(_, e)| wanted(e)).count();
+            assert_eq!(summary.finished as usize, count(|event| matches!(event, TokenEvent::Finished(_))));
+            assert_eq!(summary.tokens as usize, count(|event| matches!(event, TokenEvent::Tokens { .. })));
+        }
+        self.events.append(&mut events);
+        result
+    }
+
+    pub(crate) fn step(&mut self) -> StepSummary {
+        self.try_step().expect("a step without failure")
+    }
+
+    /// Steps until nothing is left to do. Every step must bring something on, so the number is bounded by the work.
+    pub(crate) fn run(&mut self) {
+        let load = self.engine.load(self.clock.now());
+        let steps_max = 10 + load.prefill_backlog_tokens + load.decode_backlog_tokens;
+        for _ in 0..steps_max {
+            if self.engine.is_idle() {
+                return;
+            }
+            self.step();
+        }
+        panic!("not idle after {steps_max} steps: {:?}", self.engine.load(self.clock.now()));
+    }
+
+    pub(crate) fn finish(&self, id: RequestId) -> &Finish {
+        self.streams.finish(id).unwrap_or_else(|| panic!("{id} has not ended"))
+    }
+
+    /// Longest time between two tokens of a request.
+    pub(crate) fn pause_max(&self, id: RequestId) -> Duration {
+        self.times[&id].windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
+    }
+
+    /// Time from a request's arrival to its first token.
+    pub(crate) fn ttft(&self, id: RequestId) -> Duration {
+        self.times[&id][0] - self.arrivals[&id]
+    }
+
+    /// What must hold when all is done: every request ended once, with its own text, and nothing is held.
+    pub(crate) fn check_end(&self) {
+        assert_eq!(self.streams.unfinished(), []);
+        assert_eq!(self.model.open(), 0, "sequences left open");
+        let load = self.engine.load(self.clock.now());
+        let left = [u64::from(load.running), u64::from(load.waiting), load.kv_tokens.0];
+        assert_eq!(left, [0; 3], "{load:?}");
+        assert_eq!((load.prefill_backlog_tokens, load.decode_backlog_tokens), (0, 0));
+        for (id, request) in &self.accepted {
+            let expected = self.settings.output(request);
+            let (tokens, finish) = (self.streams.tokens(*id), self.finish(*id));
+            assert_eq!(finish.usage.prompt_tokens as usize, request.prompt.len());
+            match &finish.reason {
+                FinishReason::Cancelled => assert!(self.cancelled.contains(id), "{id} was not cancelled"),
+                FinishReason::Failed(error) => {
+                    assert!(error.to_string().contains("injected"), "{id}: {error}");
+                }
+                reason => {
+                    assert_eq!(*reason, expected.reason, "{id}");
+                    assert_eq!(finish.usage.completion_tokens, expected.completion_tokens, "{id}");
+                    assert_eq!(tokens, expected.tokens, "{id}");
+                }
+            }
+            assert!(expected.tokens.starts_with(tokens), "{id}: the neighbours changed the text");
+        }
+    }
+}

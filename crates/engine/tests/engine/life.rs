@@ -1,0 +1,240 @@
+//! Everything that can become of a request.
+
+use crate::harness::{Bench, draft, sampling};
+use engine::ModelLimits;
+use testkit::{FakeSettings, Fault};
+use types::{FinishReason, GenerateDraft, GenerateError, RequestId, SamplingDraft, SamplingParams, limits};
+
+fn slots(slots: usize) -> FakeSettings {
+    let defaults = FakeSettings::default();
+    FakeSettings { limits: ModelLimits { slots, ..defaults.limits }, ..defaults }
+}
+
+#[test]
+fn a_text_ends_as_it_should() {
+    type Change<'a> = &'a dyn Fn(&mut GenerateDraft);
+    let check = |what: &str, eos_at: Option<u32>, change: Change<'_>, reason, tokens, counted| {
+        let settings = FakeSettings { eos_at: eos_at.map(|at| at..=at), ..FakeSettings::default() };
+        let mut bench = Bench::measured(settings);
+        let mut request = draft(1, 100, 8);
+        change(&mut request);
+        let id = bench.accept(request);
+        bench.run();
+        bench.check_end();
+        assert_eq!(bench.finish(id).reason, reason, "{what}");
+        assert_eq!(bench.streams.tokens(id).len(), tokens, "{what}");
+        assert_eq!(bench.finish(id).usage.completion_tokens, counted, "{what}");
+    };
+    let (stop, length) = (FinishReason::Stop, FinishReason::Length);
+    check("max_tokens", None, &|_| {}, length.clone(), 8, 8);
+    check("one token", None, &|draft| draft.max_tokens = 1, length.clone(), 1, 1);
+    check("end of text", Some(3), &|_| {}, stop.clone(), 3, 4);
+    check("end of text at once", Some(0), &|_| {}, stop.clone(), 0, 1);
+    check("end of text as the last token", Some(7), &|_| {}, stop.clone(), 7, 8);
+    check("end of text ignored", Some(3), &|draft| draft.ignore_eos = true, length.clone(), 8, 8);
+    check("a stop token that does not come", None, &|draft| draft.stop_tokens = vec![5], length.clone(), 8, 8);
+    let request = draft(1, 100, 8).try_into().expect("valid");
+    let second = FakeSettings::default().output(&request).tokens[1];
+    check("a stop token", None, &|draft| draft.stop_tokens = vec![5, second], stop, 1, 2);
+    check("the whole context", None, &|draft| draft.max_tokens = 8092, length.clone(), 8092, 8092);
+    check("a prompt of one token", None, &|draft| draft.prompt.truncate(1), length, 8, 8);
+}
+
+#[test]
+fn what_cannot_be_served_is_refused_with_the_value() {
+    let check = |change: fn(&mut GenerateDraft), expected: &str| {
+        let defaults = FakeSettings::default();
+        let limits = ModelLimits { kv_tokens: 4096, ..defaults.limits };
+        let mut bench = Bench::measured(FakeSettings { limits, ..defaults });
+        bench.accept(draft(1, 10, 10));
+        let mut request = draft(2, 10, 10);
+        change(&mut request);
+        let error = bench.submit(request).expect_err(expected).to_string();
+        assert!(error.contains(expected), "{error:?} lacks {expected:?}");
+        bench.run();
+        bench.check_end();
+    };
+    check(|draft| draft.prompt[3] = 1000, "token 1000 at position 3 of the prompt is not below 1000");
+    check(
+        |draft| {
+            let sampling = SamplingDraft { logit_bias: vec![(5000, 1.0)], ..SamplingDraft::default() };
+            draft.sampling = SamplingParams::try_from(sampling).expect("in range");
+        },
+        "token 5000 of logit_bias is not below 1000",
+    );
+    check(|draft| draft.id = RequestId(1), "00000000000000000000000000000001 is already here");
+    check(|draft| draft.model = "other".to_owned(), "\"other\" does not exist; this cluster serves: fake");
+    check(|draft| draft.max_tokens = 8183, "max_tokens is 8183, but the model's context is 4096 tokens");
+    check(|draft| draft.max_tokens = 4087, "10 tokens and max_tokens is 4087");
+    check(|draft| draft.max_tokens = u32::MAX >> 12, "max_tokens is 1048575");
+}
+
+#[test]
+fn a_request_that_just_fits_is_served() {
+    let mut bench = Bench::measured(FakeSettings::default());
+    let id = bench.accept(draft(1, 8190, 2));
+    assert!(matches!(bench.submit(draft(2, 8190, 3)), Err(GenerateError::ContextExceeded { .. })));
+    bench.run();
+    bench.check_end();
+    assert_eq!(bench.streams.tokens(id).len(), 2);
+}
+
+#[test]
+fn the_queue_is_bounded_and_empties() {
+    let mut bench = Bench::measured(slots(2));
+    for id in 0..limits::ENGINE_WAITING_MAX as u128 {
+        bench.accept(draft(id, 10, 4));
+    }
+    let refused = bench.submit(draft(1000, 10, 4));
+    assert!(matches!(refused, Err(GenerateError::Busy { retry_after_ms: 100..=30_000 })), "{refused:?}");
+    assert_eq!(bench.step().admitted, 2);
+    bench.accept(draft(1001, 10, 4));
+    bench.accept(draft(1002, 10, 4));
+    let refused = bench.submit(draft(1003, 10, 4)).expect_err("full again");
+    // Three more tokens for each row, at 22 ms a step, until a place is free.
+    assert!(matches!(refused, GenerateError::Busy { retry_after_ms: 100 }), "{refused:?}");
+    bench.run();
+    bench.check_end();
+    assert_eq!(bench.model.opened(), 66);
+}
+
+#[test]
+fn cancelling_ends_a_request_once_and_frees_its_slot_for_the_next_step() {
+    // `steps` before the cancellation bring the request to where it is cancelled.
+    let check = |what: &str, prompt_tokens: usize, steps: usize, tokens: usize| {
+        let mut bench = Bench::measured(slots(1));
+        let id = bench.accept(draft(1, prompt_tokens, 100));
+        let next = bench.accept(draft(2, 10, 1));
+        (0..steps).for_each(|_| {
+            bench.step();
+        });
+        assert_eq!(bench.streams.tokens(id).len(), tokens, "{what}");
+        bench.cancel(id);
+        bench.cancel(id);
+        assert_eq!(bench.model.open(), 0, "{what}");
+        let again = bench.submit(draft(1, 10, 1));
+        assert!(matches!(again, Err(GenerateError::Invalid { .. })), "{what}: its last event is still due");
+        assert_eq!(bench.step().admitted, 1, "{what}");
+        assert_eq!(bench.finish(id).reason, FinishReason::Cancelled, "{what}");
+        assert_eq!(bench.finish(id).usage.completion_tokens as usize, tokens, "{what}");
+        assert_eq!(bench.finish(next).reason, FinishReason::Length, "{what}");
+        bench.cancel(id);
+        assert!(bench.engine.is_idle(), "{what}");
+        bench.check_end();
+    };
+    check("waiting", 10, 0, 0);
+    check("in prefill", 5000, 2, 0);
+    check("decoding", 10, 5, 5);
+}
+
+#[test]
+fn a_waiting_request_is_cancelled_without_a_slot() {
+    let mut bench = Bench::measured(slots(1));
+    let ids = [1, 2, 3].map(|id| bench.accept(draft(id, 10, 20)));
+    bench.step();
+    bench.cancel(ids[1]);
+    assert!(!bench.engine.is_idle());
+    bench.step();
+    assert_eq!(bench.finish(ids[1]).reason, FinishReason::Cancelled);
+    bench.run();
+    bench.check_end();
+    assert_eq!(bench.model.opened(), 2);
+}
+
+#[test]
+fn a_lost_backend_ends_everything() {
+    let mut bench = Bench::measured(slots(2));
+    let ids = [1, 2, 3].map(|id| bench.accept(draft(id, 10, 20)));
+    bench.step();
+    bench.cancel(ids[2]);
+    bench.model.inject(1, Fault::Backend);
+    bench.step();
+    let last = bench.accept(draft(4, 10, 20));
+    let error = bench.try_step().expect_err("the injected failure");
+    for id in [ids[0], ids[1], last] {
+        let FinishReason::Failed(GenerateError::Engine { message }) = &bench.finish(id).reason else {
+            panic!("{id} ended with {:?}", bench.finish(id))
+        };
+        assert_eq!(*message, error.to_string());
+    }
+    assert!(bench.engine.is_idle());
+    assert_eq!(bench.try_step(), Err(error));
+    let refused = bench.submit(draft(5, 10, 20)).expect_err("a lost backend").to_string();
+    assert!(refused.contains("backend failed: injected"), "{refused}");
+    assert_eq!(bench.streams.unfinished(), []);
+}
+
+#[test]
+fn one_sequence_fails_alone() {
+    for fault in [Fault::Sequence(0), Fault::Sequence(1), Fault::Open] {
+        let mut bench = Bench::measured(slots(3));
+        bench.accept(draft(1, 10, 20));
+        bench.accept(draft(2, 500, 20));
+        bench.step();
+        bench.model.inject(0, fault);
+        bench.accept(draft(3, 10, 20));
+        bench.run();
+        bench.check_end();
+        let failed = |id: &u128| matches!(bench.finish(RequestId(*id)).reason, FinishReason::Failed(_));
+        assert_eq!([1, 2, 3].iter().filter(|id| failed(id)).count(), 1, "{fault:?}");
+    }
+}
+
+#[test]
+fn draining_finishes_what_is_here_and_takes_nothing_new() {
+    let mut bench = Bench::measured(slots(1));
+    let ids = [1, 2].map(|id| bench.accept(draft(id, 10, 5)));
+    bench.step();
+    bench.engine.drain();
+    let refused = bench.submit(draft(3, 10, 5)).expect_err("draining").to_string();
+    assert!(refused.contains("it is draining"), "{refused}");
+    bench.run();
+    bench.check_end();
+    assert!(ids.iter().all(|id| bench.finish(*id).reason == FinishReason::Length));
+}
+
+#[test]
+fn a_freed_slot_is_used_by_the_next_step() {
+    let mut bench = Bench::measured(slots(1));
+    for id in 0..10 {
+        bench.accept(draft(id, 10, 1));
+    }
+    for _ in 0..10 {
+        let summary = bench.step();
+        assert_eq!((summary.admitted, summary.tokens, summary.finished), (1, 1, 1));
+    }
+    bench.check_end();
+}
+
+#[test]
+fn kv_is_reserved_and_a_large_request_is_not_overtaken() {
+    let defaults = FakeSettings::default();
+    let limits = ModelLimits { slots: 8, kv_tokens: 2048, ..defaults.limits };
+    let mut bench = Bench::measured(FakeSettings { limits, ..defaults });
+    let [small, large, late] =
+        [(1, 600), (2, 1500), (3, 10)].map(|(id, prompt)| bench.accept(draft(id, prompt, 20)));
+    assert_eq!(bench.step().admitted, 1, "768 + 1536 tokens are more than there are");
+    let load = bench.engine.load(bench.clock.now());
+    assert_eq!((load.running, load.waiting, load.kv_tokens), (1, 2, (768, 2048)));
+    bench.run();
+    bench.check_end();
+    assert!(bench.times[&small].last() < bench.times[&large].first());
+    assert!(bench.times[&small].last() < bench.times[&late].first(), "it came after the large one");
+}
+
+#[test]
+fn load_counts_what_is_left() {
+    let mut bench = Bench::measured(slots(1));
+    assert_eq!(bench.engine.load(bench.clock.now()).prefill_backlog_tokens, 0);
+    bench.accept(GenerateDraft { sampling: sampling(3), ..draft(1, 100, 8) });
+    bench.accept(draft(2, 50, 4));
+    let load = bench.engine.load(bench.clock.now());
+    assert_eq!((load.running, load.waiting, load.slots), (0, 2, 1));
+    assert_eq!((load.prefill_backlog_tokens, load.decode_backlog_tokens), (150, 12));
+    bench.step();
+    let load = bench.engine.load(bench.clock.now());
+    assert_eq!((load.running, load.waiting), (1, 1));
+    assert_eq!((load.prefill_backlog_tokens, load.decode_backlog_tokens), (50, 11));
+    bench.run();
+    bench.check_end();
+}

@@ -1,0 +1,6 @@
+//! The engine against a model without weights, in virtual time: what a request may meet, who runs when, and random traffic.
+
+mod harness;
+mod life;
+mod random;
+mod schedule;

@@ -1,0 +1,143 @@
+//! Who runs when, in virtual time.
+
+use crate::harness::{Bench, MAC_RATES, draft};
+use engine::{EngineSettings, ModelLimits};
+use std::time::Duration;
+use testkit::{FakeSettings, StepCost};
+use types::{GenerateError, NodeRates};
+
+fn machine(slots: usize, cost: StepCost) -> FakeSettings {
+    let limits = ModelLimits { slots, kv_tokens: 1 << 20, kv_bytes_per_token: 1024 };
+    FakeSettings { limits, cost, context_tokens: 1 << 17, ..FakeSettings::default() }
+}
+
+fn ms(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds)
+}
+
+#[test]
+fn rows_go_on_while_a_long_prompt_is_read() {
+    let check = |what: &str, rows: u128, cost: StepCost, rates: NodeRates| {
+        let settings = EngineSettings { rates, ..EngineSettings::default() };
+        let mut bench = Bench::new(machine(rows as usize + 1, cost), settings);
+        let ids: Vec<_> = (0..rows).map(|id| bench.accept(draft(id, 100, 20_000))).collect();
+        while ids.iter().any(|id| bench.streams.tokens(*id).len() < 50) {
+            bench.step();
+        }
+        bench.times.clear();
+        let begin = bench.clock.now();
+        let long = bench.accept(draft(1000, 32 << 10, 10));
+        while bench.streams.tokens(long).is_empty() {
+            bench.step();
+        }
+        // The smallest slice is 64 tokens; at the end of the prompt it attends to 32k.
+        let slice = cost.prefill_token * 64 + cost.kv_1024 * 64;
+        let target = settings.tpot_target.max(cost.base + (cost.row + cost.kv_1024 * 20) * rows as u32);
+        let pause_max = (target + slice).mul_f64(1.0 + 2.0 * cost.jitter);
+        for id in &ids {
+            let pause = bench.pause_max(*id);
+            assert!(pause <= pause_max, "{what}: a row paused for {pause:?}, more than {pause_max:?}");
+        }
+        // Reading alone takes this long; rows cost it no more than what they are promised.
+        let alone = (cost.prefill_token + cost.kv_1024 / 2) * (32 << 10);
+        let took = bench.clock.now() - begin;
+        assert!(took < alone * 5, "{what}: reading took {took:?} instead of {alone:?}");
+        [&ids[..], &[long]].concat().into_iter().for_each(|id| bench.cancel(id));
+        bench.run();
+        bench.check_end();
+    };
+    let mac = StepCost::mac();
+    check("one row", 1, mac, MAC_RATES);
+    check("eight rows", 8, mac, MAC_RATES);
+    check("a slower machine than thought", 8, mac, EngineSettings::default().rates);
+    let rates = NodeRates { prefill_tokens_per_s: 100.0, decode_step_s: 0.06, decode_row_s: 0.01 };
+    let cpu = StepCost { base: ms(50), prefill_token: ms(10), row: ms(10), ..mac };
+    check("slices longer than the target", 4, cpu, rates);
+    check("rows slower than the target", 12, cpu, rates);
+    let rates = NodeRates { prefill_tokens_per_s: 20_000.0, decode_step_s: 0.006, decode_row_s: 0.0001 };
+    let gpu = StepCost { base: ms(6), prefill_token: ms(1) / 20, row: ms(1) / 10, ..mac };
+    check("a fast machine", 32, gpu, rates);
+}
+
+#[test]
+fn several_prompts_are_read_at_once() {
+    let mut bench = Bench::measured(machine(8, StepCost::mac()));
+    for id in 0..4 {
+        bench.accept(draft(id, 90, 2));
+    }
+    let summary = bench.step();
+    assert_eq!((summary.slices, summary.prefill_tokens, summary.tokens), (4, 360, 4));
+    bench.run();
+    bench.check_end();
+}
+
+#[test]
+fn a_short_prompt_overtakes_a_long_one_that_can_wait() {
+    let mut bench = Bench::measured(machine(4, StepCost::mac()));
+    let long = bench.accept(draft(1, 32 << 10, 2));
+    bench.step();
+    let short = bench.accept(draft(2, 100, 2));
+    bench.run();
+    bench.check_end();
+    assert!(bench.ttft(short) < Duration::from_secs(1), "{:?}", bench.ttft(short));
+    assert!(bench.ttft(long) < Duration::from_secs(50), "{:?}", bench.ttft(long));
+}
+
+#[test]
+fn no_request_starves_under_constant_arrivals() {
+    // Each short request needs about 0.1 s of prefill; with eight slots one arrives every `every` steps.
+    let check = |what: &str, every: u128, refused: bool| {
+        let mut bench = Bench::measured(machine(8, StepCost::mac()));
+        let mut busy = 0;
+        let mut long = None;
+        for step in 0..4000_u128 {
+            if step % every == 0 {
+                match bench.submit(draft(step, 100, 10)) {
+                    Ok(_) => {}
+                    Err(GenerateError::Busy { .. }) => busy += 1,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            if step >= 100 && long.is_none() {
+                long = bench.submit(draft(1_000_000, 4000, 10)).ok();
+            }
+            bench.step();
+        }
+        assert_eq!(busy > 0, refused, "{what}: {busy} refused");
+        let long = long.expect("taken at some time");
+        // 4 s alone; at most 64 requests of 0.12 s each are before it, and those after it have later deadlines.
+        assert!(bench.ttft(long) < Duration::from_secs(30), "{what}: {:?}", bench.ttft(long));
+        bench.run();
+        bench.check_end();
+        let ttft_max = bench.arrivals.keys().map(|id| bench.ttft(*id)).max().expect("requests");
+        assert!(ttft_max < Duration::from_secs(30), "{what}: {ttft_max:?}");
+        for id in bench.arrivals.keys() {
+            assert!(bench.pause_max(*id) < ms(200), "{what}: {id} paused for {:?}", bench.pause_max(*id));
+        }
+    };
+    check("light load", 12, false);
+    check("overload", 1, true);
+}
+
+#[test]
+fn speed_is_learned() {
+    let check = |cost: StepCost, expected: NodeRates| {
+        let mut bench = Bench::new(machine(4, cost), EngineSettings::default());
+        for id in 0..40 {
+            bench.accept(draft(id, 300 + 37 * id as usize, 1 + 10 * (id % 4) as u32));
+        }
+        bench.run();
+        bench.check_end();
+        let got = bench.engine.rates();
+        let close = |got: f32, expected: f32| (got / expected - 1.0).abs() < 0.2;
+        assert!(close(got.prefill_tokens_per_s, expected.prefill_tokens_per_s), "{got:?}");
+        assert!(close(got.decode_step_s, expected.decode_step_s), "{got:?}");
+    };
+    let mac = StepCost::mac();
+    check(mac, MAC_RATES);
+    let fast = StepCost { base: ms(5), prefill_token: ms(1) / 20, row: ms(1) / 10, kv_1024: ms(0), ..mac };
+    check(
+        fast,
+        NodeRates { prefill_tokens_per_s: 512.0 / 0.0306, decode_step_s: 0.0051, decode_row_s: 0.0001 },
+    );
+}

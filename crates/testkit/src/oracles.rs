@@ -1,0 +1,167 @@
+//! Checks of token events: whatever produced them, a stream has one shape.
+
+use std::collections::BTreeMap;
+use types::{Finish, RequestId, TokenEvent, TokenId};
+
+/// How a stream of token events broke its contract.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum StreamFault {
+    /// Something came after the last event.
+    #[error("{event} came after {finish}")]
+    AfterEnd {
+        /// What came.
+        event: String,
+        /// The end that it came after.
+        finish: String,
+    },
+    /// An index was left out or came twice.
+    #[error("tokens at index {index} came where {expected} was due")]
+    Index {
+        /// What came.
+        index: u32,
+        /// What was due.
+        expected: u32,
+    },
+    /// An event of no tokens.
+    #[error("an event at index {index} holds no tokens")]
+    Empty {
+        /// Its index.
+        index: u32,
+    },
+    /// The usage does not fit the tokens: an end-of-text token may be counted beside them, nothing else.
+    #[error("{finish} does not fit the {tokens} tokens that came")]
+    Usage {
+        /// The end.
+        finish: String,
+        /// Tokens that came.
+        tokens: u32,
+    },
+    /// The stream ended without a last event.
+    #[error("the stream ended after {tokens} tokens without saying so")]
+    NoEnd {
+        /// Tokens that came.
+        tokens: u32,
+    },
+}
+
+/// What has come of one request.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Stream {
+    tokens: Vec<TokenId>,
+    finish: Option<Finish>,
+}
+
+impl Stream {
+    fn record(&mut self, event: &TokenEvent) -> Result<(), StreamFault> {
+        if let Some(finish) = &self.finish {
+            let (event, finish) = (format!("{event:?}"), format!("{finish:?}"));
+            return Err(StreamFault::AfterEnd { event, finish });
+        }
+        let expected = self.tokens.len() as u32;
+        match event {
+            TokenEvent::Tokens { index, .. } if *index != expected => {
+                Err(StreamFault::Index { index: *index, expected })
+            }
+            TokenEvent::Tokens { index, tokens } if tokens.is_empty() => {
+                Err(StreamFault::Empty { index: *index })
+            }
+            TokenEvent::Tokens { tokens, .. } => {
+                self.tokens.extend_from_slice(tokens);
+                Ok(())
+            }
+            TokenEvent::Finished(finish) => {
+                let counted = finish.usage.completion_tokens;
+                let fits = counted == expected || counted == expected + 1;
+                if !fits || finish.usage.cached_tokens > finish.usage.prompt_tokens {
+                    return Err(StreamFault::Usage { finish: format!("{finish:?}"), tokens: expected });
+                }
+                self.finish = Some(finish.clone());
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Checks a whole stream: gapless indexes, exactly one end, nothing after it. Returns its tokens and its end.
+///
+/// # Errors
+/// The first [`StreamFault`].
+pub fn check_stream(events: &[TokenEvent]) -> Result<(Vec<TokenId>, Finish), StreamFault> {
+    let mut stream = Stream::default();
+    events.iter().try_for_each(|event| stream.record(event))?;
+    let tokens = stream.tokens.len() as u32;
+    stream.finish.map(|finish| (stream.tokens, finish)).ok_or(StreamFault::NoEnd { tokens })
+}
+
+/// Checks many streams as their events come.
+#[derive(Debug, Clone, Default)]
+pub struct Streams {
+    streams: BTreeMap<RequestId, Stream>,
+}
+
+impl Streams {
+    /// Expects the events of an accepted request.
+    ///
+    /// # Panics
+    /// When it is expected already.
+    pub fn accepted(&mut self, id: RequestId) {
+        assert!(self.streams.insert(id, Stream::default()).is_none(), "{id} was accepted twice");
+    }
+
+    /// Takes an event.
+    ///
+    /// # Panics
+    /// When it breaks the contract of streams, or belongs to no accepted request.
+    pub fn record(&mut self, id: RequestId, event: &TokenEvent) {
+        let stream = self.streams.get_mut(&id);
+        let stream = stream.unwrap_or_else(|| panic!("{event:?} for {id}, which was not accepted"));
+        if let Err(fault) = stream.record(event) {
+            panic!("{id}: {fault}");
+        }
+    }
+
+    /// Tokens of a request so far; none where it was not accepted.
+    pub fn tokens(&self, id: RequestId) -> &[TokenId] {
+        self.streams.get(&id).map_or(&[], |stream| &stream.tokens)
+    }
+
+    /// How a request ended, if it has.
+    pub fn finish(&self, id: RequestId) -> Option<&Finish> {
+        self.streams.get(&id).and_then(|stream| stream.finish.as_ref())
+    }
+
+    /// Requests that have not ended.
+    pub fn unfinished(&self) -> Vec<RequestId> {
+        self.streams.iter().filter(|(_, stream)| stream.finish.is_none()).map(|(id, _)| *id).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use types::{FinishReason, Usage};
+
+    #[test]
+    fn every_fault_is_named() {
+        let tokens = |index, tokens: &[TokenId]| TokenEvent::Tokens { index, tokens: tokens.to_vec() };
+        let end = |completion_tokens| {
+            let usage = Usage { prompt_tokens: 1, cached_tokens: 0, completion_tokens };
+            TokenEvent::Finished(Finish { reason: FinishReason::Stop, usage })
+        };
+        let check = |events: &[TokenEvent], expected: &str| {
+            let got = check_stream(events).map(|(tokens, _)| format!("{tokens:?}"));
+            let got = got.unwrap_or_else(|fault| fault.to_string());
+            assert!(got.contains(expected), "{got:?} lacks {expected:?}");
+        };
+        check(&[tokens(0, &[7]), tokens(1, &[8, 9]), end(3)], "[7, 8, 9]");
+        check(&[tokens(0, &[7]), end(2)], "[7]");
+        check(&[end(0)], "[]");
+        check(&[], "ended after 0 tokens without");
+        check(&[tokens(1, &[7])], "index 1 came where 0 was due");
+        check(&[tokens(0, &[7]), tokens(0, &[7])], "index 0 came where 1 was due");
+        check(&[tokens(0, &[])], "holds no tokens");
+        check(&[end(0), end(0)], "came after");
+        check(&[end(0), tokens(0, &[7])], "came after");
+        check(&[tokens(0, &[7]), end(3)], "does not fit the 1 tokens");
+    }
+}
