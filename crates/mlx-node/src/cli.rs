@@ -1,0 +1,147 @@
+//! The command line: which command, with which settings over those of the file.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this is where the program speaks to a person"
+)]
+
+use crate::{
+    config::{self, Config, Values},
+    key,
+    settings::Settings,
+    status,
+};
+use clap::{Parser, Subcommand};
+use std::{path::PathBuf, process::ExitCode};
+
+/// The command failed.
+pub(crate) const EXIT_FAILED: u8 = 1;
+/// Flags, variables or the configuration file are wrong; clap's own code for it.
+pub(crate) const EXIT_USAGE: u8 = 2;
+
+/// One OpenAI-compatible endpoint out of the Macs on a network.
+///
+/// Without a command, `serve`. Settings come from a file, flags over it, and environment variables named
+/// `MLX_NODE_` and the setting's name in capitals over both.
+#[derive(Debug, Parser)]
+#[command(name = "mlx-node", version)]
+struct Cli {
+    /// Configuration file [default: ./cluster.toml, else ~/.config/mlx-cluster/cluster.toml, where there]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Config,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve: host a node, a router and the HTTP endpoint
+    Serve {
+        #[command(flatten)]
+        settings: Config,
+    },
+    /// Run one engine on stdin and stdout; started by `serve`
+    #[command(hide = true)]
+    Engine {
+        /// Settings, as JSON
+        #[arg(long)]
+        settings: String,
+    },
+    /// Make or name the key that all machines of a cluster share
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Show the nodes of the cluster as a running endpoint sees them
+    Status {
+        /// Print the endpoint's answer as it is
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        settings: Config,
+    },
+    /// Check or show the settings
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum KeyCommand {
+    /// Make a new key, in a file that only you can read
+    New {
+        /// Where to; never overwritten [default: ~/.config/mlx-cluster/cluster.key]
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Print a key's fingerprint, which tells keys apart and nothing else
+    Fingerprint {
+        /// The key's file [default: the one that the settings name]
+        file: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Say whether `serve` would accept the settings
+    Check {
+        #[command(flatten)]
+        settings: Config,
+    },
+    /// Print every setting as it stands, secrets left out, as a configuration file
+    Show {
+        #[command(flatten)]
+        settings: Config,
+    },
+}
+
+/// Runs what the command line says.
+pub(crate) fn run() -> ExitCode {
+    let Cli { config: file, settings: top, command } = Cli::parse();
+    let load = |flags: Config| {
+        config::load(file.as_deref(), flags.over(top.clone()), std::env::vars_os())
+            .map_err(|error| failed(EXIT_USAGE, error))
+    };
+    let outcome = match command {
+        None => load(Config::default()).and_then(serve),
+        Some(Command::Serve { settings }) => load(settings).and_then(serve),
+        Some(Command::Engine { settings }) => engine(&settings),
+        Some(Command::Key(KeyCommand::New { out })) => {
+            key::new(out).map_err(|error| failed(EXIT_FAILED, error))
+        }
+        Some(Command::Key(KeyCommand::Fingerprint { file })) => load(Config::default())
+            .and_then(|values| key::fingerprint(file, values).map_err(|error| failed(EXIT_FAILED, error))),
+        Some(Command::Status { json, settings }) => load(settings)
+            .and_then(|values| status::show(&values, json).map_err(|error| failed(EXIT_FAILED, error))),
+        Some(Command::Config(ConfigCommand::Check { settings })) => load(settings).and_then(check),
+        Some(Command::Config(ConfigCommand::Show { settings })) => load(settings).map(|values| show(&values)),
+    };
+    outcome.err().unwrap_or(ExitCode::SUCCESS)
+}
+
+/// Says what went wrong, in one line.
+pub(crate) fn failed(code: u8, error: impl std::fmt::Display) -> ExitCode {
+    eprintln!("mlx-node: {error}");
+    ExitCode::from(code)
+}
+
+fn check(values: Values) -> Result<(), ExitCode> {
+    let settings = Settings::resolve(values).map_err(|error| failed(EXIT_USAGE, error))?;
+    println!("the settings are valid: node {:?} of cluster {:?}", settings.name, settings.cluster);
+    Ok(())
+}
+
+fn show(values: &Values) {
+    for (name, value) in values.shown() {
+        println!("{name} = {value}");
+    }
+}
+
+fn serve(values: Values) -> Result<(), ExitCode> {
+    crate::logging::start(&values.log.0, values.log_format);
+    let _settings = Settings::resolve(values).map_err(|error| failed(EXIT_USAGE, error))?;
+    Err(failed(EXIT_FAILED, "not wired yet"))
+}
+
+fn engine(_settings: &str) -> Result<(), ExitCode> {
+    Err(failed(EXIT_FAILED, "not wired yet"))
+}

@@ -1,0 +1,299 @@
+//! Checks that settings make sense together and turns them into what the parts of the program take.
+
+use crate::{
+    config::{self, Values},
+    hardware,
+    values::{Auto, Dequantize, Device, LogFormat, Secret},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use transport::ClusterKey;
+use types::Role;
+
+/// Bytes of a cluster's or node's name: one string of an mDNS TXT record holds 255 with its key.
+const NAME_BYTES_MAX: usize = 128;
+/// Bytes of a key file; a key has 78.
+const KEY_FILE_BYTES_MAX: u64 = 4096;
+/// The name of the cluster key's file in the configuration's folder.
+pub(crate) const KEY_FILE_NAME: &str = "cluster.key";
+/// Sequences that a model may keep open: each costs a slot of KV, and steps grow with them.
+const MAX_BATCH_MAX: u32 = 1024;
+
+/// Settings that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SettingsError {
+    #[error("{name} = {value:?}: 1 to {NAME_BYTES_MAX} bytes are expected")]
+    Name { name: &'static str, value: String },
+    #[error("roles = []: at least one of \"node\" and \"router\" is expected")]
+    NoRoles,
+    #[error(
+        "no model is set: give a folder, a .gguf file or a hub id with --model, MLX_NODE_MODEL or `model` in \
+         cluster.toml (or leave \"node\" out of roles)"
+    )]
+    NoModel,
+    #[error("max_batch = {value}: at most {MAX_BATCH_MAX} are possible")]
+    MaxBatch { value: u32 },
+    #[error(
+        "http = \"{http}\" can be reached from other machines: set api_keys, or allow_anonymous = true to serve everybody"
+    )]
+    Open { http: SocketAddr },
+    #[error("api_keys: a key is empty")]
+    EmptyApiKey,
+    #[error("peers: {peer:?} is not host:port")]
+    Peer { peer: String },
+    #[error("cluster_key: {0}")]
+    Key(transport::ParseKeyError),
+    #[error("{}: {message}", path.display())]
+    KeyFile { path: PathBuf, message: String },
+    #[error("{what} needs the cluster key: make one with `mlx-node key new` and copy it to every machine")]
+    NoKey { what: &'static str },
+    #[error("{0}")]
+    RandomKey(transport::GenerateKeyError),
+}
+
+/// Where the cluster key came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum KeyOrigin {
+    /// `cluster_key`.
+    Setting,
+    /// A file.
+    File(PathBuf),
+    /// Drawn for this process alone, which therefore has no peers; the file is where one was looked for.
+    Random(Option<PathBuf>),
+}
+
+/// Everything `mlx-node serve` needs, checked.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) cluster: String,
+    pub(crate) name: String,
+    pub(crate) roles: Vec<Role>,
+    pub(crate) model: Option<ModelSettings>,
+    pub(crate) listen: SocketAddr,
+    pub(crate) http: SocketAddr,
+    pub(crate) api_keys: Vec<Secret>,
+    pub(crate) key: ClusterKey,
+    pub(crate) key_origin: KeyOrigin,
+    pub(crate) mdns: bool,
+    pub(crate) interfaces: Vec<String>,
+    pub(crate) peers: Vec<String>,
+    pub(crate) drain_timeout: Duration,
+}
+
+/// The model, before it is known where its files are.
+#[derive(Debug)]
+pub(crate) struct ModelSettings {
+    /// A path or a hub id.
+    pub(crate) source: String,
+    pub(crate) offline: bool,
+    /// What the engine process is told, but for the path.
+    pub(crate) engine: EngineProcessSettings,
+}
+
+/// What the engine process is told, as JSON on its command line; nothing in it is secret.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct EngineProcessSettings {
+    pub(crate) model: PathBuf,
+    pub(crate) name: String,
+    pub(crate) slots: u32,
+    pub(crate) context_tokens: Option<u32>,
+    pub(crate) kv_bytes: Option<u64>,
+    pub(crate) dequantize: Dequantize,
+    pub(crate) device: Device,
+    pub(crate) ttft_target: Duration,
+    pub(crate) tpot_target: Duration,
+    pub(crate) log: String,
+    pub(crate) log_format: LogFormat,
+}
+
+impl Settings {
+    /// Checks `values` and reads the cluster key.
+    ///
+    /// # Errors
+    /// The first setting that cannot be used.
+    pub(crate) fn resolve(values: Values) -> Result<Self, SettingsError> {
+        let name = values.name.clone().fixed().unwrap_or_else(hardware::host_name);
+        for (setting, value) in [("cluster", &values.cluster), ("name", &name)] {
+            if value.is_empty() || value.len() > NAME_BYTES_MAX {
+                return Err(SettingsError::Name { name: setting, value: value.clone() });
+            }
+        }
+        let mut roles = values.roles.0.clone();
+        roles.sort_unstable();
+        roles.dedup();
+        if roles.is_empty() {
+            return Err(SettingsError::NoRoles);
+        }
+        let model = roles.contains(&Role::Node).then(|| model_settings(&values)).transpose()?;
+        let api_keys = values.api_keys.0;
+        if api_keys.iter().any(|key| key.0.is_empty()) {
+            return Err(SettingsError::EmptyApiKey);
+        }
+        let open = !values.http.ip().is_loopback() && api_keys.is_empty() && !values.allow_anonymous;
+        if roles.contains(&Role::Router) && open {
+            return Err(SettingsError::Open { http: values.http });
+        }
+        for peer in &values.peers.0 {
+            let valid = peer.rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+            });
+            if !valid {
+                return Err(SettingsError::Peer { peer: peer.clone() });
+            }
+        }
+        let (key, key_origin) = cluster_key(&values.cluster_key, values.key_file)?;
+        let alone = matches!(key_origin, KeyOrigin::Random(_));
+        if alone && !values.peers.0.is_empty() {
+            return Err(SettingsError::NoKey { what: "peers" });
+        }
+        if alone && roles.len() < 2 {
+            return Err(SettingsError::NoKey { what: "a process with one role" });
+        }
+        Ok(Self {
+            cluster: values.cluster,
+            name,
+            roles,
+            model,
+            // Nobody can come in without the key: no port that others could reach, or that could be taken.
+            listen: if alone { (Ipv4Addr::LOCALHOST, 0).into() } else { values.listen },
+            http: values.http,
+            api_keys,
+            key,
+            key_origin,
+            mdns: values.mdns && !alone,
+            interfaces: values.interfaces.0,
+            peers: values.peers.0,
+            drain_timeout: values.drain_timeout.0,
+        })
+    }
+}
+
+fn model_settings(values: &Values) -> Result<ModelSettings, SettingsError> {
+    if values.model.is_empty() {
+        return Err(SettingsError::NoModel);
+    }
+    if values.max_batch > MAX_BATCH_MAX {
+        return Err(SettingsError::MaxBatch { value: values.max_batch });
+    }
+    let engine = EngineProcessSettings {
+        model: PathBuf::new(),
+        name: values.model_name.clone().fixed().unwrap_or_else(|| served_name(&values.model)),
+        slots: values.max_batch,
+        context_tokens: values.max_context.clone().fixed(),
+        kv_bytes: values.kv_memory.clone().fixed().map(|bytes| bytes.0),
+        dequantize: values.dequantize,
+        device: values.device,
+        ttft_target: values.ttft_target.0,
+        tpot_target: values.tpot_target.0,
+        log: values.log.0.clone(),
+        log_format: values.log_format,
+    };
+    Ok(ModelSettings { source: values.model.clone(), offline: values.offline, engine })
+}
+
+/// The name clients use for a model that is given as `source`: a hub id as it is, of a path the last part.
+fn served_name(source: &str) -> String {
+    let path = Path::new(source);
+    let gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    let looks_like_path = gguf || path.is_absolute() || source.starts_with('.') || path.exists();
+    let last = if gguf { path.file_stem() } else { path.file_name() };
+    match last {
+        Some(last) if looks_like_path => last.to_string_lossy().into_owned(),
+        _ => source.to_owned(),
+    }
+}
+
+fn cluster_key(setting: &Secret, file: Auto<PathBuf>) -> Result<(ClusterKey, KeyOrigin), SettingsError> {
+    if !setting.0.is_empty() {
+        return Ok((setting.0.parse().map_err(SettingsError::Key)?, KeyOrigin::Setting));
+    }
+    let usual = config::folder().map(|folder| folder.join(KEY_FILE_NAME));
+    let path = match file {
+        Auto::Fixed(path) => Some(path),
+        Auto::Auto => usual.clone().filter(|path| path.exists()),
+    };
+    let Some(path) = path else {
+        return Ok((ClusterKey::generate().map_err(SettingsError::RandomKey)?, KeyOrigin::Random(usual)));
+    };
+    Ok((read_key(&path)?, KeyOrigin::File(path)))
+}
+
+/// Reads the key in `path`.
+///
+/// # Errors
+/// A file that cannot be read or holds no key.
+pub(crate) fn read_key(path: &Path) -> Result<ClusterKey, SettingsError> {
+    let failed = |message: String| SettingsError::KeyFile { path: path.to_path_buf(), message };
+    let bytes = std::fs::metadata(path).map_err(|error| failed(error.to_string()))?.len();
+    if bytes > KEY_FILE_BYTES_MAX {
+        return Err(failed(format!("{bytes} bytes are too many for a cluster key")));
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    text.trim().parse().map_err(|error: transport::ParseKeyError| failed(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::from_toml;
+
+    /// Settings from a file's text, in a place where no key lies around.
+    fn resolve(text: &str) -> Result<Settings, String> {
+        let text =
+            if text.contains("key_file") { text.to_owned() } else { format!("{text}\n{}", key_line()) };
+        let values = from_toml(&text, Path::new("c.toml")).expect("valid").resolve();
+        Settings::resolve(values).map_err(|error| error.to_string())
+    }
+
+    fn key_line() -> String {
+        format!("cluster_key = \"{}\"", ClusterKey::generate().expect("random").reveal())
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let check = |text: &str, expected: &str| {
+            let error = resolve(text).expect_err(text);
+            assert!(error.contains(expected), "{text}: {error}");
+        };
+        check("", "no model is set");
+        check("cluster = \"\"", "cluster = \"\": 1 to 128 bytes");
+        check("roles = []", "roles = []");
+        check("model = \"m\"\nmax_batch = 2000", "max_batch = 2000: at most 1024");
+        check("model = \"m\"\nhttp = \"0.0.0.0:80\"", "set api_keys, or allow_anonymous = true");
+        check("model = \"m\"\nhttp = \"[::]:80\"", "set api_keys, or allow_anonymous = true");
+        check("model = \"m\"\npeers = [\"mac-2\"]", "\"mac-2\" is not host:port");
+        check("model = \"m\"\npeers = [\"mac-2:0\"]", "\"mac-2:0\" is not host:port");
+        check("model = \"m\"\nkey_file = \"/nonexistent/key\"", "/nonexistent/key: No such file");
+    }
+
+    #[test]
+    fn another_address_needs_keys_or_consent() {
+        for text in ["api_keys = [\"k\"]", "allow_anonymous = true", "roles = [\"node\"]"] {
+            let settings = resolve(&format!("model = \"m\"\nhttp = \"0.0.0.0:80\"\n{text}")).expect(text);
+            assert_eq!(settings.http.port(), 80);
+        }
+        assert_eq!(resolve("roles = [\"router\"]").expect("a router needs no model").roles, [Role::Router]);
+    }
+
+    #[test]
+    fn a_broken_key_is_an_error_that_does_not_show_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("key");
+        std::fs::write(&path, "mlxk1-5ec2e75ec2e7").expect("written");
+        let error = resolve(&format!("model = \"m\"\nkey_file = {path:?}")).expect_err("broken");
+        assert!(error.contains("digits") && !error.contains("5ec2e7"), "{error}");
+    }
+
+    #[test]
+    fn names_of_models() {
+        let check = |source: &str, expected: &str| assert_eq!(served_name(source), expected);
+        check("mlx-community/Llama-3.2-1B-Instruct-4bit", "mlx-community/Llama-3.2-1B-Instruct-4bit");
+        check("/models/SmolLM2-135M.Q4_1.gguf", "SmolLM2-135M.Q4_1");
+        check("./models/Llama-3.2/", "Llama-3.2");
+        check("models/x.GGUF", "x");
+    }
+}
