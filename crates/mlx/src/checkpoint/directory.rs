@@ -14,9 +14,9 @@ use std::{
 use types::{ModelAssets, TokenId, limits};
 
 /// The list of shards of a model in several files.
-pub const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// The weights of a model in one file.
-pub const SINGLE: &str = "model.safetensors";
+pub(crate) const SINGLE: &str = "model.safetensors";
 /// Bytes of one JSON file; the largest, tokenizers, must fit what may travel between nodes.
 const JSON_BYTES_MAX: u64 = limits::ASSETS_BYTES_MAX as u64;
 
