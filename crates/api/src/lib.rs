@@ -1,1 +1,116 @@
-//! api
+//! The HTTP endpoint: OpenAI's JSON in, token requests to a [`types::Generate`], text out, whole or as server-sent events.
+//!
+//! `openai` has the JSON as types, `prompt` turns messages into tokens, `text` turns tokens into text, `handlers` has a
+//! file for each route, and `error` is the one place that knows statuses. Nothing here knows nodes or sockets behind the
+//! two traits. A client that goes away drops its [`types::Generation`], which cancels it. There is no CORS: a page of
+//! another origin cannot read what is served here.
+
+mod auth;
+mod error;
+mod handlers;
+mod openai;
+mod prompt;
+mod server;
+mod tag;
+mod text;
+#[cfg(test)]
+#[path = "../tests/support/tokenizers.rs"]
+mod tokenizers_for_tests;
+
+pub use server::serve;
+
+use axum::{
+    Router,
+    http::{Method, Uri},
+    middleware::{from_fn, from_fn_with_state},
+    routing::{get, post},
+};
+use error::ApiError;
+use handlers::{chat, completions, models, status};
+use prompt::TextCache;
+use std::{fmt, sync::Arc};
+use tag::RequestTag;
+use types::{Directory, Generate};
+
+/// What the endpoint serves, and with what.
+#[derive(Clone)]
+pub struct ApiState {
+    /// Who generates.
+    pub generate: Arc<dyn Generate>,
+    /// Who knows the models and nodes.
+    pub directory: Arc<dyn Directory>,
+    /// How.
+    pub settings: ApiSettings,
+}
+
+/// What can be chosen about the endpoint.
+#[derive(Clone)]
+pub struct ApiSettings {
+    /// Keys that clients must have one of; none lets everyone in.
+    pub api_keys: Vec<String>,
+    /// `owned_by` of the models.
+    pub owned_by: String,
+}
+
+impl Default for ApiSettings {
+    fn default() -> Self {
+        Self { api_keys: Vec::new(), owned_by: "mlx-cluster".to_owned() }
+    }
+}
+
+/// The endpoint as an axum app, for [`serve`] or a larger one.
+pub fn app(state: ApiState) -> Router {
+    let state = Arc::new(App {
+        texts: TextCache::new(state.directory.clone()),
+        generate: state.generate,
+        directory: state.directory,
+        settings: state.settings,
+    });
+    Router::new()
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/models", get(models::list))
+        // Names of models may have slashes.
+        .route("/v1/models/{*id}", get(models::get))
+        .route("/v1/cluster", get(status::cluster))
+        .route("/health", get(status::health))
+        .route("/ready", get(status::ready))
+        .fallback(no_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(state.clone(), auth::check))
+        .layer(from_fn(tag::tag))
+        .with_state(state)
+}
+
+type AppState = Arc<App>;
+
+struct App {
+    generate: Arc<dyn Generate>,
+    directory: Arc<dyn Directory>,
+    settings: ApiSettings,
+    texts: TextCache,
+}
+
+async fn no_route(uri: Uri) -> ApiError {
+    ApiError::NoRoute { path: uri.path().to_owned() }
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::WrongMethod { method: method.to_string(), path: uri.path().to_owned() }
+}
+
+impl fmt::Debug for ApiState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiState").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// Without the keys.
+impl fmt::Debug for ApiSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiSettings")
+            .field("api_keys", &self.api_keys.len())
+            .field("owned_by", &self.owned_by)
+            .finish()
+    }
+}

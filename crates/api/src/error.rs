@@ -1,0 +1,185 @@
+//! Every way a request can fail, and the one place that turns it into a status and OpenAI's JSON.
+
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use types::{AssetsHash, GenerateError, GenerateRequestError, SamplingError, limits};
+
+/// Why a request gets no answer.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub(crate) enum ApiError {
+    #[error("the body is not valid JSON: {message}")]
+    Syntax { message: String },
+    #[error("{path}: {message}")]
+    Field { path: String, message: String },
+    #[error("{message}")]
+    Parameter { param: String, message: String },
+    #[error("{param} = {value} is not supported yet; leave {param} out")]
+    Unsupported { param: String, value: String },
+    #[error("{param} = {value} is unknown to the chat template of {model:?}; leave {param} out")]
+    UnknownToTemplate { param: &'static str, value: String, model: String },
+    #[error("no model is named and this cluster serves {}: {}", served.len(), served.join(", "))]
+    ModelNotNamed { served: Vec<String> },
+    #[error("the model {model:?} has no chat template; use /v1/completions with a prompt instead")]
+    NoChatTemplate { model: String },
+    #[error("the chat template of {model:?} does not accept these messages: {message}")]
+    Template { model: String, message: String },
+    #[error("the tokenizer of {model:?} (assets {assets}) cannot be used: {message}")]
+    Assets { model: String, assets: AssetsHash, message: String },
+    #[error("the tokenizer failed: {message}")]
+    Tokenizer { message: String },
+    #[error("the body is larger than {} bytes", limits::HTTP_BODY_BYTES_MAX)]
+    BodyTooLarge,
+    #[error("the body could not be read: {message}")]
+    BodyUnreadable { message: String },
+    #[error("the body did not arrive within {seconds} s")]
+    BodySlow { seconds: u64 },
+    #[error("{}", if *given { "the API key is not valid" } else { "an API key is needed, as `Authorization: Bearer …`" })]
+    Unauthorized { given: bool },
+    #[error("there is no {path:?} here")]
+    NoRoute { path: String },
+    #[error("{path:?} does not take {method}")]
+    WrongMethod { method: String, path: String },
+    #[error("the request was cancelled by the cluster before its text was complete")]
+    Cancelled,
+    #[error("{what}")]
+    Internal { what: String },
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+}
+
+impl ApiError {
+    /// A parameter that cannot be as it is.
+    pub(crate) fn parameter(param: &str, message: impl Into<String>) -> Self {
+        Self::Parameter { param: param.to_owned(), message: message.into() }
+    }
+
+    /// The body of the answer.
+    pub(crate) fn json(&self) -> ErrorJson {
+        let outline = self.outline();
+        let error = ErrorFields {
+            message: self.to_string(),
+            kind: outline.kind,
+            param: outline.param,
+            code: outline.code,
+        };
+        ErrorJson { error }
+    }
+
+    fn outline(&self) -> Outline {
+        use StatusCode as S;
+        let invalid = |status, code| Outline::new(status, "invalid_request_error", code);
+        let server = |status, code| Outline::new(status, "server_error", code);
+        match self {
+            Self::Syntax { .. } => invalid(S::BAD_REQUEST, "invalid_json"),
+            Self::Field { path, .. } => invalid(S::BAD_REQUEST, "invalid_type").param(path),
+            Self::Parameter { param, .. } => invalid(S::BAD_REQUEST, "invalid_value").param(param),
+            Self::Unsupported { param, .. } => invalid(S::BAD_REQUEST, "unsupported_parameter").param(param),
+            Self::UnknownToTemplate { param, .. } => {
+                invalid(S::BAD_REQUEST, "unsupported_parameter").param(param)
+            }
+            Self::ModelNotNamed { .. } => invalid(S::BAD_REQUEST, "model_required").param("model"),
+            Self::NoChatTemplate { .. } => invalid(S::BAD_REQUEST, "no_chat_template").param("messages"),
+            Self::Template { .. } => invalid(S::BAD_REQUEST, "chat_template_error").param("messages"),
+            Self::Assets { .. } => server(S::INTERNAL_SERVER_ERROR, "bad_tokenizer"),
+            Self::Tokenizer { .. } => server(S::INTERNAL_SERVER_ERROR, "tokenizer_failed"),
+            Self::BodyTooLarge => invalid(S::PAYLOAD_TOO_LARGE, "body_too_large"),
+            Self::BodyUnreadable { .. } => invalid(S::BAD_REQUEST, "body_unreadable"),
+            Self::BodySlow { .. } => invalid(S::REQUEST_TIMEOUT, "body_timeout"),
+            Self::Unauthorized { .. } => invalid(S::UNAUTHORIZED, "invalid_api_key"),
+            Self::NoRoute { .. } => invalid(S::NOT_FOUND, "unknown_url"),
+            Self::WrongMethod { .. } => invalid(S::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::Cancelled => server(S::SERVICE_UNAVAILABLE, "cancelled"),
+            Self::Internal { .. } => server(S::INTERNAL_SERVER_ERROR, "internal_error"),
+            Self::Generate(error) => match error {
+                GenerateError::Invalid { param, .. } => Outline {
+                    param: param.clone(),
+                    ..invalid(S::BAD_REQUEST, "invalid_value")
+                },
+                GenerateError::UnknownModel { .. } => invalid(S::NOT_FOUND, "model_not_found").param("model"),
+                GenerateError::ContextExceeded { .. } => invalid(S::BAD_REQUEST, "context_length_exceeded"),
+                GenerateError::Busy { retry_after_ms } => Outline {
+                    retry_after_s: Some(retry_after_ms.div_ceil(1000).max(1)),
+                    ..Outline::new(S::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full")
+                },
+                GenerateError::Unavailable { .. } => {
+                    Outline { retry_after_s: Some(1), ..server(S::SERVICE_UNAVAILABLE, "no_node") }
+                }
+                GenerateError::NodeLost { .. } => server(S::BAD_GATEWAY, "node_lost"),
+                GenerateError::Engine { .. } => server(S::INTERNAL_SERVER_ERROR, "engine_failed"),
+            },
+        }
+    }
+}
+
+impl From<SamplingError> for ApiError {
+    fn from(error: SamplingError) -> Self {
+        let param = match &error {
+            SamplingError::OutOfRange { name, .. } => name,
+            SamplingError::TooManyBiases { .. } => "logit_bias",
+        };
+        Self::parameter(param, error.to_string())
+    }
+}
+
+impl ApiError {
+    /// A request that is invalid by itself; `prompt_param` is what its prompt came from.
+    pub(crate) fn from_request(error: &GenerateRequestError, prompt_param: &str) -> Self {
+        let param = match error {
+            GenerateRequestError::EmptyPrompt | GenerateRequestError::PromptTooLong { .. } => prompt_param,
+            GenerateRequestError::MaxTokens { .. } => "max_tokens",
+            GenerateRequestError::StopTokens { .. } => "stop_token_ids",
+        };
+        Self::parameter(param, error.to_string())
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let outline = self.outline();
+        let mut response = (outline.status, Json(self.json())).into_response();
+        if let Some(seconds) = outline.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if outline.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+/// OpenAI's error body.
+#[derive(Debug, Serialize)]
+pub(crate) struct ErrorJson {
+    error: ErrorFields,
+}
+
+#[derive(Debug, Serialize)]
+struct ErrorFields {
+    message: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    param: Option<String>,
+    code: &'static str,
+}
+
+struct Outline {
+    status: StatusCode,
+    kind: &'static str,
+    code: &'static str,
+    param: Option<String>,
+    retry_after_s: Option<u64>,
+}
+
+impl Outline {
+    fn new(status: StatusCode, kind: &'static str, code: &'static str) -> Self {
+        Self { status, kind, code, param: None, retry_after_s: None }
+    }
+
+    fn param(self, param: &str) -> Self {
+        Self { param: Some(param.to_owned()), ..self }
+    }
+}

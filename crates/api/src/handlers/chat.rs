@@ -1,0 +1,76 @@
+//! `POST /v1/chat/completions`.
+
+use super::{
+    answer::{self, ChatFormat},
+    body,
+    start::{Job, PromptKind, resolve, start},
+};
+use crate::{
+    AppState, RequestTag,
+    error::ApiError,
+    openai::{request::ChatCompletionRequest, values::Object},
+    prompt::{ModelText, TemplateError, TemplateInput, TemplateMessage},
+};
+use axum::{Extension, body::Body, extract::State, response::Response};
+use types::{ModelCard, TokenId};
+
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    Extension(RequestTag(id)): Extension<RequestTag>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let body = body::read(body).await?;
+    let bytes = body.len();
+    let mut request = ChatCompletionRequest::parse(&body)?;
+    drop(body);
+    let card = resolve(&state, request.model.as_deref())?;
+    let parameters = request.take_parameters().check(&card)?;
+    let text = state.texts.get(&card).await?;
+    let model = card.clone();
+    let prompt = state.texts.run(&text, bytes, move |text| encode(text, &model, request)).await?;
+    let (stream, include_usage) = (parameters.stream, parameters.include_usage);
+    let format = ChatFormat::new(id, &card);
+    let job = Job { id, card, text, prompts: vec![prompt], kind: PromptKind::Messages, parameters };
+    let started = start(&state, job).await?;
+    if stream {
+        Ok(answer::stream(started, format, include_usage))
+    } else {
+        answer::whole(started, format).await
+    }
+}
+
+/// The prompt's tokens. As Hugging Face does, special tokens are left to the template, which knows where they belong.
+fn encode(
+    text: &ModelText,
+    card: &ModelCard,
+    request: ChatCompletionRequest,
+) -> Result<Vec<TokenId>, ApiError> {
+    let model = || card.name.clone();
+    let Some(template) = text.template() else {
+        return Err(ApiError::NoChatTemplate { model: model() });
+    };
+    if let Some(value) = request.reasoning_effort.as_ref().filter(|_| !template.knows_reasoning_effort()) {
+        let value = format!("{value:?}");
+        return Err(ApiError::UnknownToTemplate { param: "reasoning_effort", value, model: model() });
+    }
+    let messages = request.messages.into_iter().map(|Object(message)| TemplateMessage {
+        role: message.role,
+        content: message.content.unwrap_or_default().0,
+        name: message.name,
+        tool_call_id: message.tool_call_id,
+        reasoning_content: message.reasoning_content,
+    });
+    let input = TemplateInput {
+        messages: messages.collect(),
+        add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
+        reasoning_effort: request.reasoning_effort,
+        kwargs: request.chat_template_kwargs.unwrap_or_default(),
+    };
+    let prompt = template.render(input).map_err(|error| match error {
+        TemplateError::Reserved(_) => ApiError::parameter("chat_template_kwargs", error.to_string()),
+        TemplateError::Syntax(message) | TemplateError::Render(message) => {
+            ApiError::Template { model: model(), message }
+        }
+    })?;
+    text.encode(&prompt, false).map_err(|message| ApiError::Tokenizer { message })
+}

@@ -1,0 +1,52 @@
+//! `POST /v1/completions`.
+
+use super::{
+    answer::{self, TextFormat},
+    body,
+    start::{Job, PromptKind, resolve, start},
+};
+use crate::{
+    AppState, RequestTag,
+    error::ApiError,
+    openai::{parameters::check_tokens, request::CompletionRequest, values::Prompts},
+};
+use axum::{Extension, body::Body, extract::State, response::Response};
+
+/// Tokens generated where the client does not say: OpenAI's default for this endpoint.
+const MAX_TOKENS_DEFAULT: u32 = 16;
+
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    Extension(RequestTag(id)): Extension<RequestTag>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let body = body::read(body).await?;
+    let bytes = body.len();
+    let mut request = CompletionRequest::parse(&body)?;
+    drop(body);
+    let card = resolve(&state, request.model.as_deref())?;
+    let parameters = request.take_parameters().check(&card)?;
+    let text = state.texts.get(&card).await?;
+    let prompts = match request.prompt {
+        Prompts::Tokens(prompts) => {
+            prompts.iter().try_for_each(|prompt| check_tokens("prompt", prompt, &card))?;
+            prompts
+        }
+        Prompts::Texts(texts) => {
+            let encode = move |text: &crate::prompt::ModelText| {
+                let prompts = texts.iter().map(|prompt| text.encode(prompt, true));
+                prompts.collect::<Result<_, _>>().map_err(|message| ApiError::Tokenizer { message })
+            };
+            state.texts.run(&text, bytes, encode).await?
+        }
+    };
+    let (stream, include_usage) = (parameters.stream, parameters.include_usage);
+    let format = TextFormat::new(id, &card);
+    let kind = PromptKind::Text { max_tokens_default: MAX_TOKENS_DEFAULT };
+    let started = start(&state, Job { id, card, text, prompts, kind, parameters }).await?;
+    if stream {
+        Ok(answer::stream(started, format, include_usage))
+    } else {
+        answer::whole(started, format).await
+    }
+}

@@ -1,0 +1,137 @@
+//! The parameters that both completion requests share, checked.
+
+use super::values::{LogitBias, Seed, Strings};
+use crate::error::ApiError;
+use types::{ModelCard, SamplingDraft, SamplingParams, TokenId, limits};
+
+/// The fields as a client gives them.
+#[derive(Debug, Clone)]
+pub(crate) struct RawParameters {
+    pub(crate) temperature: Option<f32>,
+    pub(crate) top_p: Option<f32>,
+    pub(crate) top_k: Option<i64>,
+    pub(crate) min_p: Option<f32>,
+    pub(crate) repetition_penalty: Option<f32>,
+    pub(crate) presence_penalty: Option<f32>,
+    pub(crate) frequency_penalty: Option<f32>,
+    pub(crate) logit_bias: LogitBias,
+    pub(crate) seed: Option<Seed>,
+    pub(crate) stop: Strings,
+    pub(crate) stop_token_ids: Vec<TokenId>,
+    pub(crate) ignore_eos: bool,
+    pub(crate) max_tokens: Option<i64>,
+    pub(crate) max_completion_tokens: Option<i64>,
+    pub(crate) stream: bool,
+    pub(crate) include_usage: bool,
+}
+
+/// The fields, each in its range.
+#[derive(Debug, Clone)]
+pub(crate) struct Parameters {
+    sampling: SamplingParams,
+    /// Whether the client chose the seed.
+    seeded: bool,
+    /// None when the client left it to the endpoint.
+    pub(crate) max_tokens: Option<u32>,
+    pub(crate) stop_strings: Vec<String>,
+    pub(crate) stop_tokens: Vec<TokenId>,
+    pub(crate) ignore_eos: bool,
+    pub(crate) stream: bool,
+    pub(crate) include_usage: bool,
+}
+
+impl RawParameters {
+    /// Checks every range. Temperature is 1 unless given, as at OpenAI.
+    pub(crate) fn check(self, card: &ModelCard) -> Result<Parameters, ApiError> {
+        let stop_strings = check_stop_strings(self.stop.0)?;
+        if self.stop_token_ids.len() > limits::STOP_TOKENS_MAX {
+            let (count, max) = (self.stop_token_ids.len(), limits::STOP_TOKENS_MAX);
+            let message = format!("stop_token_ids has {count} tokens; at most {max} are allowed");
+            return Err(ApiError::parameter("stop_token_ids", message));
+        }
+        check_tokens("stop_token_ids", &self.stop_token_ids, card)?;
+        for &(token, _) in &self.logit_bias.0 {
+            check_tokens("logit_bias", &[token], card)?;
+        }
+        let max_tokens = match (self.max_completion_tokens, self.max_tokens) {
+            (Some(value), _) => Some(check_max_tokens("max_completion_tokens", value)?),
+            (None, Some(value)) => Some(check_max_tokens("max_tokens", value)?),
+            (None, None) => None,
+        };
+        let defaults = SamplingDraft::default();
+        let draft = SamplingDraft {
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            top_k: check_top_k(self.top_k.unwrap_or(0))?,
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
+            logit_bias: self.logit_bias.0,
+            seed: self.seed.map_or(0, |seed| seed.0),
+        };
+        Ok(Parameters {
+            sampling: SamplingParams::try_from(draft)?,
+            seeded: self.seed.is_some(),
+            max_tokens,
+            stop_strings,
+            stop_tokens: self.stop_token_ids,
+            ignore_eos: self.ignore_eos,
+            stream: self.stream,
+            include_usage: self.include_usage,
+        })
+    }
+}
+
+impl Parameters {
+    /// How tokens are drawn, with `random` as the seed where the client chose none.
+    pub(crate) fn sampling(&self, random: u64) -> SamplingParams {
+        if self.seeded {
+            return self.sampling.clone();
+        }
+        let draft = SamplingDraft { seed: random, ..self.sampling.clone().into() };
+        SamplingParams::try_from(draft).expect("valid before, and any seed is")
+    }
+}
+
+/// Whether all are in the model's vocabulary.
+pub(crate) fn check_tokens(param: &'static str, tokens: &[TokenId], card: &ModelCard) -> Result<(), ApiError> {
+    match tokens.iter().find(|&&token| token >= card.vocab_size) {
+        None => Ok(()),
+        Some(token) => {
+            let size = card.vocab_size;
+            let message =
+                format!("{param} has the token {token}; the model's vocabulary has {size} tokens");
+            Err(ApiError::parameter(param, message))
+        }
+    }
+}
+
+fn check_max_tokens(param: &'static str, value: i64) -> Result<u32, ApiError> {
+    let max = limits::NEW_TOKENS_MAX;
+    let in_range = u32::try_from(value).ok().filter(|value| (1..=max).contains(value));
+    in_range.ok_or_else(|| ApiError::parameter(param, format!("{param} is {value}; it must be from 1 to {max}")))
+}
+
+/// 0 and -1 both keep all tokens.
+fn check_top_k(value: i64) -> Result<u32, ApiError> {
+    let in_range = u32::try_from(value.max(0)).ok().filter(|_| value >= -1);
+    let allowed = "-1 or 0 (all tokens), or a number of tokens";
+    in_range.ok_or_else(|| ApiError::parameter("top_k", format!("top_k is {value}; it must be {allowed}")))
+}
+
+fn check_stop_strings(stop: Vec<String>) -> Result<Vec<String>, ApiError> {
+    let (count_max, bytes_max) = (limits::STOP_STRINGS_MAX, limits::STOP_STRING_BYTES_MAX);
+    if stop.len() > count_max {
+        let message = format!("stop has {} strings; at most {count_max} are allowed", stop.len());
+        return Err(ApiError::parameter("stop", message));
+    }
+    for (index, text) in stop.iter().enumerate() {
+        if text.is_empty() || text.len() > bytes_max {
+            let bytes = text.len();
+            let message = format!("stop[{index}] has {bytes} bytes; it must have from 1 to {bytes_max}");
+            return Err(ApiError::parameter("stop", message));
+        }
+    }
+    Ok(stop)
+}

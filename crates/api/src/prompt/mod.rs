@@ -1,0 +1,14 @@
+//! From messages and texts to tokens: chat template, tokenizer, and a cache of both by assets hash.
+//!
+//! [`TextCache`] owns the loaded [`ModelText`]s; a handler borrows one for as long as its request lives.
+
+mod cache;
+mod clock;
+mod json;
+mod template;
+mod tokenizer;
+
+pub(crate) use cache::TextCache;
+pub(crate) use clock::unix_seconds;
+pub(crate) use template::{ChatTemplate, TemplateError, TemplateInput, TemplateMessage};
+pub(crate) use tokenizer::ModelText;

@@ -1,0 +1,181 @@
+//! Chat templates: Jinja as Hugging Face's `apply_chat_template` sets it up.
+//!
+//! Blocks are trimmed, Python's string and dict methods work, `tojson` writes plain JSON, and `raise_exception`,
+//! `strftime_now`, `break` and `continue` exist. Templates come with a model and are bounded in what they may execute.
+
+use super::{clock, json::to_json};
+use crate::openai::request::Role;
+use minijinja::{
+    Environment, Error, ErrorKind, Value, context,
+    value::{Kwargs, ValueKind},
+};
+use serde::Serialize;
+use std::time::SystemTime;
+
+/// Instructions that one rendering may take: some thousand messages, far below a second.
+const FUEL_MAX: u64 = 20_000_000;
+/// `chat_template_kwargs` that would replace what a request says elsewhere.
+const RESERVED: [&str; 6] = ["messages", "tools", "documents", "bos_token", "eos_token", "chat_template"];
+const NAME: &str = "chat";
+
+/// A message as templates see it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct TemplateMessage {
+    pub(crate) role: Role,
+    pub(crate) content: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tool_call_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning_content: Option<String>,
+}
+
+/// What a template is given.
+#[derive(Debug, Default)]
+pub(crate) struct TemplateInput {
+    pub(crate) messages: Vec<TemplateMessage>,
+    pub(crate) add_generation_prompt: bool,
+    pub(crate) reasoning_effort: Option<String>,
+    pub(crate) kwargs: serde_json::Map<String, serde_json::Value>,
+}
+
+/// Why a template gives no prompt.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum TemplateError {
+    #[error("the chat template cannot be parsed: {0}")]
+    Syntax(String),
+    #[error("chat_template_kwargs may not have {0:?}")]
+    Reserved(String),
+    #[error("{0}")]
+    Render(String),
+}
+
+/// A model's chat template, ready to render.
+#[derive(Debug)]
+pub(crate) struct ChatTemplate {
+    environment: Environment<'static>,
+    special_tokens: Value,
+    knows_developer: bool,
+    knows_reasoning_effort: bool,
+}
+
+impl ChatTemplate {
+    pub(crate) fn new(
+        source: &str,
+        bos_token: Option<&str>,
+        eos_token: Option<&str>,
+    ) -> Result<Self, TemplateError> {
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_fuel(Some(FUEL_MAX));
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_function("strftime_now", strftime_now);
+        environment.add_filter("tojson", tojson);
+        environment
+            .add_template_owned(NAME, without_generation_blocks(source))
+            .map_err(|error| TemplateError::Syntax(describe(&error)))?;
+        Ok(Self {
+            environment,
+            special_tokens: context! { bos_token, eos_token },
+            knows_developer: source.contains("developer"),
+            knows_reasoning_effort: source.contains("reasoning_effort"),
+        })
+    }
+
+    /// Whether the template reads `reasoning_effort`.
+    pub(crate) fn knows_reasoning_effort(&self) -> bool {
+        self.knows_reasoning_effort
+    }
+
+    /// The prompt that the messages make.
+    pub(crate) fn render(&self, mut input: TemplateInput) -> Result<String, TemplateError> {
+        if let Some(name) = input.kwargs.keys().find(|name| RESERVED.contains(&name.as_str())) {
+            return Err(TemplateError::Reserved(name.clone()));
+        }
+        if !self.knows_developer {
+            for message in &mut input.messages {
+                if message.role == Role::Developer {
+                    message.role = Role::System;
+                }
+            }
+        }
+        let TemplateInput { messages, add_generation_prompt, reasoning_effort, kwargs } = input;
+        let effort = reasoning_effort.map_or(context! {}, |reasoning_effort| context! { reasoning_effort });
+        let nothing = Value::from(());
+        // The first to name a variable wins.
+        let variables = context! {
+            ..Value::from_serialize(&kwargs),
+            ..effort,
+            ..context! { messages, add_generation_prompt, tools => nothing.clone(), documents => nothing },
+            ..self.special_tokens.clone()
+        };
+        let template = self.environment.get_template(NAME).expect("added in new");
+        template.render(variables).map_err(|error| TemplateError::Render(describe(&error)))
+    }
+}
+
+/// The innermost message: what `raise_exception` was called with, or what went wrong and where.
+fn describe(error: &Error) -> String {
+    let detail = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    match error.line() {
+        Some(line) if error.kind() != ErrorKind::InvalidOperation => format!("{detail} (line {line})"),
+        _ => detail,
+    }
+}
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message))
+}
+
+fn strftime_now(format: &str) -> Result<String, Error> {
+    clock::strftime(format, clock::unix_seconds(SystemTime::now())).ok_or_else(|| {
+        Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know the format {format:?}"))
+    })
+}
+
+/// `tojson` takes what Hugging Face's does; options that only change escapes or order are accepted.
+fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
+    let indent: Option<Value> = kwargs.get("indent")?;
+    let indent = match indent {
+        Some(indent) if indent.kind() == ValueKind::Number => Some(usize::try_from(indent)?),
+        _ => None,
+    };
+    let _: Option<bool> = kwargs.get("ensure_ascii")?;
+    let _: Option<bool> = kwargs.get("sort_keys")?;
+    kwargs.assert_all_used()?;
+    to_json(value, indent)
+        .map(Value::from)
+        .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}")))
+}
+
+/// Replaces `{% generation %}` … `{% endgeneration %}`, which mark an assistant's tokens for training, by blocks that do
+/// nothing and trim alike.
+fn without_generation_blocks(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start);
+        out.push_str(before);
+        let Some(length) = tag.find("%}").map(|end| end + 2) else {
+            rest = tag;
+            break;
+        };
+        let (tag, after) = tag.split_at(length);
+        let inner = tag[2..length - 2].trim_matches(['-', '+']).trim();
+        match inner {
+            "generation" => out.push_str(&tag.replacen("generation", "if true", 1)),
+            "endgeneration" => out.push_str(&tag.replacen("endgeneration", "endif", 1)),
+            _ => out.push_str(tag),
+        }
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+#[cfg(test)]
+#[path = "template_tests.rs"]
+mod tests;

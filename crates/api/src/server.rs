@@ -1,0 +1,74 @@
+//! Serves an app over TCP: bounded connections, a time limit for headers, no waiting for full packets.
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
+};
+use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
+use tokio::{net::TcpListener, sync::Semaphore};
+use tracing::{debug, info, warn};
+
+/// Connections served at once; more wait in the kernel's backlog. One that does nothing costs about 30 kB.
+const CONNECTIONS_MAX: usize = 4096;
+/// For a request's headers to arrive, which also ends connections that stay idle.
+const HEADERS_TIME_MAX: Duration = Duration::from_secs(60);
+/// Bytes of a request's headers, and of what is buffered of one connection.
+const CONNECTION_BUFFER_BYTES_MAX: usize = 64 << 10;
+/// Pause after a failed accept: it is likely to be a lack of file descriptors, which passes when connections end.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves until `shutdown`, then stops accepting and returns when the requests in flight are answered.
+/// How long that may take is the caller's to bound: dropping this future ends all connections' acceptance, and the
+/// connections themselves end with the runtime.
+pub async fn serve(
+    listener: TcpListener,
+    app: Router,
+    shutdown: impl Future<Output = ()> + Send,
+) -> io::Result<()> {
+    let address = listener.local_addr()?;
+    info!(%address, "serving HTTP");
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let graceful = GracefulShutdown::new();
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let next = async {
+            let place = places.clone().acquire_owned().await.expect("never closed");
+            (place, listener.accept().await)
+        };
+        let (place, accepted) = tokio::select! {
+            next = next => next,
+            () = &mut shutdown => break,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        if let Err(error) = stream.set_nodelay(true) {
+            debug!(%peer, %error, "a connection ended at once");
+            continue;
+        }
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADERS_TIME_MAX)
+            .max_buf_size(CONNECTION_BUFFER_BYTES_MAX)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                debug!(%peer, %error, "a connection broke off");
+            }
+            drop(place);
+        });
+    }
+    drop(listener);
+    info!(%address, "no longer accepting; finishing what is in flight");
+    graceful.shutdown().await;
+    Ok(())
+}

@@ -1,0 +1,89 @@
+//! Small tokenizers of the two kinds that models have, made here: no file of a model is needed.
+
+use serde_json::{Map, Value, json};
+
+/// Special tokens of [`byte_level`], from id 256 on.
+pub(crate) const SPECIAL: [&str; 3] = ["<|im_start|>", "<|im_end|>", "<s>"];
+
+/// A byte-level BPE without merges, as GPT-2 has it: the token of a byte has the byte's value as its id.
+pub(crate) fn byte_level() -> String {
+    let mut vocab = Map::new();
+    let mut others = 0x100;
+    for byte in 0..=255_u32 {
+        let char = match byte {
+            0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => byte,
+            _ => {
+                others += 1;
+                others - 1
+            }
+        };
+        vocab.insert(char::from_u32(char).unwrap().to_string(), json!(byte));
+    }
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    tokenizer(&SPECIAL, 256, byte_level.clone(), Value::Null, byte_level, vocab, false)
+}
+
+/// A tokenizer of Llama 2's kind: pieces with `▁` for a space, and bytes where no piece fits. Ids: 0–2 special,
+/// 3–258 bytes, then [`PIECES`].
+pub(crate) fn byte_fallback() -> String {
+    let mut vocab = Map::new();
+    for (id, token) in ["<unk>", "<s>", "</s>"].into_iter().enumerate() {
+        vocab.insert(token.to_owned(), json!(id));
+    }
+    for byte in 0..=255_u32 {
+        vocab.insert(format!("<0x{byte:02X}>"), json!(byte + 3));
+    }
+    for (index, piece) in PIECES.into_iter().enumerate() {
+        vocab.insert(piece.to_owned(), json!(index + 259));
+    }
+    let decoder = json!({"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]});
+    let normalizer = json!({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]});
+    tokenizer(&["<unk>", "<s>", "</s>"], 0, Value::Null, normalizer, decoder, vocab, true)
+}
+
+/// Pieces of [`byte_fallback`] that are no bytes.
+pub(crate) const PIECES: [&str; 8] = ["▁", "▁a", "a", "b", "é", "▁é", "▁▁", "."];
+
+fn tokenizer(
+    special: &[&str],
+    special_from: usize,
+    pre_tokenizer: Value,
+    normalizer: Value,
+    decoder: Value,
+    vocab: Map<String, Value>,
+    byte_fallback: bool,
+) -> String {
+    let added = special.iter().enumerate().map(|(index, content)| {
+        json!({
+            "id": special_from + index, "content": content, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true,
+        })
+    });
+    // Truncation as training leaves it behind in some files: it must not shorten prompts.
+    let truncation =
+        json!({"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
+    json!({
+        "version": "1.0",
+        "truncation": truncation,
+        "padding": null,
+        "added_tokens": added.collect::<Vec<_>>(),
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": null,
+        "decoder": decoder,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": byte_fallback.then_some("<unk>"),
+            "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": byte_fallback,
+            "byte_fallback": byte_fallback, "vocab": vocab, "merges": [],
+        },
+    })
+    .to_string()
+}
