@@ -160,3 +160,6 @@ fn is_crypto(error: &ConnectionError) -> bool {
     };
     CRYPTO_ERRORS.contains(&u64::from(code))
 }
+
+#[cfg(test)]
+mod tests;

@@ -121,3 +121,52 @@ fn checksum(key: &[u8; KEY_BYTES]) -> [u8; CHECK_BYTES] {
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Made once with this code; another derivation would split clusters at an upgrade.
+    #[test]
+    fn what_is_derived_never_changes() {
+        let key = ClusterKey([7; KEY_BYTES]);
+        assert_eq!(key.fingerprint(), "0317304246423835");
+        let digits = "07".repeat(KEY_BYTES);
+        assert_eq!(key.reveal(), format!("mlxk1-{digits}4bb06f8e"));
+    }
+
+    #[test]
+    fn text_round_trips_and_is_shown_on_demand_only() {
+        let key = ClusterKey::generate().expect("random numbers");
+        let text = key.reveal();
+        assert_eq!(text.parse(), Ok(key.clone()));
+        assert_eq!(
+            format!("  {}\n", text.to_uppercase().replacen("MLXK", "mlxk", 1)).parse(),
+            Ok(key.clone())
+        );
+        let digits = text.strip_prefix(PREFIX).expect("prefix");
+        let debug = format!("{key:?}");
+        assert_eq!(debug, format!("ClusterKey(fingerprint {})", key.fingerprint()));
+        assert!(!debug.contains(&digits[..8]));
+        assert_ne!(ClusterKey::generate().expect("random numbers").fingerprint(), key.fingerprint());
+    }
+
+    #[test]
+    fn errors_say_what_is_wrong_and_never_show_the_text() {
+        let text = ClusterKey([7; KEY_BYTES]).reveal();
+        let check = |text: &str, expected: &str| {
+            let error = text.parse::<ClusterKey>().expect_err("no key").to_string();
+            assert_eq!(error, expected);
+        };
+        let prefix =
+            "a cluster key starts with \"mlxk1-\"; this text does not (make one with `mlx-node key new`)";
+        check("", prefix);
+        check("secret", prefix);
+        check(&text[6..], prefix);
+        check(&text[..40], "a cluster key has 72 digits after \"mlxk1-\"; this one has 34");
+        check(&format!("{text}0"), "a cluster key has 72 digits after \"mlxk1-\"; this one has 73");
+        let digit = "the character at position 10 of the cluster key is not a hexadecimal digit";
+        check(&format!("{}é{}", &text[..9], &text[10..]), digit);
+        check(&text.replacen("07", "08", 1), "the cluster key's checksum is wrong: a digit was changed");
+    }
+}

@@ -35,14 +35,24 @@ const PKCS8_ED25519: [u8; 16] =
 pub(crate) fn configs(
     key: &ClusterKey,
 ) -> Result<(quinn::ServerConfig, quinn::ClientConfig), TransportError> {
+    configs_for(key, ALPN)
+}
+
+/// The same for any application protocol, so that tests can be strangers who have the key.
+pub(crate) fn configs_for(
+    key: &ClusterKey,
+    alpn: &[u8],
+) -> Result<(quinn::ServerConfig, quinn::ClientConfig), TransportError> {
     let provider = Arc::new(crypto::ring::default_provider());
     let identity = identity(key)?;
     let verifier = Arc::new(OnlyThisKey {
         key: SubjectPublicKeyInfoDer::from(identity.cert[0].as_ref().to_vec()),
         algorithms: provider.signature_verification_algorithms,
     });
-    let server = server_crypto(&provider, &verifier, Arc::clone(&identity))?;
-    let client = client_crypto(&provider, &verifier, identity)?;
+    let mut server = server_crypto(&provider, &verifier, Arc::clone(&identity))?;
+    let mut client = client_crypto(&provider, &verifier, identity)?;
+    server.alpn_protocols = vec![alpn.to_vec()];
+    client.alpn_protocols = vec![alpn.to_vec()];
 
     let mut server =
         quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server).map_err(tls)?));
@@ -67,7 +77,6 @@ fn server_crypto(
         .map_err(tls)?
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(identity)));
-    server.alpn_protocols = vec![ALPN.to_vec()];
     // Every connection proves the key again.
     server.session_storage = Arc::new(NoServerSessionStorage {});
     server.send_tls13_tickets = 0;
@@ -87,7 +96,6 @@ fn client_crypto(
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_client_cert_resolver(Arc::new(AlwaysResolvesClientRawPublicKeys::new(identity)));
-    client.alpn_protocols = vec![ALPN.to_vec()];
     client.resumption = Resumption::disabled();
     client.enable_sni = false;
     Ok(client)
