@@ -95,10 +95,9 @@ impl ApiError {
             Self::Cancelled => server(S::SERVICE_UNAVAILABLE, "cancelled"),
             Self::Internal { .. } => server(S::INTERNAL_SERVER_ERROR, "internal_error"),
             Self::Generate(error) => match error {
-                GenerateError::Invalid { param, .. } => Outline {
-                    param: param.clone(),
-                    ..invalid(S::BAD_REQUEST, "invalid_value")
-                },
+                GenerateError::Invalid { param, .. } => {
+                    Outline { param: param.clone(), ..invalid(S::BAD_REQUEST, "invalid_value") }
+                }
                 GenerateError::UnknownModel { .. } => invalid(S::NOT_FOUND, "model_not_found").param("model"),
                 GenerateError::ContextExceeded { .. } => invalid(S::BAD_REQUEST, "context_length_exceeded"),
                 GenerateError::Busy { retry_after_ms } => Outline {

@@ -14,7 +14,7 @@ mod server;
 mod tag;
 mod text;
 #[cfg(test)]
-#[path = "../tests/support/tokenizers.rs"]
+#[path = "../tests/http/support/tokenizers.rs"]
 mod tokenizers_for_tests;
 
 pub use server::serve;

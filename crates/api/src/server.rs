@@ -21,8 +21,7 @@ const CONNECTION_BUFFER_BYTES_MAX: usize = 64 << 10;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until `shutdown`, then stops accepting and returns when the requests in flight are answered.
-/// How long that may take is the caller's to bound: dropping this future ends all connections' acceptance, and the
-/// connections themselves end with the runtime.
+/// How long that may take is the caller's to bound, by dropping this future; connections then end with the runtime.
 pub async fn serve(
     listener: TcpListener,
     app: Router,

@@ -172,8 +172,7 @@ const NO_USAGE: UsageJson =
 
 /// Adds up; what is unknown of one is unknown of the sum.
 fn add(sum: &mut Option<TextUsage>, usage: TextUsage) {
-    let before =
-        sum.unwrap_or(TextUsage { prompt_tokens: 0, completion_tokens: 0, cached_tokens: Some(0) });
+    let before = sum.unwrap_or(TextUsage { prompt_tokens: 0, completion_tokens: 0, cached_tokens: Some(0) });
     *sum = Some(TextUsage {
         prompt_tokens: before.prompt_tokens.saturating_add(usage.prompt_tokens),
         completion_tokens: before.completion_tokens.saturating_add(usage.completion_tokens),

@@ -54,7 +54,9 @@ pub(crate) fn resolve(state: &AppState, name: Option<&str>) -> Result<ModelCard,
             return Err(GenerateError::Unavailable { model, reason }.into());
         }
         ("", many) => {
-            return Err(ApiError::ModelNotNamed { served: many.iter().map(|card| card.name.clone()).collect() });
+            return Err(ApiError::ModelNotNamed {
+                served: many.iter().map(|card| card.name.clone()).collect(),
+            });
         }
         _ => models.iter().find(|card| card.name == name),
     };
@@ -63,7 +65,9 @@ pub(crate) fn resolve(state: &AppState, name: Option<&str>) -> Result<ModelCard,
     }
     let view = state.directory.view();
     if view.nodes.iter().any(|node| node.models.iter().any(|card| card.name == name)) {
-        return Err(GenerateError::Unavailable { model: name.to_owned(), reason: why_not_ready(&view) }.into());
+        return Err(
+            GenerateError::Unavailable { model: name.to_owned(), reason: why_not_ready(&view) }.into()
+        );
     }
     let served = models.into_iter().map(|card| card.name).collect();
     Err(GenerateError::UnknownModel { model: name.to_owned(), served }.into())
@@ -107,8 +111,8 @@ pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiErro
             ignore_eos: job.parameters.ignore_eos,
         };
         let prompt_param = if job.kind == PromptKind::Messages { "messages" } else { "prompt" };
-        let request = GenerateRequest::try_from(draft)
-            .map_err(|error| ApiError::from_request(&error, prompt_param))?;
+        let request =
+            GenerateRequest::try_from(draft).map_err(|error| ApiError::from_request(&error, prompt_param))?;
         let stop_strings = &job.parameters.stop_strings;
         starting.push(async move {
             let generation = state.generate.generate(request).await?;

@@ -95,13 +95,16 @@ impl Parameters {
 }
 
 /// Whether all are in the model's vocabulary.
-pub(crate) fn check_tokens(param: &'static str, tokens: &[TokenId], card: &ModelCard) -> Result<(), ApiError> {
+pub(crate) fn check_tokens(
+    param: &'static str,
+    tokens: &[TokenId],
+    card: &ModelCard,
+) -> Result<(), ApiError> {
     match tokens.iter().find(|&&token| token >= card.vocab_size) {
         None => Ok(()),
         Some(token) => {
             let size = card.vocab_size;
-            let message =
-                format!("{param} has the token {token}; the model's vocabulary has {size} tokens");
+            let message = format!("{param} has the token {token}; the model's vocabulary has {size} tokens");
             Err(ApiError::parameter(param, message))
         }
     }
@@ -110,7 +113,8 @@ pub(crate) fn check_tokens(param: &'static str, tokens: &[TokenId], card: &Model
 fn check_max_tokens(param: &'static str, value: i64) -> Result<u32, ApiError> {
     let max = limits::NEW_TOKENS_MAX;
     let in_range = u32::try_from(value).ok().filter(|value| (1..=max).contains(value));
-    in_range.ok_or_else(|| ApiError::parameter(param, format!("{param} is {value}; it must be from 1 to {max}")))
+    in_range
+        .ok_or_else(|| ApiError::parameter(param, format!("{param} is {value}; it must be from 1 to {max}")))
 }
 
 /// 0 and -1 both keep all tokens.

@@ -102,13 +102,14 @@ impl ChatTemplate {
                 }
             }
         }
-        let TemplateInput { messages, add_generation_prompt, reasoning_effort, kwargs } = input;
-        let effort = reasoning_effort.map_or(context! {}, |reasoning_effort| context! { reasoning_effort });
+        let TemplateInput { messages, add_generation_prompt, reasoning_effort, mut kwargs } = input;
+        if let Some(effort) = reasoning_effort {
+            kwargs.entry("reasoning_effort").or_insert_with(|| effort.into());
+        }
         let nothing = Value::from(());
         // The first to name a variable wins.
         let variables = context! {
             ..Value::from_serialize(&kwargs),
-            ..effort,
             ..context! { messages, add_generation_prompt, tools => nothing.clone(), documents => nothing },
             ..self.special_tokens.clone()
         };

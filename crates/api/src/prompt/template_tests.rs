@@ -98,7 +98,7 @@ fn render(source: &str, messages: &[(Role, &str)], kwargs: serde_json::Value) ->
     let input = TemplateInput {
         messages: messages.collect(),
         add_generation_prompt: true,
-        reasoning_effort: None,
+        reasoning_effort: Some("low".to_owned()),
         kwargs: kwargs.as_object().unwrap().clone(),
     };
     template.render(input).unwrap_or_else(|error| format!("error: {error}"))
@@ -157,7 +157,10 @@ fn variables_of_the_request() {
 #[test]
 fn python_and_hugging_face_additions() {
     let check = |source: &str, expected: &str| {
-        assert_eq!(render(source, &[(Role::User, "a</think>b")], json!({"t": {"k": ["<é>"], "n": null}})), expected);
+        assert_eq!(
+            render(source, &[(Role::User, "a</think>b")], json!({"t": {"k": ["<é>"], "n": null}})),
+            expected
+        );
     };
     check("{{ t | tojson }}", r#"{"k": ["<é>"], "n": null}"#);
     check("{{ t | tojson(indent=4) }}", "{\n    \"k\": [\n        \"<é>\"\n    ],\n    \"n\": null\n}");
@@ -166,6 +169,7 @@ fn python_and_hugging_face_additions() {
     check("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01");
     check("a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc");
     check("a {%- generation -%} b {% endgeneration %}\nc", "ab c");
+    check("{{ reasoning_effort }}", "low");
     check("{{ tools is none }}{{ tools is defined }}{{ missing is defined }}", "TrueTrueFalse");
     check("{{ strftime_now('%Y')|length }}", "4");
     check("{{ strftime_now('%Q') }}", "error: strftime_now does not know the format \"%Q\"");

@@ -34,9 +34,7 @@ impl ModelText {
         let template = assets
             .chat_template
             .as_deref()
-            .map(|source| {
-                ChatTemplate::new(source, assets.bos_token.as_deref(), assets.eos_token.as_deref())
-            })
+            .map(|source| ChatTemplate::new(source, assets.bos_token.as_deref(), assets.eos_token.as_deref()))
             .transpose()?;
         Ok(Self { tokenizer, special, template })
     }

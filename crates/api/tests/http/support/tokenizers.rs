@@ -19,7 +19,8 @@ pub(crate) fn byte_level() -> String {
         };
         vocab.insert(char::from_u32(char).unwrap().to_string(), json!(byte));
     }
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
     tokenizer(&SPECIAL, 256, byte_level.clone(), Value::Null, byte_level, vocab, false)
 }
 
@@ -68,8 +69,7 @@ fn tokenizer(
         })
     });
     // Truncation as training leaves it behind in some files: it must not shorten prompts.
-    let truncation =
-        json!({"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
+    let truncation = json!({"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
     json!({
         "version": "1.0",
         "truncation": truncation,

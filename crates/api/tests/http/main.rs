@@ -1,0 +1,7 @@
+//! The endpoint as a client sees it, over a scripted cluster.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod disconnect;
+mod errors;
+mod streams;
+mod support;

@@ -1,0 +1,241 @@
+//! A scripted cluster: one model, answers written down in the test, and a record of what was asked and dropped.
+
+#[expect(dead_code, reason = "the unit tests use the rest")]
+pub(crate) mod tokenizers;
+
+use api::{ApiSettings, ApiState};
+use axum::{
+    Router,
+    body::Body,
+    http::{Request, Response},
+};
+use futures_util::{StreamExt, stream};
+use http_body_util::BodyExt;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+use tokio::sync::watch;
+use tower::ServiceExt;
+use types::*;
+
+/// The context of the scripted models.
+pub(crate) const CONTEXT: u32 = 1000;
+
+/// What the scripted cluster does with each request.
+#[derive(Clone)]
+pub(crate) enum Script {
+    /// Refuses it.
+    Refuse(GenerateError),
+    /// Sends these events, and ends the stream.
+    Events(Vec<TokenEvent>),
+    /// Sends these events and then nothing.
+    Hang(Vec<TokenEvent>),
+}
+
+pub(crate) struct Cluster {
+    pub(crate) models: Vec<ModelCard>,
+    pub(crate) assets: Vec<Arc<ModelAssets>>,
+    pub(crate) view: ClusterView,
+    pub(crate) script: Script,
+    pub(crate) asked: Mutex<Vec<GenerateRequest>>,
+    /// Assets handed out.
+    pub(crate) loads: AtomicUsize,
+    /// Streams dropped before they had ended.
+    pub(crate) cancelled: watch::Sender<usize>,
+}
+
+impl Cluster {
+    /// A cluster that serves these models, each with the byte-level tokenizer and this template.
+    pub(crate) fn new(models: &[&str], template: Option<&str>, script: Script) -> Arc<Self> {
+        let assets = Arc::new(ModelAssets {
+            tokenizer_json: tokenizers::byte_level(),
+            chat_template: template.map(str::to_owned),
+            bos_token: Some("<s>".to_owned()),
+            eos_token: Some("<|im_end|>".to_owned()),
+        });
+        let card = |name: &&str| ModelCard {
+            name: (*name).to_owned(),
+            root: BlockHash::root(&[name.as_bytes()]),
+            context_tokens: CONTEXT,
+            vocab_size: 259,
+            eos_tokens: vec![257],
+            assets: assets.hash(),
+            created_s: 1_700_000_000,
+        };
+        let models: Vec<ModelCard> = models.iter().map(card).collect();
+        let node = NodeView {
+            id: NodeId(1),
+            name: "mini".to_owned(),
+            local: true,
+            address: None,
+            hardware: "test".to_owned(),
+            version: "0".to_owned(),
+            engine: if models.is_empty() { EngineState::Loading } else { EngineState::Ready },
+            models: models.clone(),
+            load: None,
+            rtt_s: None,
+        };
+        let view = ClusterView { cluster: "home".to_owned(), nodes: vec![node], in_flight: 0, waiting: 0 };
+        Arc::new(Self {
+            models,
+            assets: vec![assets],
+            view,
+            script,
+            asked: Mutex::default(),
+            loads: AtomicUsize::default(),
+            cancelled: watch::channel(0).0,
+        })
+    }
+
+    pub(crate) fn app(self: &Arc<Self>) -> Router {
+        self.app_with(ApiSettings::default())
+    }
+
+    pub(crate) fn app_with(self: &Arc<Self>, settings: ApiSettings) -> Router {
+        api::app(ApiState { generate: self.clone(), directory: self.clone(), settings })
+    }
+
+    /// The only request that was generated.
+    pub(crate) fn asked_once(&self) -> GenerateRequest {
+        let asked = self.asked.lock().unwrap();
+        assert_eq!(asked.len(), 1);
+        asked[0].clone()
+    }
+}
+
+impl Generate for Cluster {
+    fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, GenerateError>> {
+        self.asked.lock().unwrap().push(request);
+        let (events, hang) = match self.script.clone() {
+            Script::Refuse(error) => return Box::pin(async { Err(error) }),
+            Script::Events(events) => (events, false),
+            Script::Hang(events) => (events, true),
+        };
+        let cancelled = self.cancelled.clone();
+        let route = RouteInfo {
+            node: NodeId(1),
+            node_name: "mini ünïcode".to_owned(),
+            matched_tokens: 32,
+            reason: "affinity".to_owned(),
+        };
+        Box::pin(async move {
+            let running = CancelGuard { cancelled, ended: false };
+            let events =
+                stream::unfold((running, events.into_iter()), move |(mut running, mut events)| async move {
+                    match events.next() {
+                        Some(event) => {
+                            running.ended = matches!(event, TokenEvent::Finished(_));
+                            Some((event, (running, events)))
+                        }
+                        None if hang => std::future::pending().await,
+                        None => None,
+                    }
+                });
+            Ok(Generation { route, events: events.boxed() })
+        })
+    }
+}
+
+struct CancelGuard {
+    cancelled: watch::Sender<usize>,
+    ended: bool,
+}
+
+impl Drop for CancelGuard {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.cancelled.send_modify(|count| *count += 1);
+        }
+    }
+}
+
+impl Directory for Cluster {
+    fn models(&self) -> Vec<ModelCard> {
+        self.models.clone()
+    }
+
+    fn assets(&self, hash: AssetsHash) -> BoxFuture<'_, Result<Arc<ModelAssets>, GenerateError>> {
+        self.loads.fetch_add(1, Ordering::Relaxed);
+        let found = self.assets.iter().find(|assets| assets.hash() == hash).cloned();
+        Box::pin(async move { Ok(found.unwrap()) })
+    }
+
+    fn view(&self) -> ClusterView {
+        self.view.clone()
+    }
+}
+
+/// One event with the bytes of a text as its tokens.
+pub(crate) fn tokens(index: u32, text: &str) -> TokenEvent {
+    TokenEvent::Tokens { index, tokens: text.bytes().map(TokenId::from).collect() }
+}
+
+/// One event for each byte of a text.
+pub(crate) fn each_token(text: &str) -> Vec<TokenEvent> {
+    let event = |(index, byte)| TokenEvent::Tokens { index: index as u32, tokens: vec![TokenId::from(byte)] };
+    text.bytes().enumerate().map(event).collect()
+}
+
+pub(crate) fn finished(reason: FinishReason, completion_tokens: u32) -> TokenEvent {
+    let usage = Usage { prompt_tokens: 20, cached_tokens: 8, completion_tokens };
+    TokenEvent::Finished(Finish { reason, usage })
+}
+
+pub(crate) fn post(path: &str, body: impl Into<Body>) -> Request<Body> {
+    Request::post(path).header("content-type", "application/json").body(body.into()).unwrap()
+}
+
+pub(crate) fn get(path: &str) -> Request<Body> {
+    Request::get(path).body(Body::empty()).unwrap()
+}
+
+/// A response with its body read.
+pub(crate) struct Answer {
+    pub(crate) response: Response<()>,
+    pub(crate) text: String,
+}
+
+impl Answer {
+    pub(crate) fn status(&self) -> u16 {
+        self.response.status().as_u16()
+    }
+
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.response.headers().get(name).map_or("", |value| value.to_str().unwrap())
+    }
+
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
+    }
+
+    /// The body, with what differs between runs replaced.
+    pub(crate) fn stable_text(&self) -> String {
+        let mut text = self.text.replace(self.header("x-request-id"), "ID");
+        let mut from = 0;
+        while let Some(found) = text[from..].find("\"created\":") {
+            let start = from + found + "\"created\":".len();
+            let digits = text[start..].bytes().take_while(u8::is_ascii_digit).count();
+            text.replace_range(start..start + digits, "0");
+            from = start;
+        }
+        text
+    }
+}
+
+pub(crate) async fn ask(app: Router, request: Request<Body>) -> Answer {
+    let (parts, body) = app.oneshot(request).await.unwrap().into_parts();
+    let bytes = body.collect().await.unwrap().to_bytes();
+    Answer { response: Response::from_parts(parts, ()), text: String::from_utf8(bytes.to_vec()).unwrap() }
+}
+
+/// Serves an app on a loopback port for the rest of the test.
+pub(crate) async fn serve(app: Router) -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(api::serve(listener, app, std::future::pending()));
+    address
+}
