@@ -146,7 +146,7 @@ pub fn resolve_with(
         let (model, cache) = (id.to_string(), settings.cache.clone());
         return cached.map_err(|missing| HubError::Offline { model, cache, missing });
     }
-    match (fetch(&id, settings, progress), cached) {
+    match (fetch(&id, settings, cached.is_ok(), progress), cached) {
         (Err(error @ HubError::Failed { .. }), Ok(folder)) => {
             tracing::warn!(%error, folder = %folder.display(), "using the cached version of {id}");
             Ok(folder)
@@ -209,10 +209,11 @@ fn cached(id: &HubId, settings: &HubSettings) -> Result<PathBuf, String> {
 fn fetch(
     id: &HubId,
     settings: &HubSettings,
+    is_cached: bool,
     progress: &mut dyn FnMut(&str, f32),
 ) -> Result<PathBuf, HubError> {
     progress(&format!("looking for {id}"), 0.0);
-    let hub = Downloader::new(id, settings)?;
+    let hub = Downloader::new(id, settings, is_cached)?;
     let unusable = |reason: String| HubError::Unusable { model: id.to_string(), reason };
     let has = |name: &str| hub.files.iter().any(|file| file == name);
     for name in ["config.json", "tokenizer.json"] {

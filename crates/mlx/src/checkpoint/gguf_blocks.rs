@@ -335,7 +335,7 @@ mod tests {
             };
             let dense = |array: &Array| array.as_dtype(Dtype::Float32).unwrap();
             let values =
-                dequantize(&words, &dense(&scales), Some(&dense(&biases)), Some(group_size), Some(bits))
+                dequantize(&words, dense(&scales), Some(&dense(&biases)), Some(group_size), Some(bits))
                     .unwrap();
             assert_eq!(values.shape(), [8, 64]);
             let expected = expected(encoding, &bytes);

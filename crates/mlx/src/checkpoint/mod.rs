@@ -43,7 +43,8 @@ pub struct Checkpoint {
     pub assets: ModelAssets,
     /// Every token that ends a text, each once.
     pub eos_tokens: Vec<TokenId>,
-    /// Equal for equal weights, wherever they lie: see [`fingerprint`](self) in the source for what goes in.
+    /// Equal for equal weights, wherever they lie: a hash over the configuration and, of each file, its size, its
+    /// tensors' names, types and shapes, and 32 samples of 64 KiB spread over its bytes.
     pub fingerprint: BlockHash,
     /// Size of the files that hold the weights.
     pub bytes: u64,
@@ -75,7 +76,7 @@ impl Checkpoint {
 
     fn from_parts(parts: Parts<'_>) -> Result<Self, LoadError> {
         let Parts { config, tensors, assets, mut eos_tokens, files } = parts;
-        let place = files.first().map_or(Path::new(""), |file| file.path);
+        let place = files.first().map_or_else(|| Path::new(""), |file| file.path);
         if !assets.fits() {
             let reason = format!("its tokenizer and chat template have {} bytes together", assets.bytes());
             return Err(LoadError::unsupported(place, reason));

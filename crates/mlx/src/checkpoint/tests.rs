@@ -435,7 +435,7 @@ fn checkpoint_real_model_opens() {
     }
     assert_eq!(checkpoint.eos_tokens, [2]);
     let tokenizer = Tokenizer::from_bytes(&checkpoint.assets.tokenizer_json).unwrap();
-    // Ids from the model's own tokenizer.json.
+    // Ids from Python's tokenizers package, set up from the same file by other code.
     for (text, ids) in [
         ("Hello, world!", &[19556, 28, 905, 17][..]),
         ("<|im_start|>user\n", &[1, 4093, 198]),

@@ -19,7 +19,7 @@ use std::{
     thread,
 };
 
-/// Tries of one file that bring nothing new; tries that do are not counted.
+/// With waits that double from a second, half a minute: a restarted router is back by then.
 const FRUITLESS_TRIES_MAX: u32 = 5;
 /// Reports of a download that may wait to be looked at.
 const REPORTS_MAX: usize = 64;
@@ -32,13 +32,16 @@ pub(super) struct Downloader<'a> {
     /// The model at its commit.
     repo: Repo,
     commit: String,
+    /// Tries of one thing that bring nothing new; tries that do are not counted.
+    fruitless_max: u32,
     /// Names of all files at the top of the commit.
     pub(super) files: Vec<String>,
 }
 
 impl<'a> Downloader<'a> {
-    /// Asks the hub for the commit that the revision stands for, and for its files.
-    pub(super) fn new(id: &'a HubId, settings: &'a HubSettings) -> Result<Self, HubError> {
+    /// Asks the hub for the commit that the revision stands for, and for its files: once where an answer can be done
+    /// without.
+    pub(super) fn new(id: &'a HubId, settings: &'a HubSettings, once: bool) -> Result<Self, HubError> {
         let failed = |reason: String| HubError::Failed {
             endpoint: settings.endpoint.clone(),
             what: id.to_string(),
@@ -51,13 +54,22 @@ impl<'a> Downloader<'a> {
             .with_retries(0)
             .build();
         let api = api.map_err(|error| failed(error.to_string()))?;
-        let mut this = Self { id, settings, api, repo: id.repo(), commit: String::new(), files: Vec::new() };
+        let mut this = Self {
+            id,
+            settings,
+            api,
+            repo: id.repo(),
+            commit: String::new(),
+            fruitless_max: if once { 1 } else { FRUITLESS_TRIES_MAX },
+            files: Vec::new(),
+        };
         let info = this.tried(&id.to_string(), &mut |_| {}, |api, repo, _| Ok(api.repo(repo).info()?))?;
         if info.sha.is_empty() || !info.sha.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Err(failed(format!("it names the commit {:?}", info.sha)));
         }
         this.repo = Repo::with_revision(id.name.clone(), RepoType::Model, info.sha.clone());
         this.commit = info.sha;
+        this.fruitless_max = FRUITLESS_TRIES_MAX;
         this.files = info.siblings.into_iter().map(|file| file.rfilename).collect();
         Ok(this)
     }
@@ -132,7 +144,7 @@ impl<'a> Downloader<'a> {
             };
             fruitless = if done > furthest { 0 } else { fruitless + 1 };
             furthest = furthest.max(done);
-            if fruitless >= FRUITLESS_TRIES_MAX {
+            if fruitless >= self.fruitless_max {
                 return Err(HubError::Failed { endpoint, what, reason });
             }
             tracing::warn!(%reason, "downloading {what}: trying again");
@@ -201,6 +213,10 @@ impl From<ApiError> for Failure {
                 ureq::Error::StatusCode(status @ (401 | 403)) => Self::Refused(status),
                 ureq::Error::StatusCode(status) if status != 429 && status < 500 => {
                     Self::Final(format!("HTTP status {status}"))
+                }
+                // What rustls makes of a certificate that it does not trust.
+                ureq::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    Self::Final(error.to_string())
                 }
                 error => Self::Transient(error.to_string()),
             },

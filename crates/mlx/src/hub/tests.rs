@@ -212,8 +212,8 @@ fn hub_downloads_what_is_needed_once() {
     let offline =
         HubSettings { offline: true, endpoint: "http://127.0.0.1:1".to_owned(), ..hub.settings.clone() };
     assert_eq!(resolve_with(ID, &offline, &mut |_, _| ()).unwrap(), folder);
-    let down = HubSettings { offline: false, ..offline };
-    assert_eq!(resolve_with(ID, &down, &mut |_, _| ()).unwrap(), folder);
+    let down = HubSettings { offline: false, retry_wait: Duration::from_secs(600), ..offline };
+    assert_eq!(resolve_with(ID, &down, &mut |_, _| ()).unwrap(), folder, "at once");
     fs::remove_file(folder.join("model-00002-of-00002.safetensors")).unwrap();
     let offline = HubSettings { offline: true, ..down };
     let error = resolve_with(ID, &offline, &mut |_, _| ()).unwrap_err().to_string();
