@@ -32,7 +32,14 @@ fn a_text_ends_as_it_should() {
     check("end of text at once", Some(0), &|_| {}, stop.clone(), 0, 1);
     check("end of text as the last token", Some(7), &|_| {}, stop.clone(), 7, 8);
     check("end of text ignored", Some(3), &|draft| draft.ignore_eos = true, length.clone(), 8, 8);
-    check("a stop token that does not come", None, &|draft| draft.stop_tokens = vec![5], length.clone(), 8, 8);
+    check(
+        "a stop token that does not come",
+        None,
+        &|draft| draft.stop_tokens = vec![5],
+        length.clone(),
+        8,
+        8,
+    );
     let request = draft(1, 100, 8).try_into().expect("valid");
     let second = FakeSettings::default().output(&request).tokens[1];
     check("a stop token", None, &|draft| draft.stop_tokens = vec![5, second], stop, 1, 2);

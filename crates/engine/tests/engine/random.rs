@@ -58,7 +58,6 @@ fn request(id: u128, random: &mut Random) -> GenerateDraft {
 
 /// Runs the traffic of a seed; returns its events.
 fn traffic(seed: u64) -> Vec<(RequestId, TokenEvent)> {
-    println!("seed {seed}");
     let mut random = Random(seed);
     let mut bench = Bench::new(settings(&mut random), EngineSettings::default());
     let faults = random.one_in(3);
@@ -104,6 +103,7 @@ fn traffic(seed: u64) -> Vec<(RequestId, TokenEvent)> {
 fn every_request_ends_once_with_its_own_text() {
     let mut ends = [0; 4];
     for seed in 0..SEEDS {
+        println!("seed {seed}");
         for (_, event) in traffic(seed) {
             if let TokenEvent::Finished(finish) = event {
                 let kind = match finish.reason {
@@ -122,6 +122,7 @@ fn every_request_ends_once_with_its_own_text() {
 #[test]
 fn equal_traffic_gives_equal_events() {
     for seed in [1, 2, 3] {
+        println!("seed {seed}");
         assert_eq!(traffic(seed), traffic(seed));
     }
 }
