@@ -6,7 +6,12 @@
 //! asks every peer to prove the cluster key.
 #![warn(missing_docs)]
 
-use std::net::SocketAddr;
+mod mdns;
+mod peers;
+
+use mdns::{Heard, Mdns};
+use std::net::{IpAddr, SocketAddr};
+use tokio::{sync::mpsc, task::JoinSet};
 use types::{NodeId, Role};
 
 /// What to announce and whom to look for.
@@ -78,28 +83,86 @@ pub enum DiscoveryError {
     },
 }
 
-/// A running discovery.
+/// Events that may wait for their reader; more make the sources wait.
+const EVENTS_MAX: usize = 256;
+
+/// A running discovery. Dropped without [`Discovery::shutdown`], it leaves as fast as it can.
 #[derive(Debug)]
 pub struct Discovery {
-    events: tokio::sync::mpsc::Receiver<PeerEvent>,
+    events: mpsc::Receiver<PeerEvent>,
+    mdns: Option<Mdns>,
+    /// Aborted when dropped.
+    tasks: JoinSet<()>,
 }
 
 /// Starts to announce and to look. Needs a tokio runtime.
 pub fn start(settings: DiscoverySettings) -> Result<Discovery, DiscoveryError> {
-    let _ = settings;
-    let (_, events) = tokio::sync::mpsc::channel(1);
-    Ok(Discovery { events })
+    let names = settings.peers.iter().map(|entry| peers::parse(entry)).collect::<Result<Vec<_>, _>>()?;
+    let (sender, events) = mpsc::channel(EVENTS_MAX);
+    let mut tasks = JoinSet::new();
+    let mdns = if settings.mdns {
+        let (mdns, announcements) = Mdns::start(&settings)?;
+        tasks.spawn(mdns::watch(mdns.daemon(), announcements, Heard::new(&settings), sender.clone()));
+        Some(mdns)
+    } else {
+        None
+    };
+    for name in names {
+        tasks.spawn(peers::resolve(name, sender.clone()));
+    }
+    // Without a source there are no events, but there is no end either.
+    tasks.spawn(async move { sender.closed().await });
+    Ok(Discovery { events, mdns, tasks })
 }
 
 impl Discovery {
-    /// The next event; `None` after [`Discovery::shutdown`]. Safe to cancel.
+    /// The next event; waits for as long as there is none. Safe to cancel.
     pub async fn next(&mut self) -> Option<PeerEvent> {
         self.events.recv().await
     }
 
     /// Says goodbye to the others and stops; waits, for a bounded time, until the goodbye has left.
-    pub async fn shutdown(self) {
-        drop(self);
-        tokio::task::yield_now().await;
+    pub async fn shutdown(mut self) {
+        self.tasks.abort_all();
+        if let Some(mdns) = self.mdns.take() {
+            mdns.leave().await;
+        }
+    }
+}
+
+/// The most promising first: private and public IPv4, IPv6, then addresses of one link only, then this machine's own.
+fn sort_addresses(addresses: &mut [SocketAddr]) {
+    addresses.sort_by_key(|address| {
+        let rank = match address.ip() {
+            ip if ip.is_loopback() => 4,
+            IpAddr::V4(ip) if ip.is_link_local() => 3,
+            IpAddr::V6(ip) if ip.is_unicast_link_local() => 2,
+            IpAddr::V6(_) => 1,
+            IpAddr::V4(_) => 0,
+        };
+        (rank, *address)
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_addresses_come_last() {
+        let parse = |text: &str| text.parse::<SocketAddr>().expect("an address");
+        let sorted = [
+            "10.0.0.2:1",
+            "192.168.1.2:1",
+            "[fd00::2]:1",
+            "[fe80::1%2]:1",
+            "169.254.0.9:1",
+            "127.0.0.1:1",
+            "[::1]:1",
+        ];
+        let expected: Vec<_> = sorted.iter().map(|text| parse(text)).collect();
+        let mut addresses: Vec<_> = expected.iter().rev().copied().collect();
+        sort_addresses(&mut addresses);
+        assert_eq!(addresses, expected);
     }
 }
