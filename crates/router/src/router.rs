@@ -107,6 +107,8 @@ pub struct KnownNode {
     booked: BookedWork,
     /// Requests that ended since the last load report, which still counts them.
     ended: u32,
+    /// It refused a request as busy since the last load report.
+    full: bool,
 }
 
 impl KnownNode {
@@ -216,6 +218,7 @@ impl Router {
                 rtt: Duration::ZERO,
                 booked: BookedWork::default(),
                 ended: 0,
+                full: false,
             },
         );
         true
@@ -232,6 +235,7 @@ impl Router {
             known.load = None;
             known.booked = BookedWork::default();
             known.ended = 0;
+            known.full = false;
         }
         known.state = state;
         known.models = models;
@@ -248,7 +252,15 @@ impl Router {
         if let Some(known) = self.nodes.get_mut(&node) {
             known.load = Some((load, now));
             known.ended = 0;
+            known.full = false;
             self.bookings.reported(node, &mut known.booked);
+        }
+    }
+
+    /// A node refused a request as busy: it gets none until it reports its load again.
+    pub fn full(&mut self, node: NodeId) {
+        if let Some(known) = self.nodes.get_mut(&node) {
+            known.full = true;
         }
     }
 
@@ -279,7 +291,7 @@ impl Router {
                 continue;
             }
             let work = known.work(now);
-            if work.requests >= work.slots.saturating_add(NODE_WAITING_MAX) {
+            if known.full || work.requests >= work.slots.saturating_add(NODE_WAITING_MAX) {
                 free_s = Some(free_s.unwrap_or(f64::INFINITY).min(work.slot_s()));
                 continue;
             }

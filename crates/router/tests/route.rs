@@ -209,6 +209,15 @@ fn full_nodes_are_not_chosen_and_all_full_is_busy() {
 }
 
 #[test]
+fn a_node_that_refused_gets_nothing_until_it_reports() {
+    let mut case = Case::new(&[load(1000.0, 0, 0), load(100.0, 0, 0)]);
+    case.router.full(NodeId(1));
+    case.check(&prompt(1, 10), 2, RouteReason::OnlyNode);
+    case.load(1, load(1000.0, 0, 0));
+    case.check(&prompt(1, 10), 1, RouteReason::LeastWork);
+}
+
+#[test]
 fn an_end_after_the_report_makes_room_at_once() {
     let mut case = Case::new(&[load(1000.0, 0, 0)]);
     let (booking, _) = case.send(&prompt(1, 10));

@@ -1,0 +1,92 @@
+//! An engine child without a model, for this crate's tests: real pipes, real time, made-up text.
+//!
+//! Arguments: `NAME LOAD_MS STEP_MS SLOTS PID_FILE [FAILURE]`. With a failure, loading ends with it.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program, which shows that printing does no harm"
+)]
+
+use engine::{EngineSettings, Model, ModelError, ModelLimits, SequenceId, Slice};
+use node::engine_process::{self, LoadedModel};
+use std::process::ExitCode;
+use std::time::Duration;
+use testkit::{FakeModel, FakeSettings, StepCost, VirtualClock};
+use types::{ModelAssets, ModelCard, TokenId};
+
+/// A [`FakeModel`] whose steps take real time.
+#[derive(Debug)]
+struct PacedModel {
+    model: FakeModel,
+    card: ModelCard,
+    clock: VirtualClock,
+}
+
+impl Model for PacedModel {
+    fn card(&self) -> &ModelCard {
+        &self.card
+    }
+
+    fn limits(&self) -> ModelLimits {
+        self.model.limits()
+    }
+
+    fn open(&mut self, sequence: SequenceId, tokens_max: usize) -> Result<(), ModelError> {
+        self.model.open(sequence, tokens_max)
+    }
+
+    fn step(&mut self, slices: &[Slice<'_>]) -> Result<Vec<TokenId>, ModelError> {
+        let begin = self.clock.now();
+        let drawn = self.model.step(slices);
+        std::thread::sleep(self.clock.now() - begin);
+        drawn
+    }
+
+    fn close(&mut self, sequence: SequenceId) {
+        self.model.close(sequence);
+    }
+}
+
+fn main() -> ExitCode {
+    let stdout = engine_process::private_stdout().expect("a file descriptor is left");
+    // Whoever prints must not disturb the frames.
+    println!("printed by a library");
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [name, load_ms, step_ms, slots, pid_file, failure @ ..] = args.as_slice() else {
+        eprintln!("expected NAME LOAD_MS STEP_MS SLOTS PID_FILE [FAILURE], got {args:?}");
+        return ExitCode::FAILURE;
+    };
+    let number = |text: &str| text.parse::<u64>().expect("a number");
+    let load = |progress: &mut dyn FnMut(&str, f32)| {
+        std::fs::write(pid_file, std::process::id().to_string()).map_err(|error| error.to_string())?;
+        for percent in [0, 50, 100] {
+            progress("weights", percent as f32 / 100.0);
+            std::thread::sleep(Duration::from_millis(number(load_ms) / 3));
+        }
+        match failure {
+            [] => Ok(load(name, Duration::from_millis(number(step_ms)), number(slots) as usize)),
+            [message, ..] if message == "panic" => panic!("as asked"),
+            [message, ..] => Err(message.clone()),
+        }
+    };
+    engine_process::run(load, EngineSettings::default(), std::io::stdin(), stdout)
+}
+
+fn load(name: &str, step: Duration, slots: usize) -> LoadedModel {
+    let clock = VirtualClock::new();
+    let settings = FakeSettings {
+        name: name.to_owned(),
+        limits: ModelLimits { slots, ..FakeSettings::default().limits },
+        cost: StepCost { base: step, ..StepCost::none() },
+        ..FakeSettings::default()
+    };
+    let (model, _) = FakeModel::new(settings, clock.clone());
+    let assets = ModelAssets {
+        tokenizer_json: "{}".to_owned(),
+        chat_template: None,
+        bos_token: None,
+        eos_token: Some("</s>".to_owned()),
+    };
+    let card = ModelCard { assets: assets.hash(), ..model.card().clone() };
+    LoadedModel { model: Box::new(PacedModel { model, card, clock }), assets, rates: None }
+}

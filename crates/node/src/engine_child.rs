@@ -1,0 +1,206 @@
+//! One life of an engine child: started, read until it ends, and gone for certain afterwards.
+//!
+//! Commands flow from [`EngineHandle`] through a bounded channel into the child's standard input, reports from its
+//! standard output straight into the handle's table. Nothing here waits for a consumer.
+
+use crate::engine_handle::{EngineHandle, ProtocolError};
+use crate::settings::{ENGINE_EXIT_TIME_MAX, ENGINE_REAP_TIME_MAX, EngineCommandLine};
+use bytes::BytesMut;
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use wire::{Decoder, EngineCommand, EngineReport, FrameClass};
+
+/// Bytes read at once; most reads are a step's tokens.
+const READ_BYTES: usize = 64 << 10;
+
+/// How a child ended.
+#[derive(Debug)]
+pub(crate) struct ChildEnd {
+    pub(crate) reason: String,
+    /// For how long it had been ready.
+    pub(crate) ready_for: Option<Duration>,
+}
+
+/// Runs a child until it ends or `stop` turns true. When this returns, the process is gone and `engine` says so.
+pub(crate) async fn run(
+    line: &EngineCommandLine,
+    engine: &EngineHandle,
+    load_time_max: Duration,
+    mut stop: watch::Receiver<bool>,
+) -> ChildEnd {
+    let end = match spawn(line) {
+        Ok((mut child, stdin, stdout)) => {
+            let writer = tokio::spawn(write_commands(stdin, engine.child_started()));
+            let mut life = Life { engine, ready: None, failed: None };
+            let seen = life.read(stdout, Instant::now() + load_time_max, &mut stop).await;
+            // Whatever happens from here on, nothing more is accepted for it.
+            let status = reap(&mut child, seen.is_some()).await;
+            writer.abort();
+            let reason = match (life.failed, seen) {
+                (Some(message), _) => message,
+                (None, Some(seen)) => seen,
+                (None, None) => status,
+            };
+            ChildEnd { reason, ready_for: life.ready.map(|since| since.elapsed()) }
+        }
+        Err(error) => {
+            ChildEnd { reason: format!("cannot start {}: {error}", line.program.display()), ready_for: None }
+        }
+    };
+    engine.child_ended(&end.reason);
+    end
+}
+
+fn spawn(line: &EngineCommandLine) -> std::io::Result<(Child, ChildStdin, ChildStdout)> {
+    let mut child = Command::new(&line.program)
+        .args(&line.args)
+        .envs(line.env.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    let missing = || std::io::Error::other("its pipes are missing");
+    let stdin = child.stdin.take().ok_or_else(missing)?;
+    let stdout = child.stdout.take().ok_or_else(missing)?;
+    tracing::info!(program = %line.program.display(), pid = child.id(), "engine started");
+    Ok((child, stdin, stdout))
+}
+
+struct Life<'a> {
+    engine: &'a EngineHandle,
+    ready: Option<Instant>,
+    /// What it said of its own end.
+    failed: Option<String>,
+}
+
+impl Life<'_> {
+    /// Reads until the child has ended or must; `Some` says why where its exit status would not.
+    async fn read(
+        &mut self,
+        mut stdout: ChildStdout,
+        load_deadline: Instant,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Option<String> {
+        let decoder = Decoder::<EngineReport>::new(FrameClass::Engine);
+        let mut buffer = BytesMut::with_capacity(READ_BYTES);
+        let mut stopping = false;
+        let mut deadline = Some(load_deadline);
+        loop {
+            buffer.reserve(READ_BYTES);
+            let expired = async {
+                match deadline {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                read = stdout.read_buf(&mut buffer) => match read {
+                    Ok(0) => return decoder.finish(&buffer).err().map(|error| error.to_string()),
+                    Ok(_) => {}
+                    Err(error) => return Some(format!("its output cannot be read: {error}")),
+                },
+                () = expired => {
+                    let waited = if stopping { "did not exit when asked" } else { "was not ready in time" };
+                    return Some(format!("the engine {waited}"));
+                }
+                () = stopped(stop), if !stopping => {
+                    stopping = true;
+                    deadline = Some(Instant::now() + ENGINE_EXIT_TIME_MAX);
+                    self.engine.ask_child_to_exit();
+                }
+            }
+            loop {
+                match decoder.next(&mut buffer) {
+                    Ok(Some(report)) => {
+                        if let Err(error) = self.take(report) {
+                            return Some(error.to_string());
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(error) => return Some(format!("protocol error: {error}")),
+                }
+            }
+            if self.ready.is_some() && !stopping {
+                deadline = None;
+            }
+        }
+    }
+
+    fn take(&mut self, report: EngineReport) -> Result<(), ProtocolError> {
+        let error = |message: &str| Err(ProtocolError { message: message.to_owned() });
+        match report {
+            EngineReport::Loading { what, fraction } => {
+                tracing::debug!(%what, fraction, "engine loading");
+            }
+            EngineReport::Ready { .. } if self.ready.is_some() => return error("ready for the second time"),
+            EngineReport::Ready { card, assets, rates, slots } => {
+                if assets.hash() != card.assets {
+                    return error("the assets are not those that the model card names");
+                }
+                tracing::info!(model = %card.name, slots, ?rates, "engine ready");
+                self.ready = Some(Instant::now());
+                self.engine.child_ready(card, assets, rates, slots);
+            }
+            EngineReport::Failed { message } => self.failed = Some(message),
+            EngineReport::Rejected { .. } | EngineReport::Event { .. } | EngineReport::Load(_)
+                if self.ready.is_none() =>
+            {
+                return error("a report before it was ready");
+            }
+            EngineReport::Rejected { id, error } => self.engine.child_rejected(id, error)?,
+            EngineReport::Event { id, event } => self.engine.child_event(id, event)?,
+            EngineReport::Load(load) => self.engine.child_load(load),
+        }
+        Ok(())
+    }
+}
+
+/// Resolves once the child has to go, also when whoever would say so is gone.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // An error means that the sender is gone.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+async fn write_commands(mut stdin: ChildStdin, mut commands: mpsc::Receiver<EngineCommand>) {
+    let mut buffer = BytesMut::new();
+    while let Some(command) = commands.recv().await {
+        let mut next = Some(command);
+        while let Some(command) = next {
+            if let Err(error) = wire::encode(FrameClass::Engine, &command, &mut buffer) {
+                // Cannot be for what passed its own type's limits; without it the request ends with the child.
+                tracing::error!(%error, "a command for the engine cannot be encoded");
+                return;
+            }
+            next = commands.try_recv().ok();
+        }
+        if stdin.write_all(&buffer).await.is_err() {
+            // The reading side sees the end too, and knows more.
+            return;
+        }
+        buffer.clear();
+    }
+}
+
+/// Makes sure that the process is gone, and says how it went.
+async fn reap(child: &mut Child, kill: bool) -> String {
+    if kill {
+        // Fails only where it is gone already.
+        let _ = child.start_kill();
+    }
+    let status = match timeout(ENGINE_REAP_TIME_MAX, child.wait()).await {
+        Ok(status) => status,
+        Err(_) => match timeout(ENGINE_REAP_TIME_MAX, child.kill()).await {
+            Ok(Ok(())) => return "the engine was killed".to_owned(),
+            Ok(Err(error)) => Err(error),
+            Err(_) => return "the engine cannot be killed".to_owned(),
+        },
+    };
+    match status {
+        Ok(status) => format!("the engine ended ({status})"),
+        Err(error) => format!("the engine's end cannot be read: {error}"),
+    }
+}

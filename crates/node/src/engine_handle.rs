@@ -1,0 +1,344 @@
+//! The engine as the rest of the node sees it: admission, submission, cancellation, and its state.
+//!
+//! [`EngineHandle`] shares one table with the task that reads the child's reports (`engine_child.rs`). An entry in the
+//! table is the admission permit: it is made before anything is sent to the child and goes when the child reported the
+//! request's end, or died. There are never more entries than the engine has slots and waiting places.
+
+use crate::settings::{ENGINE_SLOTS_MAX, NODE_RETRY_AFTER};
+use crate::sink::{TokenSink, TokenSource, token_channel};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{mpsc, watch};
+use types::{
+    AssetsHash, EngineState, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeLoad, NodeRates,
+    RequestId, TokenEvent, limits,
+};
+use wire::EngineCommand;
+
+/// Commands on their way to a child: each request is at most one `Submit` and one `Cancel`, so this is never full.
+const COMMANDS_MAX: usize = 2 * (ENGINE_SLOTS_MAX as usize + limits::ENGINE_WAITING_MAX) + 1;
+
+/// What the cluster is told of this node.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct NodeReport {
+    pub(crate) state: EngineState,
+    pub(crate) models: Vec<ModelCard>,
+    /// None until the engine was ready.
+    pub(crate) load: Option<NodeLoad>,
+}
+
+/// Clones share the engine.
+#[derive(Clone)]
+pub(crate) struct EngineHandle {
+    table: Arc<Mutex<Table>>,
+    changed: watch::Sender<()>,
+}
+
+struct Table {
+    state: EngineState,
+    draining: bool,
+    /// Kept while the engine restarts: it is what the node serves, if not now.
+    card: Option<ModelCard>,
+    assets: Option<(AssetsHash, Arc<ModelAssets>)>,
+    slots: u32,
+    load: Option<NodeLoad>,
+    /// How the last child ended.
+    failure: Option<String>,
+    requests: BTreeMap<RequestId, Open>,
+    submitted: u64,
+    commands: Option<mpsc::Sender<EngineCommand>>,
+    /// All requests have been ended here; what the child still says of them is of no use.
+    abandoned: bool,
+}
+
+struct Open {
+    sink: TokenSink,
+    /// Position in the order of submission; also tells one life of an id from another.
+    serial: u64,
+    prompt_tokens: u32,
+    max_tokens: u32,
+}
+
+/// What an engine child did that its contract forbids.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("protocol error: {message}")]
+pub(crate) struct ProtocolError {
+    pub(crate) message: String,
+}
+
+impl EngineHandle {
+    pub(crate) fn new() -> Self {
+        let table = Table {
+            state: EngineState::Loading,
+            draining: false,
+            card: None,
+            assets: None,
+            slots: 0,
+            load: None,
+            failure: None,
+            requests: BTreeMap::new(),
+            submitted: 0,
+            commands: None,
+            abandoned: false,
+        };
+        Self { table: Arc::new(Mutex::new(table)), changed: watch::Sender::new(()) }
+    }
+
+    /// Takes a request or says why not; never waits.
+    pub(crate) fn generate(&self, request: GenerateRequest) -> Result<TokenSource, GenerateError> {
+        let mut table = self.lock();
+        table.admit(&request)?;
+        let id = request.id;
+        let (prompt_tokens, max_tokens) = (request.prompt.len() as u32, request.max_tokens);
+        let model = request.model.clone();
+        let sent =
+            table.commands.as_ref().is_some_and(|it| it.try_send(EngineCommand::Submit(request)).is_ok());
+        if !sent {
+            return Err(GenerateError::Unavailable { model, reason: "its engine is going".to_owned() });
+        }
+        table.submitted += 1;
+        let serial = table.submitted;
+        let engine = self.clone();
+        let (sink, source) = token_channel(prompt_tokens, max_tokens, move || engine.cancel(id, serial));
+        table.requests.insert(id, Open { sink, serial, prompt_tokens, max_tokens });
+        drop(table);
+        self.changed.send_replace(());
+        Ok(source)
+    }
+
+    /// A model's tokenizer and template, if this engine has it.
+    pub(crate) fn assets(&self, hash: AssetsHash) -> Option<Arc<ModelAssets>> {
+        self.lock().assets.as_ref().filter(|(known, _)| *known == hash).map(|(_, assets)| assets.clone())
+    }
+
+    /// The state now, with everything accepted so far counted in, also what the engine has not reported yet.
+    pub(crate) fn report(&self) -> NodeReport {
+        let table = self.lock();
+        let state = match (&table.state, table.draining) {
+            (EngineState::Ready, true) => EngineState::Draining,
+            (state, _) => state.clone(),
+        };
+        let load = table.load.map(|load| table.with_unseen(load));
+        NodeReport { state, models: table.card.iter().cloned().collect(), load }
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        let table = self.lock();
+        table.state == EngineState::Ready && !table.draining
+    }
+
+    /// How the last child ended, if one did.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.lock().failure.clone()
+    }
+
+    /// From now on nothing is taken; what runs goes on.
+    pub(crate) fn drain(&self) {
+        self.lock().draining = true;
+        self.changed.send_replace(());
+    }
+
+    /// Requests that have not ended.
+    pub(crate) fn open_requests(&self) -> usize {
+        self.lock().requests.len()
+    }
+
+    /// Told of every change.
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    fn cancel(&self, id: RequestId, serial: u64) {
+        let table = self.lock();
+        if table.requests.get(&id).is_some_and(|open| open.serial == serial)
+            && let Some(commands) = &table.commands
+        {
+            // Fails only where the child is gone, and with it the request.
+            let _ = commands.try_send(EngineCommand::Cancel(id));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        // Each change is complete in itself, so a panic elsewhere leaves nothing half done.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The side of the task that owns the child.
+impl EngineHandle {
+    /// A child was started: what it is to be sent comes out of here.
+    pub(crate) fn child_started(&self) -> mpsc::Receiver<EngineCommand> {
+        let (sender, commands) = mpsc::channel(COMMANDS_MAX);
+        self.lock().commands = Some(sender);
+        commands
+    }
+
+    pub(crate) fn child_ready(&self, card: ModelCard, assets: ModelAssets, rates: NodeRates, slots: u32) {
+        let slots = slots.clamp(1, ENGINE_SLOTS_MAX);
+        let mut table = self.lock();
+        table.state = EngineState::Ready;
+        table.assets = Some((card.assets, Arc::new(assets)));
+        table.card = Some(card);
+        table.slots = slots;
+        let load = NodeLoad {
+            running: 0,
+            waiting: 0,
+            slots,
+            prefill_backlog_tokens: 0,
+            decode_backlog_tokens: 0,
+            kv_tokens: (0, 0),
+            rates,
+        };
+        table.load = Some(load);
+        drop(table);
+        self.changed.send_replace(());
+    }
+
+    pub(crate) fn child_load(&self, load: NodeLoad) {
+        let mut table = self.lock();
+        let slots = table.slots;
+        table.load = Some(NodeLoad { slots, ..load });
+        drop(table);
+        self.changed.send_replace(());
+    }
+
+    /// Passes an event on; one for a request that is not here is a child's error, as ids stay until their end.
+    pub(crate) fn child_event(&self, id: RequestId, event: TokenEvent) -> Result<(), ProtocolError> {
+        let mut table = self.lock();
+        let Some(open) = table.requests.get(&id) else {
+            if table.abandoned {
+                return Ok(());
+            }
+            return Err(ProtocolError { message: format!("an event for the unknown request {id}") });
+        };
+        let last = matches!(event, TokenEvent::Finished(_));
+        let pushed = open.sink.push(event);
+        if last {
+            table.requests.remove(&id);
+        }
+        drop(table);
+        if last {
+            self.changed.send_replace(());
+        }
+        pushed.map_err(|error| ProtocolError { message: format!("request {id}: {error}") })
+    }
+
+    pub(crate) fn child_rejected(&self, id: RequestId, error: GenerateError) -> Result<(), ProtocolError> {
+        let mut table = self.lock();
+        let open = table.requests.remove(&id);
+        if open.is_none() && table.abandoned {
+            return Ok(());
+        }
+        drop(table);
+        let open =
+            open.ok_or_else(|| ProtocolError { message: format!("rejects the unknown request {id}") })?;
+        open.sink.fail(|_| error);
+        self.changed.send_replace(());
+        Ok(())
+    }
+
+    /// The child is gone: whatever it had ends here, once.
+    pub(crate) fn child_ended(&self, reason: &str) {
+        let mut table = self.lock();
+        table.state = EngineState::Restarting(reason.to_owned());
+        table.commands = None;
+        table.load = None;
+        table.failure = Some(reason.to_owned());
+        let open = std::mem::take(&mut table.requests);
+        drop(table);
+        end_all(open, reason);
+        self.changed.send_replace(());
+    }
+
+    /// Ends all requests and has the child exit.
+    pub(crate) fn ask_child_to_exit(&self) {
+        let mut table = self.lock();
+        table.draining = true;
+        table.abandoned = true;
+        let open = std::mem::take(&mut table.requests);
+        if let Some(commands) = table.commands.take() {
+            for &id in open.keys() {
+                let _ = commands.try_send(EngineCommand::Cancel(id));
+            }
+            // Where even this finds no room, the end of the pipe means the same.
+            let _ = commands.try_send(EngineCommand::Shutdown);
+        }
+        drop(table);
+        end_all(open, "the node has left");
+        self.changed.send_replace(());
+    }
+}
+
+/// The last event of requests whose engine is gone. Others may serve those that have no token yet.
+fn end_all(requests: BTreeMap<RequestId, Open>, reason: &str) {
+    for open in requests.into_values() {
+        open.sink.fail(|tokens| GenerateError::NodeLost { tokens, reason: reason.to_owned() });
+    }
+}
+
+impl Table {
+    fn admit(&self, request: &GenerateRequest) -> Result<(), GenerateError> {
+        let unavailable =
+            |reason: String| GenerateError::Unavailable { model: request.model.clone(), reason };
+        if self.draining {
+            return Err(unavailable("the node is leaving".to_owned()));
+        }
+        let card = match (&self.state, &self.card) {
+            (EngineState::Ready, Some(card)) => card,
+            (EngineState::Restarting(seen), _) => {
+                return Err(unavailable(format!("the node's engine is restarting ({seen})")));
+            }
+            _ => return Err(unavailable("the node is loading its model".to_owned())),
+        };
+        if card.name != request.model {
+            let served = vec![card.name.clone()];
+            return Err(GenerateError::UnknownModel { model: request.model.clone(), served });
+        }
+        if self.requests.contains_key(&request.id) {
+            let message = format!("a request with the id {} is running already", request.id);
+            return Err(GenerateError::Invalid { message, param: None });
+        }
+        // The engine checks these too, but by then the request has been accepted and its status sent.
+        let (prompt_tokens, max_tokens) = (request.prompt.len() as u32, request.max_tokens);
+        let kv_tokens = self.load.map_or(0, |load| load.kv_tokens.1);
+        let room = if kv_tokens == 0 { u64::MAX } else { kv_tokens };
+        let context_tokens = room.min(u64::from(card.context_tokens)) as u32;
+        if u64::from(prompt_tokens) + u64::from(max_tokens) > u64::from(context_tokens) {
+            return Err(GenerateError::ContextExceeded { prompt_tokens, max_tokens, context_tokens });
+        }
+        let invalid = |token: u32, param: &str| GenerateError::Invalid {
+            message: format!(
+                "{param} holds the token {token}; the model's tokens end at {}",
+                card.vocab_size
+            ),
+            param: Some(param.to_owned()),
+        };
+        if let Some(&token) = request.prompt.iter().find(|&&token| token >= card.vocab_size) {
+            return Err(invalid(token, "prompt"));
+        }
+        if let Some(&(token, _)) = request.sampling.logit_bias.iter().find(|bias| bias.0 >= card.vocab_size) {
+            return Err(invalid(token, "logit_bias"));
+        }
+        if self.requests.len() >= self.slots as usize + limits::ENGINE_WAITING_MAX {
+            return Err(GenerateError::Busy { retry_after_ms: NODE_RETRY_AFTER.as_millis() as u64 });
+        }
+        Ok(())
+    }
+
+    /// Adds what was submitted and is on its way through the pipe: the newest requests, as many as the engine lacks.
+    fn with_unseen(&self, mut load: NodeLoad) -> NodeLoad {
+        let seen = load.running as usize + load.waiting as usize;
+        let unseen = self.requests.len().saturating_sub(seen);
+        if unseen == 0 {
+            return load;
+        }
+        let mut newest: Vec<&Open> = self.requests.values().filter(|open| !open.sink.started()).collect();
+        newest.sort_unstable_by_key(|open| std::cmp::Reverse(open.serial));
+        for open in newest.into_iter().take(unseen) {
+            load.waiting += 1;
+            load.prefill_backlog_tokens += u64::from(open.prompt_tokens);
+            load.decode_backlog_tokens += u64::from(open.max_tokens);
+        }
+        load
+    }
+}

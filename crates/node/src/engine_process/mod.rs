@@ -1,0 +1,288 @@
+//! Inside the engine child process: pipes on one side, an [`engine::Engine`] on the other.
+//!
+//! Three threads. The calling one owns the engine and all that the model holds: it takes commands, steps, and hands each
+//! step's reports on. A reader turns standard input into commands, a writer turns reports into one write per step; both
+//! channels are bounded. The end of standard input means that the parent is gone: the process ends, at the latest
+//! [`PARENT_GONE_TIME_MAX`] later, even out of a long step. The clock is read here and nowhere further in.
+
+mod probe;
+
+use bytes::BytesMut;
+use engine::{Engine, EngineSettings, Model};
+use std::io::{Read, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+use types::{GenerateError, ModelAssets, NodeLoad, NodeRates, limits};
+use wire::{Decoder, EngineCommand, EngineReport, FrameClass};
+
+/// Commands read and not yet taken; the pipe holds the rest back.
+const COMMANDS_MAX: usize = 256;
+/// Steps whose reports are not yet written; a parent that reads no more for so long is as good as gone.
+const STEPS_UNWRITTEN_MAX: usize = 256;
+/// Bytes read at once.
+const READ_BYTES: usize = 64 << 10;
+/// How long the process may live without its parent: a step may have to end first.
+const PARENT_GONE_TIME_MAX: Duration = Duration::from_secs(5);
+/// At most one progress report of the same thing in this time.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// While only numbers change, at most one load report in this time: half of what the node passes on.
+const LOAD_INTERVAL: Duration = limits::LOAD_INTERVAL_MIN.checked_div(2).expect("not divided by zero");
+
+/// What the loading of a model gives.
+#[derive(Debug)]
+pub struct LoadedModel {
+    /// The model.
+    pub model: Box<dyn Model>,
+    /// Its tokenizer and template; their hash must be that of the model's card.
+    pub assets: ModelAssets,
+    /// How fast it is; measured here where that is not known.
+    pub rates: Option<NodeRates>,
+}
+
+/// Loads a model and runs its engine on the calling thread, until told to shut down or until the parent is gone.
+///
+/// `load` is given a function to tell its progress (what, and a fraction from 0 to 1). What it fails with reaches the
+/// parent as the reason. `stdout` must be used by nobody else: see [`private_stdout`].
+///
+/// Returns success after a shutdown, and failure where the model could not be loaded or its backend failed.
+pub fn run(
+    load: impl FnOnce(&mut dyn FnMut(&str, f32)) -> Result<LoadedModel, String>,
+    settings: EngineSettings,
+    stdin: impl Read + Send + 'static,
+    stdout: impl Write + Send + 'static,
+) -> ExitCode {
+    let (command_sender, commands) = sync_channel(COMMANDS_MAX);
+    let (report_sender, reports) = sync_channel(STEPS_UNWRITTEN_MAX);
+    thread::spawn(move || read_commands(stdin, command_sender));
+    let writer = thread::spawn(move || write_reports(stdout, reports));
+    let mut link = Link { commands, reports: report_sender };
+    let ended = catch_unwind(AssertUnwindSafe(|| serve(load, settings, &mut link)));
+    let ended = ended.unwrap_or_else(|panic| Err(Failure(format!("panicked: {}", panic_message(&*panic)))));
+    let code = match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure(message)) => {
+            tracing::error!(%message, "the engine ends");
+            // Where the parent is gone too, nobody is left to tell.
+            let _ = link.send(vec![EngineReport::Failed { message }]);
+            ExitCode::FAILURE
+        }
+    };
+    drop(link);
+    // Ends as soon as the parent has read, or is gone.
+    let _ = writer.join();
+    code
+}
+
+/// A handle to the real standard output, which from then on is standard error to everyone else in this process: C and
+/// C++ libraries included, so that nothing can be printed between two frames.
+///
+/// # Errors
+/// Where the system has no more file descriptors.
+#[cfg(unix)]
+pub fn private_stdout() -> std::io::Result<std::fs::File> {
+    use std::os::fd::AsFd;
+    let private = std::io::stdout().as_fd().try_clone_to_owned()?;
+    rustix::stdio::dup2_stdout(std::io::stderr().as_fd())?;
+    Ok(private.into())
+}
+
+struct Failure(String);
+
+/// The parent does not read any more.
+struct ParentGone;
+
+struct Link {
+    commands: Receiver<EngineCommand>,
+    reports: SyncSender<Vec<EngineReport>>,
+}
+
+impl Link {
+    fn send(&self, reports: Vec<EngineReport>) -> Result<(), ParentGone> {
+        if reports.is_empty() { Ok(()) } else { self.reports.send(reports).map_err(|_| ParentGone) }
+    }
+}
+
+fn serve(
+    load: impl FnOnce(&mut dyn FnMut(&str, f32)) -> Result<LoadedModel, String>,
+    mut settings: EngineSettings,
+    link: &mut Link,
+) -> Result<(), Failure> {
+    let mut told = None::<(String, Instant)>;
+    let mut progress = |what: &str, fraction: f32| {
+        let now = Instant::now();
+        let same = |(last, at): &(String, Instant)| last == what && now - *at < PROGRESS_INTERVAL;
+        if fraction >= 1.0 || !told.as_ref().is_some_and(same) {
+            told = Some((what.to_owned(), now));
+            // A parent that is gone is noticed soon enough.
+            let _ = link.send(vec![EngineReport::Loading { what: what.to_owned(), fraction }]);
+        }
+    };
+    let mut loaded = load(&mut progress).map_err(Failure)?;
+    let rates = match loaded.rates {
+        Some(rates) => rates,
+        None => {
+            progress("measuring", 0.0);
+            probe::measure(&mut *loaded.model, Instant::now).map_err(|error| Failure(error.to_string()))?
+        }
+    };
+    settings.rates = rates;
+    let slots = loaded.model.limits().slots as u32;
+    let card = loaded.model.card().clone();
+    let engine = Engine::new(loaded.model, settings);
+    let load = engine.load(Instant::now());
+    let ready = EngineReport::Ready { card, assets: loaded.assets, rates, slots };
+    if link.send(vec![ready, EngineReport::Load(load)]).is_err() {
+        return Ok(());
+    }
+    EngineLoop { engine, link, load_told: (load, Instant::now()), leaving: false }.run()
+}
+
+struct EngineLoop<'a> {
+    engine: Engine,
+    link: &'a Link,
+    load_told: (NodeLoad, Instant),
+    /// Ends once nothing is left to do.
+    leaving: bool,
+}
+
+impl EngineLoop<'_> {
+    /// Until told to leave, or until the parent is gone.
+    fn run(mut self) -> Result<(), Failure> {
+        let mut events = Vec::new();
+        loop {
+            let mut reports = Vec::new();
+            let parent_gone = self.take_commands(&mut reports);
+            if parent_gone || (self.leaving && self.engine.is_idle()) {
+                let _ = self.link.send(reports);
+                return Ok(());
+            }
+            let stepped = self.engine.step(Instant::now(), &mut events);
+            let now = Instant::now();
+            self.engine.observe(now);
+            reports.extend(events.drain(..).map(|(id, event)| EngineReport::Event { id, event }));
+            self.tell_load(now, &mut reports);
+            if self.link.send(reports).is_err() {
+                return Ok(());
+            }
+            stepped.map_err(|error| Failure(error.to_string()))?;
+        }
+    }
+
+    /// Takes all commands that are there; while there is nothing else to do, waits for one. True: the parent is gone.
+    fn take_commands(&mut self, reports: &mut Vec<EngineReport>) -> bool {
+        let mut wait = self.engine.is_idle() && !self.leaving;
+        loop {
+            // Without a wait, only what is there already.
+            let wait_time = if wait { limits::LOAD_INTERVAL_MAX } else { Duration::ZERO };
+            match self.link.commands.recv_timeout(wait_time) {
+                Ok(command) => self.take(command, reports),
+                Err(RecvTimeoutError::Timeout) => return false,
+                Err(RecvTimeoutError::Disconnected) => return true,
+            }
+            wait = false;
+        }
+    }
+
+    fn take(&mut self, command: EngineCommand, reports: &mut Vec<EngineReport>) {
+        match command {
+            EngineCommand::Submit(request) if self.leaving => {
+                let reason = "the engine is leaving".to_owned();
+                let error = GenerateError::Unavailable { model: request.model.clone(), reason };
+                reports.push(EngineReport::Rejected { id: request.id, error });
+            }
+            EngineCommand::Submit(request) => {
+                let id = request.id;
+                if let Err(error) = self.engine.submit(Instant::now(), request) {
+                    reports.push(EngineReport::Rejected { id, error });
+                }
+            }
+            EngineCommand::Cancel(id) => self.engine.cancel(id),
+            EngineCommand::Shutdown => {
+                self.leaving = true;
+                self.engine.drain();
+            }
+        }
+    }
+
+    fn tell_load(&mut self, now: Instant, reports: &mut Vec<EngineReport>) {
+        let load = self.engine.load(now);
+        let (told, at) = &self.load_told;
+        let requests = (load.running, load.waiting) != (told.running, told.waiting);
+        if requests || (load != *told && now - *at >= LOAD_INTERVAL) {
+            reports.push(EngineReport::Load(load));
+            self.load_told = (load, now);
+        }
+    }
+}
+
+/// The reader thread: until the end of the input, and then until the process has ended.
+fn read_commands(mut stdin: impl Read, commands: SyncSender<EngineCommand>) {
+    let decoder = Decoder::<EngineCommand>::new(FrameClass::Engine);
+    let mut buffer = BytesMut::new();
+    let mut chunk = vec![0; READ_BYTES];
+    loop {
+        match stdin.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(bytes) => buffer.extend_from_slice(&chunk[..bytes]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                tracing::error!(%error, "standard input cannot be read");
+                break;
+            }
+        }
+        loop {
+            match decoder.next(&mut buffer) {
+                Ok(Some(command)) => {
+                    if commands.send(command).is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::error!(%error, "standard input is not from an mlx-node");
+                    drop(commands);
+                    end_process_later();
+                    return;
+                }
+            }
+        }
+    }
+    drop(commands);
+    end_process_later();
+}
+
+/// The engine's thread may be in the middle of loading, or of a long step, and not look at its channel for minutes.
+fn end_process_later() {
+    thread::sleep(PARENT_GONE_TIME_MAX);
+    tracing::error!("the parent process is gone");
+    std::process::exit(1);
+}
+
+/// The writer thread: one write for all that is there.
+fn write_reports(mut stdout: impl Write, reports: Receiver<Vec<EngineReport>>) {
+    let mut buffer = BytesMut::new();
+    while let Ok(batch) = reports.recv() {
+        let mut next = Some(batch);
+        while let Some(batch) = next {
+            for report in &batch {
+                if let Err(error) = wire::encode(FrameClass::Engine, report, &mut buffer) {
+                    tracing::error!(%error, "a report cannot be encoded");
+                    return;
+                }
+            }
+            next = reports.try_recv().ok();
+        }
+        if stdout.write_all(&buffer).and_then(|()| stdout.flush()).is_err() {
+            return;
+        }
+        buffer.clear();
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
+}

@@ -1,0 +1,213 @@
+//! Between an engine that must never wait and a consumer that may: one buffer per request, in which tokens coalesce.
+//!
+//! The [`TokenSink`] end is written by whoever reads the engine child's reports, the [`TokenSource`] end is the
+//! request's [`TokenStream`](types::TokenStream). The buffer holds at most the tokens that the request may generate.
+
+use futures_core::Stream;
+use futures_util::task::AtomicWaker;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use types::{Finish, FinishReason, GenerateError, TokenEvent, TokenId, Usage};
+
+/// Makes the two ends. Dropping the source before the last event calls `cancel`.
+pub(crate) fn token_channel(
+    prompt_tokens: u32,
+    max_tokens: u32,
+    cancel: impl FnOnce() + Send + 'static,
+) -> (TokenSink, TokenSource) {
+    let shared = Arc::new(Shared {
+        buffer: Mutex::new(Buffer { max_tokens, ..Buffer::default() }),
+        reader: AtomicWaker::new(),
+    });
+    let sink = TokenSink { shared: shared.clone(), prompt_tokens };
+    (sink, TokenSource { shared, cancel: Some(Box::new(cancel)) })
+}
+
+/// What an engine did that its contract forbids.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum SinkError {
+    #[error("tokens from index {got} where {expected} was next")]
+    Index { expected: u32, got: u32 },
+    #[error("more than the {max_tokens} tokens asked for")]
+    TooMany { max_tokens: u32 },
+    #[error("an event after the last one")]
+    Ended,
+}
+
+pub(crate) struct TokenSink {
+    shared: Arc<Shared>,
+    prompt_tokens: u32,
+}
+
+pub(crate) struct TokenSource {
+    shared: Arc<Shared>,
+    cancel: Option<Box<dyn FnOnce() + Send>>,
+}
+
+struct Shared {
+    buffer: Mutex<Buffer>,
+    reader: AtomicWaker,
+}
+
+#[derive(Default)]
+struct Buffer {
+    max_tokens: u32,
+    /// Index of the token that comes next.
+    next: u32,
+    /// The newest tokens, not read yet.
+    tokens: Vec<TokenId>,
+    finish: Option<Finish>,
+    ended: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Buffer> {
+        // Each change is complete in itself, so a panic elsewhere leaves nothing half done.
+        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl TokenSink {
+    /// Never waits.
+    pub(crate) fn push(&self, event: TokenEvent) -> Result<(), SinkError> {
+        let mut buffer = self.shared.lock();
+        if buffer.ended {
+            return Err(SinkError::Ended);
+        }
+        match event {
+            TokenEvent::Tokens { index, tokens } => {
+                if index != buffer.next {
+                    return Err(SinkError::Index { expected: buffer.next, got: index });
+                }
+                let left = (buffer.max_tokens - buffer.next) as usize;
+                if tokens.len() > left {
+                    return Err(SinkError::TooMany { max_tokens: buffer.max_tokens });
+                }
+                buffer.next += tokens.len() as u32;
+                buffer.tokens.extend(tokens);
+            }
+            TokenEvent::Finished(finish) => {
+                buffer.finish = Some(finish);
+                buffer.ended = true;
+            }
+        }
+        drop(buffer);
+        self.shared.reader.wake();
+        Ok(())
+    }
+
+    /// Ends the request, unless it has ended, with an error that may name the tokens sent so far.
+    pub(crate) fn fail(&self, error: impl FnOnce(u32) -> GenerateError) {
+        let tokens = self.shared.lock().next;
+        let usage = Usage { prompt_tokens: self.prompt_tokens, cached_tokens: 0, completion_tokens: tokens };
+        let finish = Finish { reason: FinishReason::Failed(error(tokens)), usage };
+        // An ended one has its last event already.
+        let _ = self.push(TokenEvent::Finished(finish));
+    }
+
+    /// Whether a token came.
+    pub(crate) fn started(&self) -> bool {
+        self.shared.lock().next > 0
+    }
+}
+
+impl Drop for TokenSink {
+    fn drop(&mut self) {
+        self.fail(|tokens| GenerateError::NodeLost { tokens, reason: "the engine is gone".to_owned() });
+    }
+}
+
+impl Stream for TokenSource {
+    type Item = TokenEvent;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<TokenEvent>> {
+        let this = self.get_mut();
+        this.shared.reader.register(context.waker());
+        let mut buffer = this.shared.lock();
+        if !buffer.tokens.is_empty() {
+            let tokens = std::mem::take(&mut buffer.tokens);
+            let index = buffer.next - tokens.len() as u32;
+            return Poll::Ready(Some(TokenEvent::Tokens { index, tokens }));
+        }
+        if let Some(finish) = buffer.finish.take() {
+            this.cancel = None;
+            return Poll::Ready(Some(TokenEvent::Finished(finish)));
+        }
+        if buffer.ended { Poll::Ready(None) } else { Poll::Pending }
+    }
+}
+
+impl Drop for TokenSource {
+    fn drop(&mut self) {
+        if let Some(cancel) = self.cancel.take() {
+            cancel();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::{FutureExt, StreamExt};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    fn tokens(index: u32, tokens: &[TokenId]) -> TokenEvent {
+        TokenEvent::Tokens { index, tokens: tokens.to_vec() }
+    }
+
+    fn finished(reason: FinishReason) -> TokenEvent {
+        TokenEvent::Finished(Finish { reason, usage: Usage::default() })
+    }
+
+    #[test]
+    fn tokens_coalesce_and_the_end_comes_once() {
+        let (sink, mut source) = token_channel(3, 8, || panic!("not cancelled"));
+        let next = |source: &mut TokenSource| source.next().now_or_never();
+        assert_eq!(next(&mut source), None);
+        sink.push(tokens(0, &[5])).unwrap();
+        sink.push(tokens(1, &[6, 7])).unwrap();
+        assert_eq!(next(&mut source), Some(Some(tokens(0, &[5, 6, 7]))));
+        sink.push(tokens(3, &[8])).unwrap();
+        sink.push(finished(FinishReason::Stop)).unwrap();
+        assert_eq!(sink.push(tokens(4, &[9])), Err(SinkError::Ended));
+        assert_eq!(next(&mut source), Some(Some(tokens(3, &[8]))));
+        assert_eq!(next(&mut source), Some(Some(finished(FinishReason::Stop))));
+        assert_eq!(next(&mut source), Some(None));
+    }
+
+    #[test]
+    fn gaps_and_excess_are_refused_and_a_lost_sink_is_an_event() {
+        let (sink, source) = token_channel(3, 2, || panic!("not cancelled"));
+        assert_eq!(sink.push(tokens(1, &[5])), Err(SinkError::Index { expected: 0, got: 1 }));
+        assert_eq!(sink.push(tokens(0, &[5, 6, 7])), Err(SinkError::TooMany { max_tokens: 2 }));
+        sink.push(tokens(0, &[5])).unwrap();
+        drop(sink);
+        let events: Vec<TokenEvent> = source.collect().now_or_never().expect("ended");
+        assert_eq!(events.len(), 2);
+        assert!(matches!(
+            &events[1],
+            TokenEvent::Finished(Finish {
+                reason: FinishReason::Failed(GenerateError::NodeLost { tokens: 1, .. }),
+                usage: Usage { prompt_tokens: 3, completion_tokens: 1, .. }
+            })
+        ));
+    }
+
+    #[test]
+    fn only_an_unfinished_one_is_cancelled() {
+        static CANCELLED: AtomicU32 = AtomicU32::new(0);
+        let cancel = || {
+            CANCELLED.fetch_add(1, Ordering::Relaxed);
+        };
+        let (sink, source) = token_channel(1, 2, cancel);
+        drop(source);
+        assert_eq!(CANCELLED.load(Ordering::Relaxed), 1);
+        drop(sink);
+        let (sink, mut source) = token_channel(1, 2, cancel);
+        sink.push(finished(FinishReason::Length)).unwrap();
+        assert!(source.next().now_or_never().is_some());
+        drop(source);
+        assert_eq!(CANCELLED.load(Ordering::Relaxed), 1);
+    }
+}

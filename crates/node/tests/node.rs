@@ -1,0 +1,400 @@
+//! Whole nodes in one process: real engine children, real sockets on loopback, made-up models.
+
+use futures_util::StreamExt;
+use node::{EngineCommandLine, NodeHandle, NodeSettings, StartError, start};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use testkit::{FakeSettings, check_stream};
+use transport::ClusterKey;
+use types::{
+    Directory, EngineState, FinishReason, Generate, GenerateDraft, GenerateError, GenerateRequest,
+    Generation, NodeId, RequestId, Role, SamplingParams, TokenEvent,
+};
+
+const MODEL: &str = "fake";
+/// Nothing here should take so long.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where the engine children's program is: built with the tests, beside them.
+fn fake_engine() -> PathBuf {
+    let test = std::env::current_exe().expect("this test has a path");
+    let target = test.parent().and_then(Path::parent).expect("tests are in target/PROFILE/deps");
+    target.join("examples").join("fake_engine")
+}
+
+struct Cluster {
+    folder: tempfile::TempDir,
+    key: ClusterKey,
+    nodes: Vec<NodeHandle>,
+}
+
+struct Engine {
+    load_ms: u64,
+    step_ms: u64,
+    slots: u32,
+    failure: Option<&'static str>,
+}
+
+const ENGINE: Engine = Engine { load_ms: 60, step_ms: 10, slots: 4, failure: None };
+
+impl Cluster {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        Self { folder, key: ClusterKey::generate().expect("random numbers"), nodes: Vec::new() }
+    }
+
+    fn pid_file(&self, index: usize) -> PathBuf {
+        self.folder.path().join(format!("{index}.pid"))
+    }
+
+    fn settings(&self, engine: &Engine, roles: &[Role]) -> NodeSettings {
+        let index = self.nodes.len();
+        let mut args = vec![
+            MODEL.into(),
+            engine.load_ms.to_string().into(),
+            engine.step_ms.to_string().into(),
+            engine.slots.to_string().into(),
+            self.pid_file(index).into_os_string(),
+        ];
+        args.extend(engine.failure.map(Into::into));
+        NodeSettings {
+            name: format!("node-{index}"),
+            cluster: "test".to_owned(),
+            id: NodeId(index as u128 + 1),
+            roles: roles.to_vec(),
+            hardware: "none".to_owned(),
+            listen: ([127, 0, 0, 1], 0).into(),
+            key: self.key.clone(),
+            engine: Some(EngineCommandLine { program: fake_engine(), args, env: Vec::new() }),
+            wait_for_model: true,
+            model_load_time_max: Duration::from_secs(10),
+            mdns: false,
+            peers: self.nodes.iter().map(|node| node.local_address().to_string()).collect(),
+            interfaces: Vec::new(),
+        }
+    }
+
+    /// Adds a node that dials all those before it.
+    async fn add(&mut self, engine: &Engine, roles: &[Role]) -> usize {
+        let settings = self.settings(engine, roles);
+        self.nodes.push(start(settings).await.expect("the node starts"));
+        self.nodes.len() - 1
+    }
+
+    /// The first node routes; waits until it knows that many ready ones.
+    async fn ready(&self, count: usize) {
+        let ready = || {
+            let view = self.nodes[0].view();
+            view.nodes.iter().filter(|node| node.engine == EngineState::Ready && node.load.is_some()).count()
+                == count
+        };
+        eventually(&format!("{count} ready nodes"), ready).await;
+    }
+
+    fn kill_engine(&self, index: usize) {
+        let pid = std::fs::read_to_string(self.pid_file(index)).expect("the engine wrote its id");
+        let killed = std::process::Command::new("kill").args(["-9", &pid]).status().expect("kill exists");
+        assert!(killed.success());
+    }
+
+    async fn shutdown(self) {
+        for node in &self.nodes {
+            node.shutdown().await;
+        }
+    }
+}
+
+async fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn request(id: u128, max_tokens: u32) -> GenerateRequest {
+    let draft = GenerateDraft {
+        id: RequestId(id),
+        model: MODEL.to_owned(),
+        prompt: (0..40).map(|index| (index + id as u32 * 7) % 999 + 1).collect(),
+        sampling: SamplingParams::greedy(),
+        max_tokens,
+        stop_tokens: Vec::new(),
+        ignore_eos: false,
+    };
+    GenerateRequest::try_from(draft).expect("a valid request")
+}
+
+async fn collect(generation: Generation) -> Vec<TokenEvent> {
+    tokio::time::timeout(PATIENCE, generation.events.collect()).await.expect("the stream ends")
+}
+
+/// The stream is whole, and its text is what the model gives whatever runs beside it.
+fn check_text(request: &GenerateRequest, events: &[TokenEvent]) {
+    let (tokens, finish) = check_stream(events).expect("a proper stream");
+    let expected = FakeSettings::default().output(request);
+    assert_eq!((tokens, finish.reason), (expected.tokens, expected.reason));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_single_node_serves_its_own_requests() {
+    let mut cluster = Cluster::new();
+    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
+    cluster.ready(1).await;
+    let node = &cluster.nodes[0];
+    assert!(node.ready());
+    let card = node.models().pop().expect("a model");
+    let assets = node.assets(card.assets).await.expect("its tokenizer");
+    assert_eq!((card.name.as_str(), assets.hash()), (MODEL, card.assets));
+    let rates = node.view().nodes[0].load.expect("a load").rates;
+    assert!((0.009..0.05).contains(&rates.decode_step_s), "measured about 10 ms a step: {rates:?}");
+    let request = request(1, 20);
+    let generation = node.generate(request.clone()).await.expect("accepted");
+    assert_eq!(generation.route.node_name, "node-0");
+    check_text(&request, &collect(generation).await);
+    let unknown = GenerateDraft { model: "other".to_owned(), ..request.clone().into() };
+    let error = node.generate(unknown.try_into().expect("valid")).await.expect_err("unknown");
+    assert_eq!(
+        error,
+        GenerateError::UnknownModel { model: "other".to_owned(), served: vec![MODEL.to_owned()] }
+    );
+    let long = GenerateDraft { max_tokens: 8192, ..request.into() };
+    let error = node.generate(long.try_into().expect("valid")).await.expect_err("too long");
+    assert!(matches!(error, GenerateError::ContextExceeded { context_tokens: 8192, .. }), "{error}");
+    eventually("no request is left", || node.view().in_flight == 0).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_engine_ends_its_requests_once_and_comes_back() {
+    let mut cluster = Cluster::new();
+    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
+    cluster.ready(1).await;
+    let node = &cluster.nodes[0];
+    let mut generation = node.generate(request(1, 4000)).await.expect("accepted");
+    let first = generation.events.next().await.expect("a token");
+    assert!(matches!(first, TokenEvent::Tokens { index: 0, .. }));
+    cluster.kill_engine(0);
+    let mut events = vec![first];
+    events.extend(collect(generation).await);
+    let (tokens, finish) = check_stream(&events).expect("a proper stream");
+    match finish.reason {
+        FinishReason::Failed(GenerateError::NodeLost { tokens: sent, .. }) => {
+            assert_eq!(sent as usize, tokens.len())
+        }
+        other => panic!("expected a lost node, got {other:?}"),
+    }
+    let killed = Instant::now();
+    eventually("not ready", || !node.ready()).await;
+    assert!(matches!(node.view().nodes[0].engine, EngineState::Restarting(_)));
+    assert!(matches!(node.generate(request(2, 5)).await, Err(GenerateError::Unavailable { .. })));
+    cluster.ready(1).await;
+    assert!(killed.elapsed() < Duration::from_secs(3), "back within its load time and 2 s");
+    let request = request(3, 5);
+    check_text(&request, &collect(node.generate(request.clone()).await.expect("accepted")).await);
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_that_cannot_be_loaded_is_an_error_at_the_start() {
+    let check = async |failure: &'static str, expected: &str| {
+        let cluster = Cluster::new();
+        let settings =
+            cluster.settings(&Engine { failure: Some(failure), ..ENGINE }, &[Role::Node, Role::Router]);
+        match start(settings).await {
+            Err(StartError::Engine { message }) => assert_eq!(message, expected),
+            other => panic!("expected an error, got {other:?}"),
+        }
+    };
+    check("weights.bin: no such file", "weights.bin: no such file").await;
+    check("panic", "panicked: as asked").await;
+    let cluster = Cluster::new();
+    let mut settings = cluster.settings(&ENGINE, &[Role::Node]);
+    settings.engine.as_mut().expect("an engine").program = "/nonexistent/engine".into();
+    let error = start(settings).await.expect_err("no such program").to_string();
+    assert!(error.contains("cannot start /nonexistent/engine"), "{error}");
+    let mut settings = cluster.settings(&Engine { load_ms: 60_000, ..ENGINE }, &[Role::Node]);
+    settings.model_load_time_max = Duration::from_millis(300);
+    let error = start(settings).await.expect_err("too slow").to_string();
+    assert!(error.contains("was not ready in time"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_request_leaves_the_engine_within_two_steps() {
+    let mut cluster = Cluster::new();
+    let step_ms = 100;
+    cluster.add(&Engine { step_ms, ..ENGINE }, &[Role::Node, Role::Router]).await;
+    cluster.add(&Engine { step_ms, ..ENGINE }, &[Role::Node]).await;
+    cluster.ready(2).await;
+    let node = &cluster.nodes[0];
+    let running =
+        || node.view().nodes.iter().map(|node| node.load.map_or(0, |load| load.running)).sum::<u32>();
+    let mut generations = Vec::new();
+    for id in 0..2 {
+        generations.push(node.generate(request(id, 1000)).await.expect("accepted"));
+    }
+    let places: Vec<NodeId> = generations.iter().map(|generation| generation.route.node).collect();
+    assert_ne!(places[0], places[1], "one here, one over the network");
+    for generation in &mut generations {
+        assert!(generation.events.next().await.is_some());
+    }
+    eventually("both run", || running() == 2).await;
+    drop(generations);
+    let dropped = Instant::now();
+    eventually("none runs", || running() == 0).await;
+    // Two steps, one report of load, and a busy machine.
+    let bound = Duration::from_millis(2 * step_ms + 50 + 150);
+    assert!(dropped.elapsed() < bound, "took {:?}", dropped.elapsed());
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_are_spread_over_two_nodes() {
+    let mut cluster = Cluster::new();
+    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
+    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
+    cluster.ready(2).await;
+    let mut served = BTreeMap::<String, u32>::new();
+    let mut running = Vec::new();
+    for id in 0..8 {
+        let request = request(id, 30);
+        let generation = cluster.nodes[0].generate(request.clone()).await.expect("accepted");
+        *served.entry(generation.route.node_name.clone()).or_default() += 1;
+        running.push((request, tokio::spawn(collect(generation))));
+    }
+    for (request, events) in running {
+        check_text(&request, &events.await.expect("no panic"));
+    }
+    assert_eq!(served, BTreeMap::from([("node-0".to_owned(), 4), ("node-1".to_owned(), 4)]));
+    let hash = cluster.nodes[0].models()[0].assets;
+    assert!(cluster.nodes[0].assets(hash).await.is_ok());
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_without_a_token_survive_the_death_of_their_node() {
+    let mut cluster = Cluster::new();
+    // A router that has no engine of its own, and two nodes with one slot: most requests wait.
+    cluster.add(&Engine { slots: 1, ..ENGINE }, &[Role::Router]).await;
+    cluster.add(&Engine { slots: 1, load_ms: 600, ..ENGINE }, &[Role::Node]).await;
+    cluster.add(&Engine { slots: 1, load_ms: 600, ..ENGINE }, &[Role::Node]).await;
+    cluster.ready(2).await;
+    let mut running = Vec::new();
+    for id in 0..8 {
+        let request = request(id, 60);
+        let generation = cluster.nodes[0].generate(request.clone()).await.expect("accepted");
+        running.push((request, tokio::spawn(collect(generation))));
+    }
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    cluster.kill_engine(1);
+    let mut lost = 0;
+    for (request, events) in running {
+        let events = events.await.expect("no panic");
+        let (tokens, finish) = check_stream(&events).expect("a proper stream");
+        match finish.reason {
+            FinishReason::Failed(GenerateError::NodeLost { .. }) => {
+                assert!(!tokens.is_empty(), "a request without a token failed: {finish:?}");
+                lost += 1;
+            }
+            _ => check_text(&request, &events),
+        }
+    }
+    assert_eq!(lost, 1, "only what had begun on the killed node is lost");
+    cluster.ready(2).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_vanishes_is_replaced_and_a_returning_one_serves() {
+    let mut cluster = Cluster::new();
+    cluster.add(&ENGINE, &[Role::Router]).await;
+    cluster.add(&ENGINE, &[Role::Node]).await;
+    cluster.ready(1).await;
+    let request = request(1, 300);
+    let generation = cluster.nodes[0].generate(request.clone()).await.expect("accepted");
+    let events = tokio::spawn(collect(generation));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    cluster.nodes[1].shutdown().await;
+    let events = events.await.expect("no panic");
+    let (_, finish) = check_stream(&events).expect("a proper stream");
+    assert!(matches!(finish.reason, FinishReason::Failed(GenerateError::NodeLost { .. })), "{finish:?}");
+    eventually("no node", || cluster.nodes[0].view().nodes.is_empty()).await;
+    assert!(!cluster.nodes[0].ready());
+    let error = cluster.nodes[0].generate(request.clone()).await.expect_err("no node");
+    assert!(matches!(error, GenerateError::Unavailable { .. }), "{error}");
+    cluster.add(&ENGINE, &[Role::Node]).await;
+    cluster.ready(1).await;
+    let short = GenerateDraft { max_tokens: 5, ..request.into() };
+    let short = GenerateRequest::try_from(short).expect("valid");
+    check_text(&short, &collect(cluster.nodes[0].generate(short.clone()).await.expect("accepted")).await);
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn draining_finishes_what_runs_and_refuses_the_rest() {
+    let mut cluster = Cluster::new();
+    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
+    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
+    cluster.ready(2).await;
+    let mut running = Vec::new();
+    for id in 0..2 {
+        let request = request(id, 60);
+        let generation = cluster.nodes[0].generate(request.clone()).await.expect("accepted");
+        running.push((request, tokio::spawn(collect(generation))));
+    }
+    let leaving = cluster.nodes[1].clone();
+    let drained = tokio::spawn(async move { leaving.drain(PATIENCE).await });
+    eventually("the router knows", || {
+        cluster.nodes[0].view().nodes.iter().any(|node| node.engine == EngineState::Draining)
+    })
+    .await;
+    for id in 10..14 {
+        let generation = cluster.nodes[0].generate(request(id, 5)).await.expect("accepted");
+        assert_eq!(generation.route.node_name, "node-0");
+    }
+    assert!(matches!(
+        cluster.nodes[1].generate(request(20, 5)).await,
+        Err(GenerateError::Unavailable { .. })
+    ));
+    assert!(drained.await.expect("no panic"), "drained in time");
+    for (request, events) in running {
+        check_text(&request, &events.await.expect("no panic"));
+    }
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_node_makes_requests_wait_in_a_bounded_queue() {
+    let mut cluster = Cluster::new();
+    cluster.add(&Engine { slots: 1, step_ms: 5, ..ENGINE }, &[Role::Node, Role::Router]).await;
+    cluster.ready(1).await;
+    let node = &cluster.nodes[0];
+    // One slot, a few places at the node, then the router's queue; each in a task, as accepting may take long.
+    let mut tasks = Vec::new();
+    let release = tokio::sync::watch::Sender::new(false);
+    let total = types::limits::ROUTER_WAITING_MAX as u128 + 40;
+    for id in 0..total {
+        let (node, mut released) = (node.clone(), release.subscribe());
+        tasks.push(tokio::spawn(async move {
+            let generation = node.generate(request(id, 2000)).await?;
+            released.wait_for(|released| *released).await.expect("the sender lives");
+            drop(generation);
+            Ok(())
+        }));
+    }
+    eventually("the queue is full", || node.view().waiting as usize == types::limits::ROUTER_WAITING_MAX)
+        .await;
+    let error = node.generate(request(total, 5)).await.expect_err("busy");
+    assert!(matches!(error, GenerateError::Busy { retry_after_ms } if retry_after_ms >= 1000), "{error}");
+    // Now every accepted one is dropped at once, which makes room: in the end nobody is left.
+    release.send_replace(true);
+    for task in tasks {
+        match task.await.expect("no panic") {
+            Ok(()) | Err(GenerateError::Busy { .. }) => {}
+            Err(error) => panic!("neither accepted nor busy: {error}"),
+        }
+    }
+    eventually("nothing is left", || node.view().in_flight == 0 && node.view().waiting == 0).await;
+    cluster.shutdown().await;
+}
