@@ -6,18 +6,14 @@
 )]
 
 use crate::{
+    EXIT_FAILED, EXIT_USAGE,
     config::{self, Config, Values},
-    key,
+    engine, failed, key, serve,
     settings::Settings,
     status,
 };
 use clap::{Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode};
-
-/// The command failed.
-pub(crate) const EXIT_FAILED: u8 = 1;
-/// Flags, variables or the configuration file are wrong; clap's own code for it.
-pub(crate) const EXIT_USAGE: u8 = 2;
 
 /// One OpenAI-compatible endpoint out of the Macs on a network.
 ///
@@ -102,9 +98,9 @@ pub(crate) fn run() -> ExitCode {
             .map_err(|error| failed(EXIT_USAGE, error))
     };
     let outcome = match command {
-        None => load(Config::default()).and_then(serve),
-        Some(Command::Serve { settings }) => load(settings).and_then(serve),
-        Some(Command::Engine { settings }) => engine(&settings),
+        None => load(Config::default()).and_then(serve::run),
+        Some(Command::Serve { settings }) => load(settings).and_then(serve::run),
+        Some(Command::Engine { settings }) => return engine::run(&settings),
         Some(Command::Key(KeyCommand::New { out })) => {
             key::new(out).map_err(|error| failed(EXIT_FAILED, error))
         }
@@ -118,12 +114,6 @@ pub(crate) fn run() -> ExitCode {
     outcome.err().unwrap_or(ExitCode::SUCCESS)
 }
 
-/// Says what went wrong, in one line.
-pub(crate) fn failed(code: u8, error: impl std::fmt::Display) -> ExitCode {
-    eprintln!("mlx-node: {error}");
-    ExitCode::from(code)
-}
-
 fn check(values: Values) -> Result<(), ExitCode> {
     let settings = Settings::resolve(values).map_err(|error| failed(EXIT_USAGE, error))?;
     println!("the settings are valid: node {:?} of cluster {:?}", settings.name, settings.cluster);
@@ -134,14 +124,4 @@ fn show(values: &Values) {
     for (name, value) in values.shown() {
         println!("{name} = {value}");
     }
-}
-
-fn serve(values: Values) -> Result<(), ExitCode> {
-    crate::logging::start(&values.log.0, values.log_format);
-    let _settings = Settings::resolve(values).map_err(|error| failed(EXIT_USAGE, error))?;
-    Err(failed(EXIT_FAILED, "not wired yet"))
-}
-
-fn engine(_settings: &str) -> Result<(), ExitCode> {
-    Err(failed(EXIT_FAILED, "not wired yet"))
 }

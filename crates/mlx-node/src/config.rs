@@ -132,7 +132,7 @@ settings! {
     /// Where the model runs: auto (the GPU where there is one), cpu, gpu
     device: Device = "auto", "DEVICE";
     /// Time to a request's first token that the scheduler aims for
-    ttft_target: Span = "2 s", "TIME";
+    ttft_target: Span = "1 s", "TIME";
     /// Time for each further token that the scheduler aims for
     tpot_target: Span = "100 ms", "TIME";
     /// How long running requests may take to finish after SIGTERM or SIGINT

@@ -5,15 +5,29 @@
 
 mod cli;
 mod config;
+mod engine;
 mod hardware;
 mod key;
 mod logging;
+mod serve;
 mod settings;
 mod status;
 mod values;
 
 use std::process::ExitCode;
 
+/// The command failed.
+const EXIT_FAILED: u8 = 1;
+/// Flags, variables or the configuration file are wrong; clap's own code for it.
+const EXIT_USAGE: u8 = 2;
+
 fn main() -> ExitCode {
     cli::run()
+}
+
+/// Says what went wrong, in one line, and gives the exit code.
+#[expect(clippy::print_stderr, reason = "the last word of a program that fails, whether or not it logs")]
+fn failed(code: u8, error: impl std::fmt::Display) -> ExitCode {
+    eprintln!("mlx-node: {error}");
+    ExitCode::from(code)
 }

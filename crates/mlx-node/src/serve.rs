@@ -1,0 +1,220 @@
+//! `mlx-node serve`: starts the parts, in an order in which nothing is served that could not work, and ends them.
+//!
+//! Model files are found (or downloaded) first, then the HTTP port is taken without listening, then the node starts
+//! and loads its model, and only then does the endpoint answer. The first SIGTERM or SIGINT drains, the second ends.
+
+use crate::{
+    EXIT_FAILED, EXIT_USAGE,
+    config::Values,
+    failed, hardware, key, logging,
+    settings::{KeyOrigin, ModelSettings, Settings},
+    values::Secret,
+};
+use api::{ApiSettings, ApiState};
+use node::{EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeHandle, NodeSettings};
+use std::{
+    io,
+    net::SocketAddr,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+};
+use types::{NodeId, Role};
+
+/// Threads for sockets, JSON and tokenizers. The engine process computes on every core meanwhile (or waits for a GPU):
+/// more threads here would take time from it, and two are never both busy with what one node can generate.
+const WORKER_THREADS: usize = 2;
+/// Connections that wait to be accepted: a burst of clients between two turns of the accepting task.
+const BACKLOG: u32 = 1024;
+
+/// Runs until a signal ends it.
+///
+/// # Errors
+/// The exit code; what was wrong has been said.
+pub(crate) fn run(values: Values) -> Result<(), ExitCode> {
+    logging::start(&values.log.0, values.log_format);
+    let settings = Settings::resolve(values).map_err(|error| failed(EXIT_USAGE, error))?;
+    say_where_the_key_is_from(&settings);
+    let engine = settings.model.as_ref().map(engine_command).transpose()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .thread_name("mlx-node")
+        .enable_all()
+        .build()
+        .map_err(|error| failed(EXIT_FAILED, format_args!("the system gives no threads: {error}")))?;
+    let outcome = runtime.block_on(serve(settings, engine));
+    // What has not ended by now is not waited for: the engine process ends with its standard input.
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn serve(settings: Settings, engine: Option<EngineCommandLine>) -> Result<(), ExitCode> {
+    let no_signals =
+        |error: io::Error| failed(EXIT_FAILED, format_args!("cannot listen to signals: {error}"));
+    let mut signals = Signals::new().map_err(no_signals)?;
+    let http = settings.roles.contains(&Role::Router).then(|| take_port(settings.http)).transpose();
+    let http = http.map_err(|error| {
+        failed(EXIT_FAILED, format_args!("http = \"{}\" cannot be had: {error}", settings.http))
+    })?;
+    let api_keys = settings.api_keys.iter().map(|Secret(key)| key.clone()).collect();
+    let drain_timeout = settings.drain_timeout;
+    let starting = node::start(node_settings(settings, engine)?);
+    let node = tokio::select! {
+        started = starting => started.map_err(|error| failed(EXIT_FAILED, error))?,
+        () = signals.next() => return Ok(()),
+    };
+    let (stop, stopped) = oneshot::channel();
+    let endpoint = http.map(|socket| listen(socket, &node, api_keys, stopped)).transpose();
+    let endpoint = endpoint
+        .map_err(|error| failed(EXIT_FAILED, format_args!("the HTTP endpoint cannot start: {error}")))?;
+    signals.next().await;
+    tracing::info!(at_most = ?drain_timeout, "draining: finishing what runs, refusing what comes");
+    let finish = async {
+        // The endpoint is gone already where the process has none.
+        let _ = stop.send(());
+        tokio::join!(node.drain(drain_timeout), async {
+            if let Some(endpoint) = endpoint {
+                // A panic of its task was logged when it happened.
+                let _ = endpoint.await;
+            }
+        });
+    };
+    tokio::select! {
+        drained = tokio::time::timeout(drain_timeout, finish) => {
+            if drained.is_err() {
+                tracing::warn!(after = ?drain_timeout, "requests still run; they end here");
+            }
+        }
+        () = signals.next() => {
+            tracing::warn!("a second signal: ending at once");
+            return Ok(());
+        }
+    }
+    tokio::select! {
+        () = node.shutdown() => tracing::info!("left the cluster"),
+        () = signals.next() => tracing::warn!("a second signal: ending at once"),
+    }
+    Ok(())
+}
+
+/// Takes a port without answering on it: a port in use is found out before minutes of loading.
+fn take_port(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // Or a restart would wait for the last connections' TIME_WAIT to pass.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
+}
+
+fn listen(
+    socket: TcpSocket,
+    node: &NodeHandle,
+    api_keys: Vec<String>,
+    stopped: oneshot::Receiver<()>,
+) -> io::Result<tokio::task::JoinHandle<io::Result<()>>> {
+    let listener: TcpListener = socket.listen(BACKLOG)?;
+    let app = api::app(ApiState {
+        generate: Arc::new(node.clone()),
+        directory: Arc::new(node.clone()),
+        settings: ApiSettings { api_keys, ..ApiSettings::default() },
+    });
+    Ok(tokio::spawn(api::serve(listener, app, async {
+        // A dropped sender means the same.
+        let _ = stopped.await;
+    })))
+}
+
+fn node_settings(settings: Settings, engine: Option<EngineCommandLine>) -> Result<NodeSettings, ExitCode> {
+    let mut id = [0; 16];
+    getrandom::fill(&mut id)
+        .map_err(|error| failed(EXIT_FAILED, format_args!("the system gives no random numbers: {error}")))?;
+    Ok(NodeSettings {
+        name: settings.name,
+        cluster: settings.cluster,
+        id: NodeId(u128::from_le_bytes(id)),
+        roles: settings.roles,
+        hardware: hardware::describe(),
+        listen: settings.listen,
+        key: settings.key,
+        wait_for_model: engine.is_some(),
+        engine,
+        model_load_time_max: MODEL_LOAD_TIME_MAX,
+        mdns: settings.mdns,
+        peers: settings.peers,
+        interfaces: settings.interfaces,
+    })
+}
+
+/// Finds the model's files, downloading them if need be, and says how to start an engine on them: this same program.
+fn engine_command(model: &ModelSettings) -> Result<EngineCommandLine, ExitCode> {
+    /// At most one line of progress in this time.
+    const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+    let mut told = Instant::now();
+    let mut progress = |what: &str, fraction: f32| {
+        if told.elapsed() >= PROGRESS_INTERVAL {
+            told = Instant::now();
+            tracing::info!(what, percent = (fraction * 100.0).round(), "fetching the model");
+        }
+    };
+    let path = mlx::hub::resolve(&model.source, model.offline, &mut progress)
+        .map_err(|error| failed(EXIT_FAILED, error))?;
+    let mut engine = model.engine.clone();
+    engine.model = path;
+    let json = serde_json::to_string(&engine).expect("settings are plain data");
+    let program = std::env::current_exe()
+        .map_err(|error| failed(EXIT_FAILED, format_args!("cannot find this program's own file: {error}")))?;
+    Ok(EngineCommandLine {
+        program,
+        args: ["engine", "--settings", &json].map(Into::into).to_vec(),
+        env: Vec::new(),
+    })
+}
+
+fn say_where_the_key_is_from(settings: &Settings) {
+    let fingerprint = settings.key.fingerprint();
+    match &settings.key_origin {
+        KeyOrigin::Random(looked) => {
+            let file =
+                looked.as_ref().map_or_else(|| "key_file".to_owned(), |path| path.display().to_string());
+            tracing::info!(
+                "no cluster key ({file} is not there): running alone. To form a cluster, run `mlx-node key new` and \
+                 copy the key to every machine"
+            );
+        }
+        KeyOrigin::Setting => tracing::info!(%fingerprint, "cluster key from cluster_key"),
+        KeyOrigin::File(path) => {
+            tracing::info!(%fingerprint, file = %path.display(), "cluster key");
+            if key::is_exposed(path) {
+                tracing::warn!(
+                    "other users of this machine may read the cluster key: chmod 600 {}",
+                    path.display()
+                );
+            }
+        }
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Resolves with the next of either.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

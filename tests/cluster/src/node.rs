@@ -1,0 +1,188 @@
+//! One `mlx-node` process: started with settings, watched, signalled, killed at the end.
+
+use crate::{Client, Place, binary, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
+use std::{
+    fs::{self, File},
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    path::{Path, PathBuf},
+    process::{Child, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// For the model to be loaded, in a debug build beside another engine on two cores.
+const READY_TIME_MAX: Duration = Duration::from_secs(120);
+/// For a process to end that has nothing left to do.
+const EXIT_TIME_MAX: Duration = Duration::from_secs(20);
+
+/// How a node is started.
+#[derive(Debug, Clone)]
+pub struct NodeSpec {
+    /// Its name.
+    pub name: String,
+    /// Where it runs.
+    pub place: Place,
+    /// Where a client stands that talks to it.
+    pub client: Place,
+    /// Its HTTP address.
+    pub http: SocketAddr,
+    /// Its other settings, as flags.
+    pub flags: Vec<String>,
+}
+
+impl NodeSpec {
+    /// A node on the host's loopback, alone unless `flags` say more.
+    pub fn local(name: &str, model: &Path) -> Self {
+        let http = (Ipv4Addr::LOCALHOST, free_port()).into();
+        Self { name: name.to_owned(), place: Place::Host, client: Place::Host, http, flags: Vec::new() }
+            .flag("model", &model.to_string_lossy())
+    }
+
+    /// Adds a setting.
+    #[must_use]
+    pub fn flag(mut self, name: &str, value: &str) -> Self {
+        self.flags.push(format!("--{name}={value}"));
+        self
+    }
+
+    /// Starts it.
+    pub fn start(&self) -> NodeProcess {
+        let folder = tempfile::tempdir().expect("a folder for the node");
+        let log = folder.path().join("log");
+        let file = File::create(&log).expect("a log file");
+        let mut command = self.place.command(&binary());
+        for (name, _) in
+            std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("MLX_NODE_"))
+        {
+            command.env_remove(name);
+        }
+        command
+            .args(["--name", &self.name, "--http", &self.http.to_string()])
+            .args(&self.flags)
+            // No configuration or key of the person who runs the tests.
+            .env("HOME", folder.path())
+            .env("XDG_CONFIG_HOME", folder.path())
+            .current_dir(folder.path())
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("a second handle to the log"))
+            .stderr(file);
+        let started = Instant::now();
+        let child = command.spawn().expect("mlx-node starts");
+        let client = Client { address: self.http, place: self.client.clone() };
+        NodeProcess { name: self.name.clone(), client, child, started, log, _folder: folder }
+    }
+}
+
+/// A running node.
+#[derive(Debug)]
+pub struct NodeProcess {
+    /// Its name.
+    pub name: String,
+    /// A client of its endpoint.
+    pub client: Client,
+    child: Child,
+    started: Instant,
+    log: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl NodeProcess {
+    /// Waits until it is ready; returns how long that took from its start.
+    ///
+    /// # Panics
+    /// Where it ends or takes too long.
+    pub fn wait_ready(&mut self) -> Duration {
+        let deadline = self.started + READY_TIME_MAX;
+        while !self.client.is_ready() {
+            let ended = self.child.try_wait().expect("its state is known");
+            assert!(ended.is_none(), "{} ended with {ended:?}:\n{}", self.name, self.log());
+            assert!(Instant::now() < deadline, "{} is not ready:\n{}", self.name, self.log());
+            thread::sleep(Duration::from_millis(20));
+        }
+        self.started.elapsed()
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(pid(self.child.id()), signal).expect("the process is there");
+    }
+
+    /// Kills it and its engine where they stand, and waits for their end.
+    pub fn kill(&mut self) {
+        let engine = self.engine_pid();
+        self.signal(Signal::KILL);
+        if let Some(engine) = engine {
+            // It may have seen its parent's end already.
+            let _ = kill_process(pid(engine), Signal::KILL);
+        }
+        self.child.wait().expect("a killed process ends");
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// Where it takes too long.
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        wait_for("the process ends", EXIT_TIME_MAX, || self.child.try_wait().expect("its state is known"))
+    }
+
+    /// The process id of its engine; none while it has none.
+    pub fn engine_pid(&self) -> Option<u32> {
+        let parent = format!("PPid:\t{}", self.child.id());
+        let ids =
+            fs::read_dir("/proc").ok()?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        ids.into_iter().find(|id: &u32| {
+            let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+            // A zombie that was not waited for yet is no engine.
+            status.lines().any(|line| line == parent) && !status.contains("State:\tZ")
+        })
+    }
+
+    /// Kills its engine.
+    ///
+    /// # Panics
+    /// Where it has none.
+    pub fn kill_engine(&self) {
+        let engine = self.engine_pid().expect("an engine runs");
+        kill_process(pid(engine), Signal::KILL).expect("the engine is there");
+    }
+}
+
+impl Drop for NodeProcess {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
+            self.kill();
+        }
+        if thread::panicking() {
+            show(&format!("---- log of {} ----\n{}", self.name, self.log()));
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the test runner shows it with the failure")]
+fn show(text: &str) {
+    eprintln!("{text}");
+}
+
+fn pid(id: u32) -> Pid {
+    let id = i32::try_from(id).expect("process ids are small");
+    Pid::from_raw(id).expect("no process has the id 0")
+}
+
+/// A port of the loopback that nobody has now, UDP or TCP.
+pub fn free_port() -> u16 {
+    let any = (Ipv4Addr::LOCALHOST, 0);
+    loop {
+        let udp = UdpSocket::bind(any).expect("a free UDP port");
+        let port = udp.local_addr().expect("bound").port();
+        if std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
+}
