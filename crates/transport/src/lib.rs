@@ -6,7 +6,7 @@
 //!
 //! Who owns what: [`Endpoint`] the socket and the handshakes in flight, [`Peer`] and [`RouterLink`] one end of a
 //! connection, a `TokenStream` or [`ReplySender`] one end of a request's stream. Every wait is bounded by
-//! [`limits`](crate::limits); both ends prove the [`ClusterKey`] in the TLS handshake, before a byte of ours is read.
+//! [`limits`]; both ends prove the [`ClusterKey`] in the TLS handshake, before a byte of ours is read.
 #![warn(missing_docs)]
 
 mod close;

@@ -4,7 +4,10 @@ mod pair;
 
 use futures_util::StreamExt;
 use pair::{Pair, hello, loopback, next_generate, pair, request, within};
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use transport::{ClusterKey, Endpoint, IncomingRequest, JoinError, ReplyError, ReplySender, limits};
 use types::{
     AssetsHash, EngineState, Finish, FinishReason, GenerateError, ModelAssets, NodeLoad, NodeRates,
@@ -413,6 +416,24 @@ async fn a_dual_stack_socket_reaches_both_families() {
         assert_eq!(link.expect("joined").remote_address(), to);
         assert_eq!(peer.remote_address().is_ipv4(), to.is_ipv4());
     }
+}
+
+/// As the simulator does it: socket, runtime and seed come from outside.
+#[tokio::test]
+async fn a_socket_can_be_brought_along() {
+    let key = ClusterKey::generate().expect("random numbers");
+    let bring = |seed| {
+        let runtime: Arc<dyn quinn::Runtime> = Arc::new(quinn::TokioRuntime);
+        let socket = std::net::UdpSocket::bind(loopback()).expect("binds");
+        let socket = runtime.wrap_udp_socket(socket).expect("non-blocking");
+        Endpoint::with_socket(socket, runtime, &key, Some([seed; 32])).expect("usable")
+    };
+    let (router, node) = (bring(1), bring(2));
+    let (to, welcome) = (router.local_address(), hello(1, "router"));
+    let (accepted, link) =
+        within(async { tokio::join!(router.accept(&welcome), node.join(to, hello(2, "node"))) }).await;
+    assert_eq!(accepted.expect("open").0.hello().node, types::NodeId(2));
+    assert_eq!(link.expect("joined").router().node, types::NodeId(1));
 }
 
 #[tokio::test]
