@@ -1,6 +1,7 @@
 //! An engine child without a model, for this crate's tests: real pipes, real time, made-up text.
 //!
-//! Arguments: `NAME LOAD_MS STEP_MS SLOTS PID_FILE [FAILURE]`. With a failure, loading ends with it.
+//! Arguments: `NAME LOAD_MS STEP_MS SLOTS PID_FILE [FAILURE]`. With a failure, loading ends with it. A prompt that starts
+//! with 990 makes the engine panic, one that starts with 991 makes its backend fail.
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -13,6 +14,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 use testkit::{FakeModel, FakeSettings, StepCost, VirtualClock};
 use types::{ModelAssets, ModelCard, TokenId};
+
+const PANIC_TOKEN: TokenId = 990;
+const BACKEND_TOKEN: TokenId = 991;
 
 /// A [`FakeModel`] whose steps take real time.
 #[derive(Debug)]
@@ -36,6 +40,11 @@ impl Model for PacedModel {
     }
 
     fn step(&mut self, slices: &[Slice<'_>]) -> Result<Vec<TokenId>, ModelError> {
+        let asked = |token| slices.iter().any(|slice| slice.start == 0 && slice.tokens[0] == token);
+        assert!(!asked(PANIC_TOKEN), "as asked");
+        if asked(BACKEND_TOKEN) {
+            return Err(ModelError::Backend("as asked".to_owned()));
+        }
         let begin = self.clock.now();
         let drawn = self.model.step(slices);
         std::thread::sleep(self.clock.now() - begin);

@@ -35,7 +35,7 @@ pub(crate) async fn run(
     let end = match spawn(line) {
         Ok((mut child, stdin, stdout)) => {
             let writer = tokio::spawn(write_commands(stdin, engine.child_started()));
-            let mut life = Life { engine, ready: None, failed: None };
+            let mut life = Life { engine, loading: String::new(), ready: None, failed: None };
             let seen = life.read(stdout, Instant::now() + load_time_max, &mut stop).await;
             // Whatever happens from here on, nothing more is accepted for it.
             let status = reap(&mut child, seen.is_some()).await;
@@ -56,7 +56,11 @@ pub(crate) async fn run(
 }
 
 fn spawn(line: &EngineCommandLine) -> std::io::Result<(Child, ChildStdin, ChildStdout)> {
-    let mut child = Command::new(&line.program)
+    let mut command = Command::new(&line.program);
+    // Ctrl-C in a terminal is for the node, which drains first; its engine must not die of it.
+    #[cfg(unix)]
+    command.process_group(0);
+    let mut child = command
         .args(&line.args)
         .envs(line.env.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::piped())
@@ -72,6 +76,8 @@ fn spawn(line: &EngineCommandLine) -> std::io::Result<(Child, ChildStdin, ChildS
 
 struct Life<'a> {
     engine: &'a EngineHandle,
+    /// What it was last loading.
+    loading: String,
     ready: Option<Instant>,
     /// What it said of its own end.
     failed: Option<String>,
@@ -108,6 +114,10 @@ impl Life<'_> {
                     return Some(format!("the engine {waited}"));
                 }
                 () = stopped(stop), if !stopping => {
+                    if self.ready.is_none() {
+                        // It does not listen while it loads, and has nothing to finish.
+                        return Some("the engine was stopped as it was loading".to_owned());
+                    }
                     stopping = true;
                     deadline = Some(Instant::now() + ENGINE_EXIT_TIME_MAX);
                     self.engine.ask_child_to_exit();
@@ -134,7 +144,11 @@ impl Life<'_> {
         let error = |message: &str| Err(ProtocolError { message: message.to_owned() });
         match report {
             EngineReport::Loading { what, fraction } => {
+                if what != self.loading {
+                    tracing::info!(%what, "engine loading");
+                }
                 tracing::debug!(%what, fraction, "engine loading");
+                self.loading = what;
             }
             EngineReport::Ready { .. } if self.ready.is_some() => return error("ready for the second time"),
             EngineReport::Ready { card, assets, rates, slots } => {

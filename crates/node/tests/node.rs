@@ -221,6 +221,91 @@ async fn a_model_that_cannot_be_loaded_is_an_error_at_the_start() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_fails_ends_its_requests_and_comes_back() {
+    let mut cluster = Cluster::new();
+    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
+    cluster.ready(1).await;
+    let node = &cluster.nodes[0];
+    for (token, expected) in [(990, "panicked: as asked"), (991, "the model's backend failed: as asked")] {
+        let bystander = node.generate(request(1, 4000)).await.expect("accepted");
+        let bystander = tokio::spawn(collect(bystander));
+        let poison = GenerateDraft { prompt: vec![token; 40], ..request(2, 5).into() };
+        let poison = node.generate(poison.try_into().expect("valid")).await.expect("accepted");
+        let events = [collect(poison).await, bystander.await.expect("no panic")];
+        for events in events {
+            let (_, finish) = check_stream(&events).expect("a proper stream");
+            assert!(matches!(finish.reason, FinishReason::Failed(_)), "{finish:?}");
+        }
+        eventually("the reason shows", || {
+            node.view().nodes[0].engine == EngineState::Restarting(expected.to_owned())
+        })
+        .await;
+        cluster.ready(1).await;
+    }
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_list_each_other_and_themselves_are_connected_once() {
+    let port = || {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a free port");
+        socket.local_addr().expect("bound").port()
+    };
+    let ports = [port(), port()];
+    let mut cluster = Cluster::new();
+    for port in ports {
+        let mut settings = cluster.settings(&ENGINE, &[Role::Node, Role::Router]);
+        settings.listen = ([127, 0, 0, 1], port).into();
+        settings.peers = ports
+            .iter()
+            .flat_map(|port| [format!("127.0.0.1:{port}"), format!("localhost:{port}")])
+            .collect();
+        cluster.nodes.push(start(settings).await.expect("the node starts"));
+    }
+    for node in &cluster.nodes {
+        eventually("both see both", || {
+            let view = node.view();
+            view.nodes.len() == 2 && view.nodes.iter().all(|node| node.engine == EngineState::Ready)
+        })
+        .await;
+        assert_eq!(node.view().nodes.iter().filter(|node| node.local).count(), 1);
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    for node in &cluster.nodes {
+        assert_eq!(node.view().nodes.len(), 2, "still there after duplicates were dropped");
+    }
+    cluster.shutdown().await;
+}
+
+#[test]
+fn an_engine_ends_with_its_parent() {
+    let check = |load_ms: &str, wait: Duration, bound: Duration| {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut child = std::process::Command::new(fake_engine())
+            .args([MODEL, load_ms, "10", "4"])
+            .arg(folder.path().join("pid"))
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("the engine starts");
+        std::thread::sleep(wait);
+        assert_eq!(child.try_wait().expect("its state"), None, "it waits for commands");
+        drop(child.stdin.take());
+        let dropped = Instant::now();
+        while child.try_wait().expect("its state").is_none() {
+            if dropped.elapsed() > bound {
+                child.kill().expect("killed");
+                panic!("still there after {bound:?}");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    check("30", Duration::from_millis(800), Duration::from_secs(2));
+    // In the middle of loading, after the time given to it.
+    check("60000", Duration::from_millis(100), Duration::from_secs(8));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_request_leaves_the_engine_within_two_steps() {
     let mut cluster = Cluster::new();
     let step_ms = 100;

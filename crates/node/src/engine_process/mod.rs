@@ -2,8 +2,8 @@
 //!
 //! Three threads. The calling one owns the engine and all that the model holds: it takes commands, steps, and hands each
 //! step's reports on. A reader turns standard input into commands, a writer turns reports into one write per step; both
-//! channels are bounded. The end of standard input means that the parent is gone: the process ends, at the latest
-//! [`PARENT_GONE_TIME_MAX`] later, even out of a long step. The clock is read here and nowhere further in.
+//! channels are bounded. The end of standard input means that the parent is gone: the process ends, a few seconds later
+//! at the latest, even out of a long step. The clock is read here and nowhere further in.
 
 mod probe;
 
