@@ -314,8 +314,15 @@ impl Engine {
             slack_s: sequence.slack_s(now, self.tpot_target, pause_max),
         };
         let candidates: Vec<Candidate> = self.running.iter().map(candidate).collect();
+        // A target below what a pass over all rows and one slice takes cannot be met while prompts wait; keeping to it
+        // would only run more passes over the weights, with less in each.
+        let mut least = StepShape::default();
+        for candidate in candidates.iter().filter(|candidate| candidate.decodes) {
+            least.add_row(candidate.start + 1);
+        }
+        least.add_slice(0, scheduler::SLICE_TOKENS_MIN);
         let budgets = Budgets {
-            tpot_s: self.tpot_target.as_secs_f64(),
+            tpot_s: self.tpot_target.as_secs_f64().max(self.cost.seconds(least)),
             // A request that arrives just after such a step began can still meet its target.
             prefill_only_s: self.ttft_target.as_secs_f64() / 2.0,
         };
