@@ -1,9 +1,5 @@
 //! The command line: which command, with which settings over those of the file.
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "this is where the program speaks to a person"
-)]
+#![expect(clippy::print_stdout, reason = "what the commands print is their result")]
 
 use crate::{
     EXIT_FAILED, EXIT_USAGE,

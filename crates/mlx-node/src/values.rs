@@ -34,7 +34,7 @@ impl Setting for String {
 }
 
 impl Setting for bool {
-    const SWITCH: bool = true;
+    const SWITCH: Self = true;
 
     fn parse(text: &str) -> Result<Self, String> {
         text.parse().map_err(|_| "true or false is expected".to_owned())
@@ -196,7 +196,7 @@ impl Setting for Bytes {
     }
 
     fn to_toml(&self) -> String {
-        let exact = |&&(_, scale): &&(&str, u64)| self.0 % scale == 0;
+        let exact = |&&(_, scale): &&(&str, u64)| self.0.is_multiple_of(scale);
         let (unit, scale) =
             BYTE_UNITS.iter().filter(exact).max_by_key(|(_, scale)| *scale).unwrap_or(&BYTE_UNITS[0]);
         quoted(&format!("{} {unit}", self.0 / scale))
@@ -227,7 +227,7 @@ impl Setting for Span {
 
     fn to_toml(&self) -> String {
         let ms = self.0.as_millis();
-        quoted(&if ms % 1000 == 0 { format!("{} s", ms / 1000) } else { format!("{ms} ms") })
+        quoted(&if ms.is_multiple_of(1000) { format!("{} s", ms / 1000) } else { format!("{ms} ms") })
     }
 }
 

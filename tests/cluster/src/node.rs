@@ -1,12 +1,12 @@
 //! One `mlx-node` process: started with settings, watched, signalled, killed at the end.
 
 use crate::{Client, Place, binary, wait_for};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use std::{
     fs::{self, File},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     path::{Path, PathBuf},
-    process::{Child, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -48,6 +48,17 @@ impl NodeSpec {
 
     /// Starts it.
     pub fn start(&self) -> NodeProcess {
+        self.start_with(|_| {})
+    }
+
+    /// Starts it as a shell would: at the head of a process group, to which Ctrl-C goes.
+    pub fn start_in_own_group(&self) -> NodeProcess {
+        self.start_with(|command| {
+            std::os::unix::process::CommandExt::process_group(command, 0);
+        })
+    }
+
+    fn start_with(&self, prepare: impl FnOnce(&mut Command)) -> NodeProcess {
         let folder = tempfile::tempdir().expect("a folder for the node");
         let log = folder.path().join("log");
         let file = File::create(&log).expect("a log file");
@@ -58,7 +69,8 @@ impl NodeSpec {
             command.env_remove(name);
         }
         command
-            .args(["--name", &self.name, "--http", &self.http.to_string()])
+            // Without a line for each of the polling requests.
+            .args(["--name", &self.name, "--http", &self.http.to_string(), "--log=info,api::tag=warn"])
             .args(&self.flags)
             // No configuration or key of the person who runs the tests.
             .env("HOME", folder.path())
@@ -67,6 +79,7 @@ impl NodeSpec {
             .stdin(Stdio::null())
             .stdout(file.try_clone().expect("a second handle to the log"))
             .stderr(file);
+        prepare(&mut command);
         let started = Instant::now();
         let child = command.spawn().expect("mlx-node starts");
         let client = Client { address: self.http, place: self.client.clone() };
@@ -111,6 +124,11 @@ impl NodeProcess {
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(pid(self.child.id()), signal).expect("the process is there");
+    }
+
+    /// Sends a signal to its process group, of which it is the head.
+    pub fn signal_group(&self, signal: Signal) {
+        kill_process_group(pid(self.child.id()), signal).expect("the group is there");
     }
 
     /// Kills it and its engine where they stand, and waits for their end.

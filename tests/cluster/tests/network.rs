@@ -17,7 +17,10 @@ const SERVES_AGAIN_TIME_MAX: Duration = Duration::from_secs(5);
 const LOST_TIME_MAX: Duration = Duration::from_secs(6);
 /// Tokens of a request under load: long enough to be caught in the middle, short enough to come round often.
 const LOAD_TOKENS: u32 = 40;
-/// Clients that load the cluster.
+/// Slots of a node. Two nodes on one busy machine may measure each other as slow; what one has no slot for, the other
+/// gets, whatever it measured.
+const SLOTS: &str = "4";
+/// Clients that load the cluster: more than one node has slots for.
 const LOAD_CLIENTS: usize = 6;
 
 struct Pair {
@@ -48,6 +51,7 @@ fn pair() -> Option<Pair> {
         .flag("model", &model.to_string_lossy())
         .flag("cluster-key", key.trim())
         .flag("allow-anonymous", "true")
+        .flag("max-batch", SLOTS)
     };
     Some(Pair { specs: [spec(0, "one"), spec(1, "two")], _network: network })
 }
@@ -69,7 +73,8 @@ fn nodes_discover_each_other_and_both_endpoints_answer() {
         let text = answer.json()["choices"][0]["message"]["content"].to_string();
         assert!(text.contains("Paris"), "{text}");
     }
-    assert_eq!(serve_many(&nodes[1].client), BTreeSet::from(["one".to_owned(), "two".to_owned()]));
+    let both: BTreeSet<String> = first_texts(&nodes[1].client).into_iter().map(|(node, _)| node).collect();
+    assert_eq!(both, BTreeSet::from(["one".to_owned(), "two".to_owned()]));
 }
 
 #[test]
@@ -118,10 +123,10 @@ fn a_node_killed_under_load_costs_no_request_without_a_first_token_and_returns()
     let mut two = pair.specs[1].start();
     two.wait_ready();
     let ready = Instant::now();
-    wait_for("the returned node serves", SERVES_AGAIN_TIME_MAX, || {
-        serve_many(&one.client).contains("two").then_some(())
+    let served = wait_for("the returned node serves", 2 * SERVES_AGAIN_TIME_MAX, || {
+        first_texts(&one.client).into_iter().find(|(node, _)| node == "two")
     });
-    assert!(ready.elapsed() <= SERVES_AGAIN_TIME_MAX, "{:?}", ready.elapsed());
+    assert!(served.1 - ready <= SERVES_AGAIN_TIME_MAX, "{:?}", served.1 - ready);
 }
 
 #[derive(Debug)]
@@ -158,16 +163,15 @@ fn load(client: &Client, index: usize, stop: &AtomicBool) -> Vec<Outcome> {
     outcomes
 }
 
-/// The nodes that served six requests sent at once.
-fn serve_many(client: &Client) -> BTreeSet<String> {
+/// Sends six requests at once; returns which node each one's first text came from, and when.
+fn first_texts(client: &Client) -> Vec<(String, Instant)> {
     thread::scope(|scope| {
         let ask = |index: usize| {
-            let stream = client.stream_chat(&format!("Say {index}."), 8).expect("connected");
+            let mut stream = client.stream_chat(&format!("Say {index}."), 8).expect("connected");
             assert_eq!(stream.status, 200);
             let node = node_of(&stream.headers["x-mlx-route"]);
-            let (_, end) = stream.finish();
-            assert_eq!(end, StreamEnd::Finished("length".to_owned()), "{node}");
-            node
+            stream.first_text().expect("a text has a beginning");
+            (node, Instant::now())
         };
         let running: Vec<_> = (0..6).map(|index| scope.spawn(move || ask(index))).collect();
         running.into_iter().map(|thread| thread.join().expect("served")).collect()

@@ -69,6 +69,19 @@ fn a_signal_drains() {
 }
 
 #[test]
+fn ctrl_c_drains_although_the_engine_hears_it_too() {
+    let Some(model) = model() else { return };
+    let mut node = NodeSpec::local("one", &model).start_in_own_group();
+    node.wait_ready();
+    let mut stream = node.client.stream_chat("Tell me a story.", 60).expect("connected");
+    stream.first_text().expect("text comes");
+    node.signal_group(Signal::INT);
+    let (texts, end) = stream.finish();
+    assert_eq!(end, StreamEnd::Finished("length".to_owned()), "after {texts} texts");
+    assert!(node.wait_exit().success());
+}
+
+#[test]
 fn a_second_signal_ends_at_once() {
     let Some(model) = model() else { return };
     let mut node = NodeSpec::local("one", &model).start();
@@ -127,6 +140,8 @@ fn peers_find_each_other_without_multicast() {
             .flag("mdns", "false")
             .flag("listen", &format!("127.0.0.1:{own}"))
             .flag("peers", &format!("127.0.0.1:{other}"))
+            // Fewer than half of the requests below, so that one node cannot take them all.
+            .flag("max-batch", "3")
     };
     let mut one = spec("one", ports[0], ports[1]).start();
     let mut two = spec("two", ports[1], ports[0]).start();
