@@ -62,10 +62,8 @@ fn round(
     *next_id += batch as u64;
     // Fixed pseudo-random prompts, different in every row (Knuth's multiplicative hash).
     let token = |row: u64, at: u64| ((row * 1_000_003 + at + 7) * 2_654_435_761 % vocabulary) as TokenId;
-    let prompts: Vec<Vec<TokenId>> = ids
-        .iter()
-        .map(|id| (0..settings.prompt_tokens as u64).map(|at| token(id.0, at)).collect())
-        .collect();
+    let prompts: Vec<Vec<TokenId>> =
+        ids.iter().map(|id| (0..settings.prompt_tokens as u64).map(|at| token(id.0, at)).collect()).collect();
     for &id in &ids {
         model.open(id, settings.prompt_tokens + new_tokens)?;
     }

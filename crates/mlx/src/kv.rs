@@ -146,7 +146,8 @@ impl KvSlabs {
         runs: &[RunWrite],
     ) -> Result<()> {
         let KvShape { heads, head_dim, .. } = self.shape;
-        let rows = |array: &Array, (from, to): (i32, i32)| slice(array, &[from, 0, 0], &[to, heads, head_dim]);
+        let rows =
+            |array: &Array, (from, to): (i32, i32)| slice(array, &[from, 0, 0], &[to, heads, head_dim]);
         for write in singles {
             let target = &mut self.slabs.get_mut(&write.capacity).expect("reserved").layers[layer];
             let shape = [write.rows.1 - write.rows.0, 1, heads, 1, head_dim];

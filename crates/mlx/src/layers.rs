@@ -33,7 +33,11 @@ impl Linear {
     }
 
     /// The layer of one weight, or of several side by side (fused: one product instead of several).
-    pub(crate) fn load(tensors: &mut Tensors, prefixes: &[String], precision: Precision) -> std::result::Result<Self, LoadError> {
+    pub(crate) fn load(
+        tensors: &mut Tensors,
+        prefixes: &[String],
+        precision: Precision,
+    ) -> std::result::Result<Self, LoadError> {
         let weights = prefixes.iter().map(|prefix| tensors.weight(prefix));
         let weights: Vec<_> = weights.collect::<std::result::Result<_, _>>()?;
         let biases = prefixes.iter().map(|prefix| tensors.take_optional(&format!("{prefix}.bias")));
@@ -50,7 +54,11 @@ impl Linear {
         Self::fuse(vec![weight], None, precision)
     }
 
-    fn fuse(weights: Vec<Weight>, bias: Option<Array>, precision: Precision) -> std::result::Result<Self, LoadError> {
+    fn fuse(
+        weights: Vec<Weight>,
+        bias: Option<Array>,
+        precision: Precision,
+    ) -> std::result::Result<Self, LoadError> {
         let weights: Vec<_> =
             weights.into_iter().map(|weight| precision.apply(weight)).collect::<Result<_>>()?;
         let formats: Vec<_> = weights.iter().map(format_of).collect();
@@ -78,7 +86,9 @@ impl Linear {
     /// Every array, to be evaluated at load.
     pub(crate) fn arrays(&self) -> Vec<&Array> {
         match self {
-            Self::Dense { transposed, bias } => [Some(transposed), bias.as_ref()].into_iter().flatten().collect(),
+            Self::Dense { transposed, bias } => {
+                [Some(transposed), bias.as_ref()].into_iter().flatten().collect()
+            }
             Self::Quantized { words, scales, biases, bias, .. } => {
                 [Some(words), Some(scales), Some(biases), bias.as_ref()].into_iter().flatten().collect()
             }

@@ -1,6 +1,6 @@
 //! Models on MLX: weights, KV, the forward pass, sampling. The only crate that touches an `Array`.
 //!
-//! [`load`] turns a model's files into an [`engine::Model`]; everything it returns belongs to the calling thread, since
+//! [`load()`] turns a model's files into an [`engine::Model`]; everything it returns belongs to the calling thread, since
 //! MLX's streams and caches are thread-local.
 
 mod attention;

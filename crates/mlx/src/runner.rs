@@ -34,7 +34,12 @@ struct Placed<'a> {
 }
 
 impl Runner {
-    pub(crate) fn new(card: ModelCard, limits: ModelLimits, family: Box<dyn Family>, path: AttentionPath) -> Self {
+    pub(crate) fn new(
+        card: ModelCard,
+        limits: ModelLimits,
+        family: Box<dyn Family>,
+        path: AttentionPath,
+    ) -> Self {
         let kv = KvSlabs::new(family.dims().kv);
         Self { card, limits, family, path, kv, open: 0 }
     }
@@ -192,8 +197,7 @@ fn row_group(group: &[Placed<'_>], rows: (i32, i32), path: AttentionPath, dtype:
             if dtype == Dtype::Float32 { mask } else { mask.as_dtype(dtype)? }
         }
         AttentionPath::Kernel => {
-            let values: Vec<bool> =
-                visible.flat_map(|seen| (0..length).map(move |at| at < seen)).collect();
+            let values: Vec<bool> = visible.flat_map(|seen| (0..length).map(move |at| at < seen)).collect();
             Array::from_slice(&values, &shape)
         }
     };

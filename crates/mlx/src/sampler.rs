@@ -10,7 +10,8 @@ use mlx_rs::{
     Array, Dtype,
     error::Result,
     ops::{
-        cumsum, exp, ge, gt, indexing::argmax_axis, logical_and, logsumexp_axis, lt, partition_axis, sort_axis, select,
+        cumsum, exp, ge, gt, indexing::argmax_axis, logical_and, logsumexp_axis, lt, partition_axis, select,
+        sort_axis,
     },
 };
 use std::collections::BTreeMap;
@@ -22,10 +23,12 @@ const CANDIDATES: i32 = 1024;
 
 /// Draws each row's token.
 pub(crate) fn sample(logits: &Array, rows: &[RowSampling<'_>]) -> Result<Vec<TokenId>> {
-    let logits = if logits.dtype() == Dtype::Float32 { logits.clone() } else { logits.as_dtype(Dtype::Float32)? };
+    let logits =
+        if logits.dtype() == Dtype::Float32 { logits.clone() } else { logits.as_dtype(Dtype::Float32)? };
     let logits = penalize(&logits, rows)?;
     let greedy = argmax_axis(&logits, -1, false)?;
-    let drawn: Vec<i32> = (0..rows.len() as i32).filter(|&row| !rows[row as usize].params.is_greedy()).collect();
+    let drawn: Vec<i32> =
+        (0..rows.len() as i32).filter(|&row| !rows[row as usize].params.is_greedy()).collect();
     if drawn.is_empty() {
         return Ok(greedy.as_slice::<u32>().to_vec());
     }
@@ -186,7 +189,9 @@ mod tests {
     /// Logits of a row: a few heavy tokens and a long tail, by a fixed formula.
     fn logits(row: usize, flat: bool) -> Vec<f32> {
         let scale = if flat { 0.001 } else { 3.0 };
-        (0..VOCABULARY).map(|token| ((token * 7919 + row * 104_729) % 1009) as f32 / 1009.0 * scale * 2.0).collect()
+        (0..VOCABULARY)
+            .map(|token| ((token * 7919 + row * 104_729) % 1009) as f32 / 1009.0 * scale * 2.0)
+            .collect()
     }
 
     fn params(change: impl FnOnce(&mut SamplingDraft)) -> SamplingParams {
@@ -200,7 +205,12 @@ mod tests {
         let logits = Array::from_slice(&flat, &[rows.len() as i32, VOCABULARY as i32]);
         let sampling: Vec<_> = rows
             .iter()
-            .map(|(_, params, position)| RowSampling { params, position: *position, prompt: &[1, 2], output: &[3, 3] })
+            .map(|(_, params, position)| RowSampling {
+                params,
+                position: *position,
+                prompt: &[1, 2],
+                output: &[3, 3],
+            })
             .collect();
         sample(&logits, &sampling).unwrap()
     }
@@ -289,8 +299,11 @@ mod tests {
             params(|d| (d.seed, d.top_k) = (11, 2000)),
             params(|d| (d.seed, d.repetition_penalty) = (12, 1.3)),
         ];
-        let rows: Vec<_> =
-            kinds.iter().enumerate().map(|(row, kind)| (logits(row, false), kind.clone(), row as u32)).collect();
+        let rows: Vec<_> = kinds
+            .iter()
+            .enumerate()
+            .map(|(row, kind)| (logits(row, false), kind.clone(), row as u32))
+            .collect();
         let together = run(&rows);
         for (row, token) in rows.iter().zip(&together) {
             assert_eq!(run(std::slice::from_ref(row)), [*token], "{:?}", row.1);

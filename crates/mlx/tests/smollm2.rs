@@ -1,6 +1,7 @@
 //! The whole path from a model's file to tokens, on SmolLM2-135M-Instruct.
 //!
 //! `MLX_TEST_MODEL` names the `.gguf` file (`scripts/fetch-test-model` prints where it is); without it these skip.
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests, outside #[test] functions")]
 
 use engine::{Model, RowSampling, SequenceId, Slice};
 use mlx::{Dequantize, DeviceChoice, LoadSettings};
@@ -93,7 +94,13 @@ fn step(model: &mut dyn Model, rows: &mut [&mut Row], most: usize) {
     assert_eq!(tokens.next(), None);
 }
 
-fn alone(model: &mut dyn Model, id: u64, prompt: &[TokenId], params: &SamplingParams, count: usize) -> Vec<TokenId> {
+fn alone(
+    model: &mut dyn Model,
+    id: u64,
+    prompt: &[TokenId],
+    params: &SamplingParams,
+    count: usize,
+) -> Vec<TokenId> {
     let mut row = Row::new(model, id, prompt, params.clone());
     while row.output.len() < count {
         step(model, &mut [&mut row], 2048);
@@ -173,7 +180,9 @@ fn mixed_rows_are_what_they_are_alone() {
         .iter()
         .zip(&goldens)
         .enumerate()
-        .map(|(id, (params, golden))| Row::new(model.as_mut(), 100 + id as u64, &golden.prompt, params.clone()))
+        .map(|(id, (params, golden))| {
+            Row::new(model.as_mut(), 100 + id as u64, &golden.prompt, params.clone())
+        })
         .collect();
     while rows.iter().any(|row| row.output.len() < count) {
         step(model.as_mut(), &mut rows.iter_mut().collect::<Vec<_>>(), 16);

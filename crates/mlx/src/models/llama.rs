@@ -82,14 +82,14 @@ impl Llama {
         let heads = config.num_attention_heads;
         let kv_heads = config.num_key_value_heads.unwrap_or(heads);
         let invalid = |reason: String| Err(LoadError::Config { reason });
-        if heads == 0 || kv_heads == 0 || heads % kv_heads != 0 {
+        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return invalid(format!("{heads} attention heads cannot share {kv_heads} key-value heads"));
         }
         if config.rope_traditional {
             return invalid("rope_traditional is true; only false is supported".to_owned());
         }
         let head_dim = config.head_dim.unwrap_or(config.hidden_size / heads);
-        if head_dim == 0 || head_dim % 2 != 0 {
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return invalid(format!("head_dim is {head_dim}; it must be even and not 0"));
         }
         let mut lengths = wavelengths(head_dim, config.rope_theta, config.rope_scaling.as_ref())?;
@@ -102,7 +102,8 @@ impl Llama {
             }
         }
         let embedding = Embedding::load(&tensors.weight("model.embed_tokens")?, precision)?;
-        let layers = (0..config.num_hidden_layers).map(|index| Layer::load(tensors, index, &config, precision));
+        let layers =
+            (0..config.num_hidden_layers).map(|index| Layer::load(tensors, index, &config, precision));
         let layers = layers.collect::<std::result::Result<Vec<_>, _>>()?;
         let norm = RmsNorm::load(tensors, "model.norm", config.rms_norm_eps, precision)?;
         let head = if config.tie_word_embeddings {
