@@ -117,7 +117,7 @@ settings! {
     cluster_key: Secret = "", "KEY";
     /// Find other nodes over mDNS
     mdns: bool = "true", "BOOL";
-    /// Network interfaces for mDNS, by name or address; empty: all
+    /// Network interfaces for mDNS, by name; empty: all but the loopback
     interfaces: List<String> = "", "NAME,…";
     /// Other nodes by address, for networks without multicast
     peers: List<String> = "", "HOST:PORT,…";
