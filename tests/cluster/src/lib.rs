@@ -10,7 +10,7 @@ mod node;
 
 pub use http::{Answer, Client, Sse, StreamEnd};
 pub use network::{Network, Place};
-pub use node::{NodeProcess, NodeSpec, free_port};
+pub use node::{NodeProcess, NodeSpec, free_port, is_alive};
 
 use std::{
     path::{Path, PathBuf},

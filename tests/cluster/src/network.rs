@@ -7,7 +7,6 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpStream},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
-    thread,
     time::Duration,
 };
 
@@ -42,7 +41,7 @@ impl Place {
         if let Self::Namespace(name) = self {
             let namespace = std::fs::File::open(format!("/run/netns/{name}"))?;
             // A socket stays in the namespace where it was made; the thread that went there ends.
-            let connecting = thread::spawn(move || {
+            let connecting = std::thread::spawn(move || {
                 rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), None)?;
                 TcpStream::connect_timeout(&address, CONNECT_TIME_MAX)
             });

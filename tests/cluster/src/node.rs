@@ -1,7 +1,7 @@
 //! One `mlx-node` process: started with settings, watched, signalled, killed at the end.
 
 use crate::{Client, Place, binary, wait_for};
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process};
 use std::{
     fs::{self, File},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
@@ -152,14 +152,7 @@ impl NodeProcess {
 
     /// The process id of its engine; none while it has none.
     pub fn engine_pid(&self) -> Option<u32> {
-        let parent = format!("PPid:\t{}", self.child.id());
-        let ids =
-            fs::read_dir("/proc").ok()?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-        ids.into_iter().find(|id: &u32| {
-            let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
-            // A zombie that was not waited for yet is no engine.
-            status.lines().any(|line| line == parent) && !status.contains("State:\tZ")
-        })
+        child_of(self.child.id())
     }
 
     /// Kills its engine.
@@ -186,6 +179,29 @@ impl Drop for NodeProcess {
 #[expect(clippy::print_stderr, reason = "the test runner shows it with the failure")]
 fn show(text: &str) {
     eprintln!("{text}");
+}
+
+/// The process that `parent` started; one that has ended and was not waited for yet is none.
+#[cfg(target_os = "linux")]
+fn child_of(parent: u32) -> Option<u32> {
+    let parent = format!("PPid:\t{parent}");
+    let mut ids =
+        fs::read_dir("/proc").ok()?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    ids.find(|id: &u32| {
+        let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+        status.lines().any(|line| line == parent) && !status.contains("State:\tZ")
+    })
+}
+
+#[cfg(not(target_os = "linux"))]
+fn child_of(parent: u32) -> Option<u32> {
+    let listed = Command::new("pgrep").args(["-P", &parent.to_string()]).output().ok()?;
+    String::from_utf8_lossy(&listed.stdout).lines().next()?.parse().ok()
+}
+
+/// Whether a process of that id is there.
+pub fn is_alive(id: u32) -> bool {
+    test_kill_process(pid(id)).is_ok()
 }
 
 fn pid(id: u32) -> Pid {

@@ -1,6 +1,6 @@
 //! One process on the loopback: its engine dies and comes back, it drains, it refuses the wrong key.
 
-use cluster_tests::{Client, NodeSpec, StreamEnd, binary, free_port, model, wait_for};
+use cluster_tests::{Client, NodeSpec, StreamEnd, binary, free_port, is_alive, model, wait_for};
 use rustix::process::Signal;
 use std::{
     process::Command,
@@ -95,9 +95,7 @@ fn a_second_signal_ends_at_once() {
     node.signal(Signal::TERM);
     node.wait_exit();
     assert!(second.elapsed() < Duration::from_secs(2), "took {:?}", second.elapsed());
-    wait_for("the engine ends too", Duration::from_secs(10), || {
-        (!std::path::Path::new(&format!("/proc/{engine}")).exists()).then_some(())
-    });
+    wait_for("the engine ends too", Duration::from_secs(10), || (!is_alive(engine)).then_some(()));
 }
 
 #[test]
