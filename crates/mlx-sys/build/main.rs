@@ -60,6 +60,8 @@ fn build() -> Result<(), String> {
     println!("cargo::metadata=include={}", mlx.join("include").display());
     println!("cargo::metadata=lib={}", mlx.join("lib").display());
     println!("cargo::metadata=version={}", wheel::MLX_VERSION);
+    println!("cargo::metadata=mlx_c={}", sources.display());
+    println!("cargo::metadata=compat={}", compat.display());
     Ok(())
 }
 

@@ -1,6 +1,10 @@
 //! Attention of one step: single-token rows against their slabs, longer runs each against its own slot.
 
-use crate::kv::{KvSlabs, Place};
+use crate::{
+    kv::{KvSlabs, Place},
+    layers::Path,
+    native,
+};
 use mlx_rs::{
     Array, Dtype,
     error::Result,
@@ -20,8 +24,16 @@ pub(crate) struct RowGroup {
     pub(crate) spread: Option<(Array, Array)>,
     /// Positions attended: at least every row's length after this step.
     pub(crate) length: usize,
-    /// Added to the scores `[slots, 1, 1, length]`, or a boolean mask of that shape for kernels.
-    pub(crate) mask: Array,
+    pub(crate) mask: RowMask,
+}
+
+/// Which positions the rows of a group see.
+#[derive(Debug)]
+pub(crate) enum RowMask {
+    /// How many, for each slot `[slots]`: for our own softmax.
+    Visible(Array),
+    /// `[slots, 1, 1, length]`: booleans for kernels, numbers to be added to the scores for plain operations.
+    Array(Array),
 }
 
 /// A run of tokens of one sequence.
@@ -31,21 +43,14 @@ pub(crate) struct RunGroup {
     pub(crate) rows: (i32, i32),
     /// Tokens in the slot after this step.
     pub(crate) length: usize,
-}
-
-/// How attention is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum AttentionPath {
-    /// Matrix products over each key-value head with its group of query heads: best where there is no kernel.
-    Products,
-    /// `fast::scaled_dot_product_attention`.
-    Kernel,
+    /// Positions that the first token sees, itself included, `[1]`.
+    pub(crate) visible: Array,
 }
 
 /// What to attend to, for every layer of a step.
 #[derive(Debug)]
 pub(crate) struct Attention {
-    pub(crate) path: AttentionPath,
+    pub(crate) path: Path,
     pub(crate) scale: f32,
     pub(crate) row_groups: Vec<RowGroup>,
     pub(crate) run_groups: Vec<RunGroup>,
@@ -73,17 +78,25 @@ impl Attention {
             queries = queries.take_axis(row_of_slot, 0)?;
         }
         let (keys, values) = kv.view(layer, group.capacity, (0, group.slots), group.length)?;
-        let attended = match self.path {
-            AttentionPath::Products => {
-                let kv_heads = kv.shape().heads;
-                let queries = queries.multiply(scalar(self.scale, queries.dtype())?)?;
-                let grouped = queries.reshape(&[slots, kv_heads, heads / kv_heads, head_dim])?;
-                let scores = grouped.matmul(keys.swap_axes(2, 3)?)?.add(&group.mask)?;
-                softmax_axis(scores, -1, true)?.matmul(values)?
-            }
-            AttentionPath::Kernel => {
+        let kv_heads = kv.shape().heads;
+        let attended = match &group.mask {
+            RowMask::Array(mask) if self.path == Path::Kernel => {
                 let queries = queries.reshape(&[slots, heads, 1, head_dim])?;
-                fast::scaled_dot_product_attention(queries, keys, values, self.scale, &group.mask, None)?
+                fast::scaled_dot_product_attention(queries, keys, values, self.scale, mask, None)?
+            }
+            // Products over each key-value head with its group of query heads, the keys read once for the group.
+            mask => {
+                let grouped = queries.reshape(&[slots, kv_heads, heads / kv_heads, head_dim])?;
+                let scores = grouped.matmul(keys.swap_axes(2, 3)?)?;
+                let weights = match mask {
+                    RowMask::Visible(visible) => native::masked_softmax(&scores, visible, self.scale, 0)?,
+                    RowMask::Array(mask) => softmax_axis(
+                        scores.multiply(scalar(self.scale, scores.dtype())?)?.add(mask)?,
+                        -1,
+                        true,
+                    )?,
+                };
+                weights.matmul(values)?
             }
         };
         let attended = attended.reshape(&[slots, heads * head_dim])?;
@@ -96,12 +109,25 @@ impl Attention {
     fn run(&self, layer: usize, queries: &Array, kv: &KvSlabs, group: &RunGroup) -> Result<Array> {
         let (heads, head_dim) = (queries.dim(1), queries.dim(2));
         let count = group.rows.1 - group.rows.0;
-        let queries = rows_of(queries, group.rows)?.swap_axes(0, 1)?.expand_dims(0)?;
         let slot = group.place.slot;
         let (keys, values) = kv.view(layer, group.place.capacity, (slot, slot + 1), group.length)?;
-        let causal = fast::ScaledDotProductAttentionMask::Causal;
-        let attended = fast::scaled_dot_product_attention(queries, keys, values, self.scale, causal, None)?;
-        attended.squeeze_axes(&[0])?.swap_axes(0, 1)?.reshape(&[count, heads * head_dim])
+        let queries = rows_of(queries, group.rows)?.swap_axes(0, 1)?;
+        let attended = if self.path == Path::Native {
+            let kv_heads = kv.shape().heads;
+            // Query heads of a group below each other: one product for each key-value head.
+            let stacked = queries.reshape(&[1, kv_heads, heads / kv_heads * count, head_dim])?;
+            let scores = stacked.matmul(keys.swap_axes(2, 3)?)?;
+            let scores = scores.reshape(&[1, heads, count, group.length as i32])?;
+            let weights = native::masked_softmax(&scores, &group.visible, self.scale, 1)?;
+            let stacked = weights.reshape(&[1, kv_heads, heads / kv_heads * count, group.length as i32])?;
+            stacked.matmul(values)?.reshape(&[heads, count, head_dim])?
+        } else {
+            let causal = fast::ScaledDotProductAttentionMask::Causal;
+            let queries = queries.expand_dims(0)?;
+            fast::scaled_dot_product_attention(queries, keys, values, self.scale, causal, None)?
+                .squeeze_axes(&[0])?
+        };
+        attended.swap_axes(0, 1)?.reshape(&[count, heads * head_dim])
     }
 }
 

@@ -1,6 +1,9 @@
 //! The parts that model families are made of: linear layers, embeddings, norms.
 
-use crate::checkpoint::{LoadError, Tensors, Weight};
+use crate::{
+    checkpoint::{LoadError, Tensors, Weight},
+    native,
+};
 use mlx_rs::{
     Array, Dtype,
     error::Result,
@@ -36,31 +39,31 @@ impl Linear {
     pub(crate) fn load(
         tensors: &mut Tensors,
         prefixes: &[String],
-        precision: Precision,
+        compute: Compute,
     ) -> std::result::Result<Self, LoadError> {
         let weights = prefixes.iter().map(|prefix| tensors.weight(prefix));
         let weights: Vec<_> = weights.collect::<std::result::Result<_, _>>()?;
         let biases = prefixes.iter().map(|prefix| tensors.take_optional(&format!("{prefix}.bias")));
         let biases: Vec<_> = biases.collect::<std::result::Result<_, _>>()?;
         let bias = match biases.into_iter().collect::<Option<Vec<_>>>() {
-            Some(parts) => Some(precision.cast(concatenate(&parts, 0)?)?),
+            Some(parts) => Some(compute.cast(concatenate(&parts, 0)?)?),
             None => None,
         };
-        Self::fuse(weights, bias, precision)
+        Self::fuse(weights, bias, compute)
     }
 
     /// The layer of one weight that others share (a tied embedding).
-    pub(crate) fn of(weight: Weight, precision: Precision) -> std::result::Result<Self, LoadError> {
-        Self::fuse(vec![weight], None, precision)
+    pub(crate) fn of(weight: Weight, compute: Compute) -> std::result::Result<Self, LoadError> {
+        Self::fuse(vec![weight], None, compute)
     }
 
     fn fuse(
         weights: Vec<Weight>,
         bias: Option<Array>,
-        precision: Precision,
+        compute: Compute,
     ) -> std::result::Result<Self, LoadError> {
         let weights: Vec<_> =
-            weights.into_iter().map(|weight| precision.apply(weight)).collect::<Result<_>>()?;
+            weights.into_iter().map(|weight| compute.apply(weight)).collect::<Result<_>>()?;
         let formats: Vec<_> = weights.iter().map(format_of).collect();
         let alike = formats.iter().all(|format| *format == formats[0]);
         if let (true, Some((group_size, bits))) = (alike, formats[0]) {
@@ -78,7 +81,7 @@ impl Linear {
         }
         // Layers quantized differently side by side cannot be one product; they are dense ones then.
         let dense: Vec<_> =
-            weights.iter().map(|weight| dense_of(weight, precision.activations)).collect::<Result<_>>()?;
+            weights.iter().map(|weight| dense_of(weight, compute.activations)).collect::<Result<_>>()?;
         let joined = if dense.len() == 1 { dense[0].clone() } else { concatenate(&dense, 0)? };
         Ok(Self::Dense { transposed: joined.t(), bias })
     }
@@ -96,16 +99,28 @@ impl Linear {
     }
 }
 
-/// Which numbers a model computes with, and whether its weights stay quantized.
+/// Which operations compute what MLX has no fused CPU operation for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Path {
+    /// MLX's kernels: on a GPU.
+    Kernel,
+    /// Our CPU operations ([`crate::native`]), where they work.
+    Native,
+    /// MLX's basic operations: correct everywhere.
+    Pure,
+}
+
+/// With which numbers and operations a model computes, and whether its weights stay quantized.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Precision {
+pub(crate) struct Compute {
+    pub(crate) path: Path,
     /// Of activations, KV and dense weights.
     pub(crate) activations: Dtype,
     /// Whether quantized weights are turned into dense ones at load.
     pub(crate) dequantize: bool,
 }
 
-impl Precision {
+impl Compute {
     pub(crate) fn cast(self, array: Array) -> Result<Array> {
         if array.dtype() == self.activations { Ok(array) } else { array.as_dtype(self.activations) }
     }
@@ -149,8 +164,8 @@ fn dense_of(weight: &Weight, dtype: Dtype) -> Result<Array> {
 pub(crate) struct Embedding(Weight);
 
 impl Embedding {
-    pub(crate) fn load(weight: &Weight, precision: Precision) -> Result<Self> {
-        Ok(Self(precision.apply(weight.clone())?))
+    pub(crate) fn load(weight: &Weight, compute: Compute) -> Result<Self> {
+        Ok(Self(compute.apply(weight.clone())?))
     }
 
     /// `tokens [n] → [n, hidden]`.
@@ -179,8 +194,8 @@ impl Embedding {
     }
 
     /// The same matrix as an output layer.
-    pub(crate) fn tied_head(&self, precision: Precision) -> std::result::Result<Linear, LoadError> {
-        Linear::of(self.0.clone(), precision)
+    pub(crate) fn tied_head(&self, compute: Compute) -> std::result::Result<Linear, LoadError> {
+        Linear::of(self.0.clone(), compute)
     }
 }
 
@@ -189,6 +204,7 @@ impl Embedding {
 pub(crate) struct RmsNorm {
     weight: Array,
     eps: f32,
+    path: Path,
 }
 
 impl RmsNorm {
@@ -196,13 +212,17 @@ impl RmsNorm {
         tensors: &mut Tensors,
         prefix: &str,
         eps: f32,
-        precision: Precision,
+        compute: Compute,
     ) -> std::result::Result<Self, LoadError> {
-        Ok(Self { weight: precision.cast(tensors.take(&format!("{prefix}.weight"))?)?, eps })
+        let weight = compute.cast(tensors.take(&format!("{prefix}.weight"))?)?;
+        Ok(Self { weight, eps, path: compute.path })
     }
 
     pub(crate) fn forward(&self, x: &Array) -> Result<Array> {
-        fast::rms_norm(x, Some(&self.weight), self.eps)
+        match self.path {
+            Path::Native => native::rms_norm(x, &self.weight, self.eps),
+            Path::Kernel | Path::Pure => fast::rms_norm(x, Some(&self.weight), self.eps),
+        }
     }
 
     pub(crate) fn array(&self) -> &Array {
@@ -211,7 +231,15 @@ impl RmsNorm {
 }
 
 /// `silu(gate) · up` of a fused product `[.., 2·n]` that holds gate and up side by side.
-pub(crate) fn swiglu(gate_up: &Array) -> Result<Array> {
+pub(crate) fn swiglu(gate_up: &Array, path: Path) -> Result<Array> {
+    match path {
+        Path::Native => native::swiglu(gate_up),
+        Path::Kernel | Path::Pure => swiglu_of_parts(gate_up),
+    }
+}
+
+/// The same in MLX's operations.
+pub(crate) fn swiglu_of_parts(gate_up: &Array) -> Result<Array> {
     let parts = gate_up.split_equal(2, -1)?;
     let gate = &parts[0];
     gate.multiply(mlx_rs::ops::sigmoid(gate)?)?.multiply(&parts[1])

@@ -10,6 +10,7 @@ mod kv;
 mod layers;
 mod load;
 mod models;
+mod native;
 mod raw;
 mod rope;
 mod runner;

@@ -1,11 +1,9 @@
 //! From a model's files to something that generates.
 
 use crate::{
-    attention::AttentionPath,
     checkpoint::{self, Checkpoint, LoadError},
-    layers::Precision,
-    models,
-    rope::RopePath,
+    layers::{Compute, Path},
+    models, native,
     runner::Runner,
 };
 use engine::{Model, ModelLimits};
@@ -81,13 +79,13 @@ pub fn load(
         Dequantize::Always => true,
     };
     let activations = if on_gpu { stored_dtype(&checkpoint) } else { Dtype::Float32 };
-    let precision = Precision { activations, dequantize };
-    let (rope, attention) = if on_gpu {
-        (RopePath::Kernel, AttentionPath::Kernel)
-    } else {
-        (RopePath::Shared, AttentionPath::Products)
+    let path = match on_gpu {
+        true => Path::Kernel,
+        false if native::works() => Path::Native,
+        false => Path::Pure,
     };
-    let family = models::load(&mut checkpoint, precision, rope)?;
+    let compute = Compute { path, activations, dequantize };
+    let family = models::load(&mut checkpoint, compute)?;
     let arrays = family.arrays();
     let weight_bytes: u64 = arrays.iter().map(|array| array.nbytes() as u64).sum();
     checkpoint::memory_check(weight_bytes)?;
@@ -126,11 +124,12 @@ pub fn load(
         weights_mb = weight_bytes >> 20,
         kv_tokens,
         ?activations,
+        ?path,
         dequantize,
         "model loaded"
     );
     let limits = ModelLimits { slots: settings.slots, kv_tokens, kv_bytes_per_token };
-    Ok((Box::new(Runner::new(card, limits, family, attention)), assets))
+    Ok((Box::new(Runner::new(card, limits, family, path)), assets))
 }
 
 /// Whether computation goes to a GPU, after making it the default or not.
@@ -150,7 +149,7 @@ fn choose_device(choice: DeviceChoice) -> Result<bool, LoadError> {
     }
 }
 
-/// The type that the model was published in: half precision computes twice as fast on a GPU.
+/// The type that the model was published in: half compute computes twice as fast on a GPU.
 fn stored_dtype(checkpoint: &Checkpoint) -> Dtype {
     let named = ["torch_dtype", "dtype"].into_iter().find_map(|key| checkpoint.config.get(key)?.as_str());
     match named {

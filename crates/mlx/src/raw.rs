@@ -85,7 +85,12 @@ pub(crate) fn scatter(array: &Array, indices: &[&Array], updates: &Array, axes: 
     result
 }
 
-fn call(name: &str, array: &Array, operation: impl FnOnce(*mut mlx_sys::mlx_array) -> i32) -> Result<Array> {
+/// Runs a C function that fills a handle; `array` is named in the error.
+pub(crate) fn call(
+    name: &str,
+    array: &Array,
+    operation: impl FnOnce(*mut mlx_sys::mlx_array) -> i32,
+) -> Result<Array> {
     // mlx-rs sets its error handler at its first fallible call; mlx-c's own one ends the process.
     static HANDLER: Once = Once::new();
     HANDLER.call_once(|| drop(mlx_rs::memory::active_memory()));

@@ -4,8 +4,9 @@
 //! unshared and writes it in place.
 
 use crate::{
-    attention::{Attention, AttentionPath, RowGroup, RunGroup},
+    attention::{Attention, RowGroup, RowMask, RunGroup},
     kv::{CAPACITY_MIN, KvSlabs, Place, RowWrites, RunWrite, backend},
+    layers::Path,
     models::{Dims, Family, StepInput},
     sampler,
 };
@@ -19,7 +20,7 @@ pub(crate) struct Runner {
     card: ModelCard,
     limits: ModelLimits,
     family: Box<dyn Family>,
-    path: AttentionPath,
+    path: Path,
     kv: KvSlabs,
     open: usize,
 }
@@ -34,12 +35,7 @@ struct Placed<'a> {
 }
 
 impl Runner {
-    pub(crate) fn new(
-        card: ModelCard,
-        limits: ModelLimits,
-        family: Box<dyn Family>,
-        path: AttentionPath,
-    ) -> Self {
+    pub(crate) fn new(card: ModelCard, limits: ModelLimits, family: Box<dyn Family>, path: Path) -> Self {
         let kv = KvSlabs::new(family.dims().kv);
         Self { card, limits, family, path, kv, open: 0 }
     }
@@ -88,7 +84,8 @@ impl Runner {
             let rows = (row, row + slice.tokens.len() as i32);
             row = rows.1;
             run_writes.push(RunWrite { place, start: slice.start, rows });
-            run_groups.push(RunGroup { place, rows, length: slice.start + slice.tokens.len() });
+            let visible = Array::from_slice(&[slice.start as i32 + 1], &[1]);
+            run_groups.push(RunGroup { place, rows, length: slice.start + slice.tokens.len(), visible });
         }
 
         let attention = Attention { path: self.path, scale, row_groups, run_groups };
@@ -163,12 +160,12 @@ fn row_writes(group: &[Placed<'_>], rows: (i32, i32)) -> RowWrites {
     }
 }
 
-fn row_group(group: &[Placed<'_>], rows: (i32, i32), path: AttentionPath, dtype: Dtype) -> Result<RowGroup> {
+fn row_group(group: &[Placed<'_>], rows: (i32, i32), path: Path, dtype: Dtype) -> Result<RowGroup> {
     let capacity = group[0].place.capacity;
     let slots = group.iter().map(|placed| placed.place.slot + 1).max().unwrap_or(0);
     let longest = group.iter().map(|placed| placed.slice.start + 1).max().unwrap_or(0);
     // Without compiled shapes a fine step saves work; kernels like whole capacities.
-    let granularity = if path == AttentionPath::Products { 32 } else { CAPACITY_MIN };
+    let granularity = if path == Path::Kernel { CAPACITY_MIN } else { 32 };
     let length = longest.next_multiple_of(granularity).min(capacity);
 
     let mut row_of_slot = vec![None; slots];
@@ -189,16 +186,20 @@ fn row_group(group: &[Placed<'_>], rows: (i32, i32), path: AttentionPath, dtype:
     let visible = row_of_slot.iter().map(|row| row.map_or(1, |row| group[row].slice.start + 1));
     let shape = [slots as i32, 1, 1, length as i32];
     let mask = match path {
-        AttentionPath::Products => {
+        Path::Native => {
+            let values: Vec<i32> = visible.map(|seen| seen as i32).collect();
+            RowMask::Visible(Array::from_slice(&values, &[slots as i32]))
+        }
+        Path::Pure => {
             let values: Vec<f32> = visible
                 .flat_map(|seen| (0..length).map(move |at| if at < seen { 0.0 } else { f32::NEG_INFINITY }))
                 .collect();
             let mask = Array::from_slice(&values, &shape);
-            if dtype == Dtype::Float32 { mask } else { mask.as_dtype(dtype)? }
+            RowMask::Array(if dtype == Dtype::Float32 { mask } else { mask.as_dtype(dtype)? })
         }
-        AttentionPath::Kernel => {
+        Path::Kernel => {
             let values: Vec<bool> = visible.flat_map(|seen| (0..length).map(move |at| at < seen)).collect();
-            Array::from_slice(&values, &shape)
+            RowMask::Array(Array::from_slice(&values, &shape))
         }
     };
     Ok(RowGroup { capacity, rows, slots, spread, length, mask })

@@ -1,11 +1,11 @@
 //! `model_type: llama`: Llama 2 and 3, SmolLM2 and whatever else shares their layers.
 
-use super::{Dims, Family, StepInput};
+use super::{Dims, Family, StepInput, hand_over};
 use crate::{
     checkpoint::{Checkpoint, LoadError, Tensors},
     kv::{KvShape, KvSlabs},
-    layers::{Embedding, Linear, Precision, RmsNorm, swiglu, take_rows},
-    rope::{Rope, RopePath, RopeScaling, wavelengths},
+    layers::{Compute, Embedding, Linear, RmsNorm, swiglu, take_rows},
+    rope::{Rope, RopeScaling, wavelengths},
 };
 use mlx_rs::{Array, error::Result};
 use serde::Deserialize;
@@ -41,7 +41,7 @@ fn default_context() -> usize {
 /// The weights of one model.
 #[derive(Debug)]
 pub(super) struct Llama {
-    precision: Precision,
+    compute: Compute,
     dims: Dims,
     heads: i32,
     embedding: Embedding,
@@ -65,17 +65,15 @@ struct Layer {
 
 pub(super) fn load(
     checkpoint: &mut Checkpoint,
-    precision: Precision,
-    rope: RopePath,
+    compute: Compute,
 ) -> std::result::Result<Box<dyn Family>, LoadError> {
-    Ok(Box::new(Llama::load(checkpoint, precision, rope)?))
+    Ok(Box::new(Llama::load(checkpoint, compute)?))
 }
 
 impl Llama {
     pub(super) fn load(
         checkpoint: &mut Checkpoint,
-        precision: Precision,
-        rope_path: RopePath,
+        compute: Compute,
     ) -> std::result::Result<Self, LoadError> {
         let config: Config = serde_json::from_value(checkpoint.config.clone())
             .map_err(|error| LoadError::Config { reason: error.to_string() })?;
@@ -101,21 +99,20 @@ impl Llama {
                 *length *= factor;
             }
         }
-        let embedding = Embedding::load(&tensors.weight("model.embed_tokens")?, precision)?;
-        let layers =
-            (0..config.num_hidden_layers).map(|index| Layer::load(tensors, index, &config, precision));
+        let embedding = Embedding::load(&tensors.weight("model.embed_tokens")?, compute)?;
+        let layers = (0..config.num_hidden_layers).map(|index| Layer::load(tensors, index, &config, compute));
         let layers = layers.collect::<std::result::Result<Vec<_>, _>>()?;
-        let norm = RmsNorm::load(tensors, "model.norm", config.rms_norm_eps, precision)?;
+        let norm = RmsNorm::load(tensors, "model.norm", config.rms_norm_eps, compute)?;
         let head = if config.tie_word_embeddings {
-            embedding.tied_head(precision)?
+            embedding.tied_head(compute)?
         } else {
-            Linear::load(tensors, &["lm_head".to_owned()], precision)?
+            Linear::load(tensors, &["lm_head".to_owned()], compute)?
         };
         let kv = KvShape {
             layers: config.num_hidden_layers,
             heads: kv_heads as i32,
             head_dim: head_dim as i32,
-            dtype: precision.activations,
+            dtype: compute.activations,
         };
         let dims = Dims {
             kv,
@@ -123,8 +120,8 @@ impl Llama {
             context: config.max_position_embeddings,
             scale: (head_dim as f32).powf(-0.5),
         };
-        let rope = Rope::new(rope_path, &lengths);
-        Ok(Self { precision, dims, heads: heads as i32, embedding, layers, norm, head, rope })
+        let rope = Rope::new(compute.path, &lengths);
+        Ok(Self { compute, dims, heads: heads as i32, embedding, layers, norm, head, rope })
     }
 
     pub(super) fn limit_context(&mut self, tokens: usize) {
@@ -137,18 +134,18 @@ impl Layer {
         tensors: &mut Tensors,
         index: usize,
         config: &Config,
-        precision: Precision,
+        compute: Compute,
     ) -> std::result::Result<Self, LoadError> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let mut linear = |parts: &[&str]| {
             let names: Vec<_> = parts.iter().map(|part| name(part)).collect();
-            Linear::load(tensors, &names, precision)
+            Linear::load(tensors, &names, compute)
         };
         let qkv = linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])?;
         let output = linear(&["self_attn.o_proj"])?;
         let gate_up = linear(&["mlp.gate_proj", "mlp.up_proj"])?;
         let down = linear(&["mlp.down_proj"])?;
-        let mut norm = |part: &str| RmsNorm::load(tensors, &name(part), config.rms_norm_eps, precision);
+        let mut norm = |part: &str| RmsNorm::load(tensors, &name(part), config.rms_norm_eps, compute);
         let attention_norm = norm("input_layernorm")?;
         let mlp_norm = norm("post_attention_layernorm")?;
         Ok(Self { attention_norm, qkv, output, mlp_norm, gate_up, down })
@@ -163,8 +160,8 @@ impl Family for Llama {
     fn forward(&self, input: &StepInput<'_>, kv: &mut KvSlabs) -> Result<Option<Array>> {
         let KvShape { heads: kv_heads, head_dim, .. } = self.dims.kv;
         let count = input.positions.len() as i32;
-        let rope = self.rope.at(input.positions, self.precision.activations)?;
-        let mut x = self.embedding.forward(&input.tokens, self.precision.activations)?;
+        let rope = self.rope.at(input.positions, self.compute.activations)?;
+        let mut x = self.embedding.forward(&input.tokens, self.compute.activations)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let qkv = layer.qkv.forward(&layer.attention_norm.forward(&x)?)?;
             let qkv = qkv.reshape(&[count, self.heads + 2 * kv_heads, head_dim])?;
@@ -185,7 +182,8 @@ impl Family for Llama {
             };
             x = residual.add(layer.output.forward(&attended)?)?;
             let gate_up = layer.gate_up.forward(&layer.mlp_norm.forward(&x)?)?;
-            x = x.add(layer.down.forward(&swiglu(&gate_up)?)?)?;
+            x = x.add(layer.down.forward(&swiglu(&gate_up, self.compute.path)?)?)?;
+            hand_over(index, &x)?;
         }
         Ok(Some(self.head.forward(&self.norm.forward(&x)?)?))
     }

@@ -4,17 +4,12 @@
 use super::{Family, llama};
 use crate::{
     checkpoint::{Checkpoint, LoadError},
-    layers::Precision,
-    rope::RopePath,
+    layers::Compute,
 };
 
-pub(super) fn load(
-    checkpoint: &mut Checkpoint,
-    precision: Precision,
-    rope: RopePath,
-) -> Result<Box<dyn Family>, LoadError> {
+pub(super) fn load(checkpoint: &mut Checkpoint, compute: Compute) -> Result<Box<dyn Family>, LoadError> {
     let window = checkpoint.config.get("sliding_window").and_then(serde_json::Value::as_u64);
-    let mut model = llama::Llama::load(checkpoint, precision, rope)?;
+    let mut model = llama::Llama::load(checkpoint, compute)?;
     if let Some(window) = window {
         model.limit_context(window as usize);
     }

@@ -7,10 +7,9 @@ use crate::{
     attention::Attention,
     checkpoint::{Checkpoint, LoadError},
     kv::{KvShape, KvSlabs, RowWrites, RunWrite},
-    layers::Precision,
-    rope::RopePath,
+    layers::Compute,
 };
-use mlx_rs::{Array, error::Result};
+use mlx_rs::{Array, error::Result, transforms::async_eval};
 use std::fmt;
 
 /// One step's tokens and where their keys and values go.
@@ -48,19 +47,27 @@ pub(crate) struct Dims {
     pub(crate) scale: f32,
 }
 
+/// Layers after which what was built is handed to the device, which computes while the rest is built. Building a layer
+/// takes about 0.1 ms; fewer would pay more for the handing over than they gain.
+const LAYERS_PER_HANDOVER: usize = 4;
+
+/// Starts the evaluation of what `x`, the output of layer `index`, depends on, every few layers.
+pub(crate) fn hand_over(index: usize, x: &Array) -> Result<()> {
+    if (index + 1).is_multiple_of(LAYERS_PER_HANDOVER) { async_eval([x]) } else { Ok(()) }
+}
+
 /// `model_type`s that can be loaded.
 pub const SUPPORTED: [&str; 2] = ["llama", "mistral"];
 
 /// Builds the family that the checkpoint names.
 pub(crate) fn load(
     checkpoint: &mut Checkpoint,
-    precision: Precision,
-    rope: RopePath,
+    compute: Compute,
 ) -> std::result::Result<Box<dyn Family>, LoadError> {
     let model_type = checkpoint.config.get("model_type").and_then(|value| value.as_str()).unwrap_or("");
     match model_type {
-        "llama" => llama::load(checkpoint, precision, rope),
-        "mistral" => mistral::load(checkpoint, precision, rope),
+        "llama" => llama::load(checkpoint, compute),
+        "mistral" => mistral::load(checkpoint, compute),
         other => Err(LoadError::UnsupportedModelType {
             model_type: other.to_owned(),
             supported: SUPPORTED.to_vec(),

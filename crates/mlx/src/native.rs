@@ -1,0 +1,144 @@
+//! CPU operations of our own (`cpp/native.cpp`), each one pass where MLX takes several; f32 only.
+//!
+//! Used on Linux after [`works`] has compared each with MLX's at start; everywhere else, and where a comparison fails,
+//! MLX's operations are used.
+#![cfg_attr(
+    native_cpu,
+    expect(unsafe_code, reason = "calls of our own C++, each checked for its shapes beside it")
+)]
+
+use mlx_rs::{Array, error::Result};
+
+#[cfg(native_cpu)]
+mod ffi {
+    use mlx_sys::{mlx_array, mlx_stream};
+    use std::ffi::{c_float, c_int};
+
+    unsafe extern "C" {
+        pub(super) fn mlx_node_swiglu(res: *mut mlx_array, x: mlx_array, stream: mlx_stream) -> c_int;
+        pub(super) fn mlx_node_masked_softmax(
+            res: *mut mlx_array,
+            x: mlx_array,
+            visible: mlx_array,
+            scale: c_float,
+            step: i64,
+            stream: mlx_stream,
+        ) -> c_int;
+        pub(super) fn mlx_node_rms_norm(
+            res: *mut mlx_array,
+            x: mlx_array,
+            weight: mlx_array,
+            eps: c_float,
+            stream: mlx_stream,
+        ) -> c_int;
+        pub(super) fn mlx_node_rope(
+            res: *mut mlx_array,
+            x: mlx_array,
+            cos: mlx_array,
+            sin: mlx_array,
+            stream: mlx_stream,
+        ) -> c_int;
+    }
+}
+
+macro_rules! native {
+    ($(#[$doc:meta])* $name:ident, $symbol:ident, ($first:ident $(, $array:ident)*), ($($value:ident: $type:ty),*)) => {
+        $(#[$doc])*
+        #[cfg(native_cpu)]
+        pub(crate) fn $name($first: &Array $(, $array: &Array)* $(, $value: $type)*) -> Result<Array> {
+            let stream = mlx_rs::Stream::thread_local_or_default();
+            crate::raw::call(stringify!($name), $first, |res| {
+                // SAFETY: live handles; the function keeps references of its own and fills `res`.
+                unsafe {
+                    ffi::$symbol(res, $first.as_ptr() $(, $array.as_ptr())* $(, $value)*, stream.as_ptr())
+                }
+            })
+        }
+
+        $(#[$doc])*
+        #[cfg(not(native_cpu))]
+        pub(crate) fn $name($first: &Array $(, $array: &Array)* $(, $value: $type)*) -> Result<Array> {
+            let _ = ($(&$array,)* $($value,)*);
+            let message = format!("{} of {:?} is not built here", stringify!($name), $first.shape());
+            Err(mlx_rs::error::Exception::custom(message))
+        }
+    };
+}
+
+native! {
+    /// `silu(gate) · up` of `[.., 2·n]` that holds gate and up side by side.
+    swiglu, mlx_node_swiglu, (x), ()
+}
+native! {
+    /// Softmax of `scale · x` over the last axis of `x [batch, heads, queries, length]`, where query `q` of batch row
+    /// `b` sees the first `visible[b] + step · q` positions and the others become 0.
+    masked_softmax, mlx_node_masked_softmax, (x, visible), (scale: f32, step: i64)
+}
+native! {
+    /// Root-mean-square normalization of the last axis, times `weight`.
+    rms_norm, mlx_node_rms_norm, (x, weight), (eps: f32)
+}
+native! {
+    /// Rotation of `x [tokens, heads, dim]` by `cos` and `sin` `[tokens, 1, half]`; heads of a token are adjacent.
+    rope, mlx_node_rope, (x, cos, sin), ()
+}
+
+/// Whether every operation here agrees with MLX's own on this machine.
+pub(crate) fn works() -> bool {
+    cfg!(native_cpu) && agrees().unwrap_or(false)
+}
+
+fn agrees() -> Result<bool> {
+    use mlx_rs::ops::{all_close, cos, sin, softmax_axis};
+    let x =
+        mlx_rs::random::normal::<f32>(&[3, 4, 5, 70], None, None, None)?.multiply(Array::from_f32(5.0))?;
+    let close = |ours: Array, theirs: Array| all_close(ours, theirs, 1e-5, 1e-6, false);
+
+    let visible = [1, 40, 66];
+    let mask: Vec<f32> = visible
+        .iter()
+        .flat_map(|&seen| {
+            (0..5 * 70).map(move |at| if at % 70 < seen + at / 70 { 0.0 } else { f32::NEG_INFINITY })
+        })
+        .collect();
+    let scores = x.multiply(Array::from_f32(0.3))?.add(Array::from_slice(&mask, &[3, 1, 5, 70]))?;
+    let visible = Array::from_slice(&visible, &[3]);
+    let softmax = close(masked_softmax(&x, &visible, 0.3, 1)?, softmax_axis(scores, -1, true)?)?;
+
+    let gated = close(swiglu(&x)?, crate::layers::swiglu_of_parts(&x)?)?;
+
+    let weight = mlx_rs::random::normal::<f32>(&[70], None, None, None)?;
+    let normed = close(rms_norm(&x, &weight, 1e-5)?, mlx_rs::fast::rms_norm(&x, Some(&weight), 1e-5)?)?;
+
+    let tokens = x.reshape(&[12, 5, 70])?;
+    let part = crate::raw::slice(&tokens, &[0, 1, 0], &[12, 4, 70])?;
+    let angles = Array::from_slice(&(0..12 * 32).map(|at| at as f32).collect::<Vec<_>>(), &[12, 1, 32]);
+    let (cos, sin) = (cos(&angles)?, sin(&angles)?);
+    let turned = close(rope(&part, &cos, &sin)?, crate::rope::rotate(&part, &cos, &sin, 32)?)?;
+    Ok(softmax && gated && normed && turned)
+}
+
+#[cfg(all(test, native_cpu))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn native_operations_agree_with_mlx() {
+        assert!(agrees().unwrap());
+    }
+
+    #[test]
+    fn extreme_values_stay_finite() {
+        let x = Array::from_slice(
+            &[-1e30_f32, -200.0, -88.0, 0.0, 88.0, 200.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+            &[1, 12],
+        );
+        let gated = swiglu(&x).unwrap();
+        assert!(gated.as_slice::<f32>().iter().all(|value| value.is_finite()), "{gated}");
+        let scores = Array::from_slice(&[-1e30_f32, 1e30, 3.0, f32::NAN], &[1, 1, 1, 4]);
+        let visible = Array::from_slice(&[3], &[1]);
+        let weights = masked_softmax(&scores, &visible, 1.0, 0).unwrap();
+        assert_eq!(weights.as_slice::<f32>()[1], 1.0);
+        assert_eq!(weights.as_slice::<f32>()[3], 0.0, "what is not visible is not read");
+    }
+}
