@@ -8,8 +8,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use std::time::Instant;
-use tracing::{Instrument, info, info_span};
+use tracing::{Instrument, debug, info, info_span};
 use types::RequestId;
+
+/// Routes that programs poll: their answers are logged at `debug`.
+const POLLED: [&str; 3] = ["/health", "/ready", "/v1/cluster"];
 
 const ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -26,13 +29,18 @@ pub(crate) async fn tag(mut request: Request, next: Next) -> Response {
     let id = RequestId(u128::from_le_bytes(bytes));
     let span = info_span!("request", %id, method = %request.method(), path = request.uri().path());
     request.extensions_mut().insert(RequestTag(id));
+    let polled = POLLED.contains(&request.uri().path());
     let started = Instant::now();
     async {
         let mut response = next.run(request).await;
         let value = HeaderValue::from_str(&id.to_string()).expect("hexadecimal digits");
         response.headers_mut().insert(ID_HEADER, value);
         let (status, seconds) = (response.status().as_u16(), started.elapsed().as_secs_f32());
-        info!(status, seconds, "answered");
+        if polled {
+            debug!(status, seconds, "answered");
+        } else {
+            info!(status, seconds, "answered");
+        }
         response
     }
     .instrument(span)
