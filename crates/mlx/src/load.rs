@@ -71,6 +71,15 @@ pub fn load(
     settings: &LoadSettings,
     progress: &mut dyn FnMut(&str, f32),
 ) -> Result<(Box<dyn Model>, ModelAssets), LoadError> {
+    load_with(settings, None, progress)
+}
+
+/// [`load`], by a path of the caller's choice.
+fn load_with(
+    settings: &LoadSettings,
+    path: Option<Path>,
+    progress: &mut dyn FnMut(&str, f32),
+) -> Result<(Box<dyn Model>, ModelAssets), LoadError> {
     let on_gpu = choose_device(settings.device)?;
     let mut checkpoint = Checkpoint::open(&settings.model, progress)?;
     let dequantize = match settings.dequantize {
@@ -79,11 +88,11 @@ pub fn load(
         Dequantize::Always => true,
     };
     let activations = if on_gpu { stored_dtype(&checkpoint) } else { Dtype::Float32 };
-    let path = match on_gpu {
+    let path = path.unwrap_or_else(|| match on_gpu {
         true => Path::Kernel,
         false if native::works() => Path::Native,
         false => Path::Pure,
-    };
+    });
     let compute = Compute { path, activations, dequantize };
     let family = models::load(&mut checkpoint, compute)?;
     let arrays = family.arrays();
@@ -149,12 +158,88 @@ fn choose_device(choice: DeviceChoice) -> Result<bool, LoadError> {
     }
 }
 
-/// The type that the model was published in: half compute computes twice as fast on a GPU.
+/// The type that the model was published in: half precision is twice as fast on a GPU.
 fn stored_dtype(checkpoint: &Checkpoint) -> Dtype {
     let named = ["torch_dtype", "dtype"].into_iter().find_map(|key| checkpoint.config.get(key)?.as_str());
     match named {
         Some("bfloat16") => Dtype::Bfloat16,
         Some("float32") => Dtype::Float32,
         _ => Dtype::Float16,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::{RowSampling, SequenceId, Slice};
+    use serde::Deserialize;
+    use types::{SamplingParams, TokenId};
+
+    #[derive(Deserialize)]
+    struct Golden {
+        prompt: Vec<TokenId>,
+        tokens: Vec<TokenId>,
+        gaps: Vec<f32>,
+    }
+
+    /// What a Mac runs (MLX's kernels, weights kept quantized) gives the same text as what runs here, on the CPU device.
+    #[test]
+    fn every_path_generates_the_same() {
+        let Some(model) = std::env::var_os("MLX_TEST_MODEL") else {
+            println!("skipped: MLX_TEST_MODEL is not set (scripts/fetch-test-model)");
+            return;
+        };
+        let goldens: Vec<Golden> =
+            serde_json::from_str(include_str!("../../../tests/goldens/smollm2.json")).unwrap();
+        for (path, dequantize) in [
+            (Path::Pure, Dequantize::Always),
+            (Path::Kernel, Dequantize::Always),
+            (Path::Kernel, Dequantize::Never),
+        ] {
+            let settings = LoadSettings {
+                model: PathBuf::from(&model),
+                name: "small".to_owned(),
+                slots: 4,
+                context_tokens: None,
+                kv_bytes: Some(1 << 30),
+                dequantize,
+                device: DeviceChoice::Cpu,
+            };
+            let (mut model, _) = load_with(&settings, Some(path), &mut |_, _| ()).unwrap();
+            let params = SamplingParams::greedy();
+            let mut rows: Vec<Vec<TokenId>> = Vec::new();
+            let count = 12;
+            // The second row joins two steps late, so that a run and single tokens meet in a step.
+            for at in 0..count + 2 {
+                if at % 2 == 0 && rows.len() < 2 {
+                    model.open(SequenceId(rows.len() as u64), 200).unwrap();
+                    rows.push(Vec::new());
+                }
+                let slices: Vec<_> = rows
+                    .iter()
+                    .zip(&goldens)
+                    .enumerate()
+                    .map(|(id, (output, golden))| Slice {
+                        sequence: SequenceId(id as u64),
+                        start: if output.is_empty() { 0 } else { golden.prompt.len() + output.len() - 1 },
+                        tokens: if output.is_empty() { &golden.prompt } else { &output[output.len() - 1..] },
+                        sample: Some(RowSampling {
+                            params: &params,
+                            position: output.len() as u32,
+                            prompt: &golden.prompt,
+                            output,
+                        }),
+                    })
+                    .collect();
+                let drawn = model.step(&slices).unwrap();
+                drop(slices);
+                rows.iter_mut().zip(drawn).for_each(|(row, token)| row.push(token));
+            }
+            for (row, golden) in rows.iter().zip(&goldens) {
+                let differs = row.iter().zip(&golden.tokens).position(|(one, two)| one != two);
+                let tie = differs.is_none_or(|at| golden.gaps[at] < 1e-3);
+                assert!(tie, "{path:?} {dequantize:?}: {row:?} is not {:?}", &golden.tokens[..row.len()]);
+            }
+        }
     }
 }
