@@ -1,6 +1,6 @@
 //! Measurements: what an engine does step by step, as data for `docs/performance.md`.
 //!
-//! [`engine_steps`] drives a [`Model`] directly, so its figures hold neither scheduling nor network.
+//! [`engine_steps`] drives an [`engine::Model`] directly, so its figures hold neither scheduling nor network.
 
 mod engine_bench;
 

@@ -2,7 +2,7 @@
 #![expect(clippy::print_stdout, reason = "what the commands print is their result")]
 
 use crate::{
-    EXIT_FAILED, EXIT_USAGE,
+    EXIT_FAILED, EXIT_USAGE, bench,
     config::{self, Config, Values},
     engine, failed, key, serve,
     settings::Settings,
@@ -52,9 +52,23 @@ enum Command {
         #[command(flatten)]
         settings: Config,
     },
+    /// Measure this machine
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Check or show the settings
     #[command(subcommand)]
     Config(ConfigCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// Prefill and decode rates of the model at several batch sizes, in a process of their own
+    Engine {
+        #[command(flatten)]
+        arguments: bench::EngineArguments,
+        #[command(flatten)]
+        settings: Config,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -104,6 +118,9 @@ pub(crate) fn run() -> ExitCode {
             .and_then(|values| key::fingerprint(file, values).map_err(|error| failed(EXIT_FAILED, error))),
         Some(Command::Status { json, settings }) => load(settings)
             .and_then(|values| status::show(&values, json).map_err(|error| failed(EXIT_FAILED, error))),
+        Some(Command::Bench(BenchCommand::Engine { arguments, settings })) => {
+            load(settings).and_then(|values| bench::engine(&values, &arguments))
+        }
         Some(Command::Config(ConfigCommand::Check { settings })) => load(settings).and_then(check),
         Some(Command::Config(ConfigCommand::Show { settings })) => load(settings).map(|values| show(&values)),
     };

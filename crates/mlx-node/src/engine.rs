@@ -38,7 +38,8 @@ pub(crate) fn run(json: &str) -> ExitCode {
     engine_process::run(load, engine_settings, std::io::stdin(), stdout)
 }
 
-fn load_settings(settings: EngineProcessSettings) -> LoadSettings {
+/// The same in `mlx`'s terms.
+pub(crate) fn load_settings(settings: EngineProcessSettings) -> LoadSettings {
     LoadSettings {
         model: settings.model,
         name: settings.name,

@@ -3,6 +3,7 @@
 //! `serve` hosts a node, a router and the HTTP endpoint in one process and starts `engine`, the process that owns
 //! the model; everything else is a command that ends by itself. Exit codes: 0 done, 1 failed, 2 wrong usage or settings.
 
+mod bench;
 mod cli;
 mod config;
 mod engine;

@@ -172,7 +172,11 @@ impl Settings {
     }
 }
 
-fn model_settings(values: &Values) -> Result<ModelSettings, SettingsError> {
+/// What is set of the model.
+///
+/// # Errors
+/// No model, or a batch that is too large.
+pub(crate) fn model_settings(values: &Values) -> Result<ModelSettings, SettingsError> {
     if values.model.is_empty() {
         return Err(SettingsError::NoModel);
     }

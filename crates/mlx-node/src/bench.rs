@@ -1,0 +1,119 @@
+//! `mlx-node bench engine`: what this machine makes of a model, step by step, without scheduling or network.
+#![expect(clippy::print_stdout, reason = "what the command prints is its result")]
+
+use crate::{
+    EXIT_FAILED, EXIT_USAGE,
+    config::Values,
+    engine::load_settings,
+    failed, hardware, logging,
+    settings::{self, ModelSettings},
+};
+use ::bench::{EngineBenchSettings, EngineFigures, engine_steps};
+use serde::Serialize;
+use std::process::ExitCode;
+use types::{SamplingDraft, SamplingParams};
+
+/// What to measure.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct EngineArguments {
+    /// Rows decoded together, one measurement each
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,4,8,16")]
+    batches: Vec<u16>,
+    /// Tokens of each prompt
+    #[arg(long, default_value_t = 128)]
+    prompt_tokens: u32,
+    /// Tokens decoded in each row
+    #[arg(long, default_value_t = 64)]
+    new_tokens: u32,
+    /// Draw from the nucleus (`top_p` 0.9) instead of greedily
+    #[arg(long)]
+    sampled: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    hardware: String,
+    version: &'static str,
+    model: &'a str,
+    prompt_tokens: u32,
+    new_tokens: u32,
+    sampled: bool,
+    figures: Vec<EngineFigures>,
+}
+
+/// Loads the model of `values` in this process, measures, prints.
+///
+/// # Errors
+/// The exit code; what was wrong has been said.
+pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(), ExitCode> {
+    logging::start(&values.log.0, values.log_format);
+    let usage = |what: String| Err(failed(EXIT_USAGE, what));
+    if arguments.batches.is_empty() || arguments.batches.contains(&0) {
+        return usage("--batches has a 0; a batch has at least 1 row".to_owned());
+    }
+    if arguments.prompt_tokens == 0 || arguments.new_tokens < 2 {
+        let EngineArguments { prompt_tokens, new_tokens, .. } = arguments;
+        return usage(format!(
+            "--prompt-tokens is {prompt_tokens} and --new-tokens {new_tokens}; at least 1 and 2 are needed"
+        ));
+    }
+    let ModelSettings { source, offline, mut engine } =
+        settings::model_settings(values).map_err(|error| failed(EXIT_USAGE, error))?;
+    engine.model =
+        mlx::hub::resolve(&source, offline, &mut |_, _| ()).map_err(|error| failed(EXIT_FAILED, error))?;
+    engine.slots = arguments.batches.iter().copied().max().map_or(1, u32::from);
+    let (mut model, _) =
+        mlx::load(&load_settings(engine), &mut |_, _| ()).map_err(|error| failed(EXIT_FAILED, error))?;
+    let (needed, context) = (arguments.prompt_tokens + arguments.new_tokens, model.card().context_tokens);
+    if needed > context {
+        return usage(format!("prompt and new tokens are {needed}; the model's context is {context}"));
+    }
+    let sampling = if arguments.sampled {
+        SamplingParams::try_from(SamplingDraft { top_p: 0.9, ..SamplingDraft::default() }).expect("in range")
+    } else {
+        SamplingParams::greedy()
+    };
+    let settings = EngineBenchSettings {
+        batches: arguments.batches.iter().copied().map(usize::from).collect(),
+        prompt_tokens: arguments.prompt_tokens as usize,
+        new_tokens: arguments.new_tokens as usize,
+        sampling,
+    };
+    let figures = engine_steps(model.as_mut(), &settings).map_err(|error| failed(EXIT_FAILED, error))?;
+    let report = Report {
+        hardware: hardware::describe(),
+        version: env!("CARGO_PKG_VERSION"),
+        model: &source,
+        prompt_tokens: arguments.prompt_tokens,
+        new_tokens: arguments.new_tokens,
+        sampled: arguments.sampled,
+        figures,
+    };
+    if arguments.json {
+        println!("{}", serde_json::to_string(&report).expect("plain data"));
+    } else {
+        print_table(&report);
+    }
+    Ok(())
+}
+
+fn print_table(report: &Report<'_>) {
+    println!("{} on {}", report.model, report.hardware);
+    println!(
+        "{:>6} {:>14} {:>13} {:>12} {:>12}",
+        "rows", "prefill tok/s", "decode tok/s", "step p50 ms", "max ms"
+    );
+    for figures in &report.figures {
+        println!(
+            "{:>6} {:>14.1} {:>13.1} {:>12.1} {:>12.1}",
+            figures.batch,
+            figures.prefill_tokens_per_s,
+            figures.decode_tokens_per_s,
+            figures.decode_step_ms_p50,
+            figures.decode_step_ms_max
+        );
+    }
+}
