@@ -54,6 +54,8 @@ impl Default for EngineSettings {
 pub struct StepSummary {
     /// Sequences that left the waiting queue.
     pub admitted: u32,
+    /// Sequences that gave up their KV and went back to it.
+    pub preempted: u32,
     /// Decode rows in the pass.
     pub rows: u32,
     /// Slices of prompts in the pass.
@@ -172,6 +174,7 @@ impl Engine {
         self.settle(now);
         self.passed = None;
         let mut summary = StepSummary::default();
+        self.preempt(&mut summary);
         let result = self.admit(&mut summary).and_then(|()| {
             let plan = self.plan(now);
             if plan.parts.is_empty() { Ok(()) } else { self.pass(now, &plan, events, &mut summary) }
@@ -253,7 +256,7 @@ impl Engine {
         let prompt_tokens = request.prompt.len() as u32;
         let tokens = u64::from(prompt_tokens) + u64::from(request.max_tokens);
         let kv_tokens = self.model.limits().kv_tokens;
-        if tokens > u64::from(card.context_tokens) || sequence::reserve_tokens(request) > kv_tokens {
+        if tokens > u64::from(card.context_tokens) || sequence::most_tokens(request) > kv_tokens {
             return Err(GenerateError::ContextExceeded {
                 prompt_tokens,
                 max_tokens: request.max_tokens,
@@ -271,6 +274,22 @@ impl Engine {
     fn settle(&mut self, now: Instant) {
         for sequence in &mut self.running {
             sequence.settle(now);
+        }
+    }
+
+    /// Takes KV from the sequences admitted last until the others' next step fits. The oldest always goes on, since no
+    /// request is taken that does not fit alone; those that yield are the first to be admitted again.
+    fn preempt(&mut self, summary: &mut StepSummary) {
+        let limit = self.model.limits().kv_tokens;
+        let taken = |running: &[Sequence]| running.iter().map(Sequence::taken).sum::<u64>();
+        while self.running.len() > 1 && taken(&self.running) > limit {
+            let Some(mut sequence) = self.running.pop() else { break };
+            self.model.close(sequence.id);
+            sequence.restart(SequenceId(self.next_id));
+            self.next_id += 1;
+            tracing::debug!(id = %sequence.request, kv_tokens = limit, "preempted: the KV is full");
+            self.waiting.push_front(sequence);
+            summary.preempted += 1;
         }
     }
 
@@ -297,10 +316,10 @@ impl Engine {
 
     fn room(&self) -> Room {
         let limits = self.model.limits();
-        let reserved: u64 = self.running.iter().map(|sequence| sequence.reserved).sum();
+        let expected: u64 = self.running.iter().map(Sequence::expected).sum();
         Room {
             slots: limits.slots.saturating_sub(self.running.len()),
-            kv_tokens: limits.kv_tokens.saturating_sub(reserved),
+            kv_tokens: limits.kv_tokens.saturating_sub(expected),
         }
     }
 

@@ -12,7 +12,8 @@ pub struct SequenceId(pub u64);
 pub struct ModelLimits {
     /// Sequences that may be open at once.
     pub slots: usize,
-    /// Tokens of KV that all open sequences together may take, rounded up as the model allocates.
+    /// Tokens of KV that all open sequences together may hold, each rounded up to a multiple of 256; at least the
+    /// context of the model's card, so that every valid request fits alone.
     pub kv_tokens: u64,
     /// Bytes of KV a token takes.
     pub kv_bytes_per_token: u64,
@@ -73,10 +74,10 @@ pub trait Model: fmt::Debug {
     /// What it can hold.
     fn limits(&self) -> ModelLimits;
 
-    /// Makes room for a sequence that will not exceed `tokens_max` tokens.
+    /// Opens an empty sequence that will not exceed `tokens_max` tokens; its KV grows as slices are appended.
     ///
     /// # Errors
-    /// [`ModelError::Sequence`] where no slot or memory is left; the engine keeps it from happening.
+    /// [`ModelError::Sequence`] where no slot is left; the engine keeps it from happening.
     fn open(&mut self, sequence: SequenceId, tokens_max: usize) -> Result<(), ModelError>;
 
     /// One forward pass over all slices together; returns the drawn token of each slice that samples, in their order.

@@ -67,7 +67,7 @@ pub(crate) struct Room {
 /// served, and nobody overtakes a large one, so that it cannot starve.
 pub(crate) fn next_admitted(waiting: &VecDeque<Sequence>, room: Room) -> Option<usize> {
     let first = waiting.front()?;
-    (room.slots > 0 && first.reserved <= room.kv_tokens).then_some(0)
+    (room.slots > 0 && first.expected() <= room.kv_tokens).then_some(0)
 }
 
 /// The scheduler; all it remembers is since when prompts got nothing.

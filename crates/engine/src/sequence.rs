@@ -13,8 +13,12 @@ use types::{
 /// Reserved KV is a multiple of this many tokens, as models allocate it.
 const RESERVE_TOKENS: u64 = 256;
 
-/// KV tokens to reserve for a request: its whole prompt and output, so that an admitted sequence never runs out.
-pub(crate) fn reserve_tokens(request: &GenerateRequest) -> u64 {
+/// Output tokens for which an admitted sequence finds room: most answers end within them, while `max_tokens` is often as
+/// much as the context holds. A sequence that goes on and finds none left is read again later ([`Sequence::restart`]).
+const GROWTH_TOKENS: u64 = 512;
+
+/// KV tokens that a request may come to: its whole prompt and output.
+pub(crate) fn most_tokens(request: &GenerateRequest) -> u64 {
     (request.prompt.len() as u64 + u64::from(request.max_tokens)).next_multiple_of(RESERVE_TOKENS)
 }
 
@@ -23,8 +27,6 @@ pub(crate) fn reserve_tokens(request: &GenerateRequest) -> u64 {
 pub(crate) struct Sequence {
     pub(crate) id: SequenceId,
     pub(crate) request: RequestId,
-    /// KV tokens reserved while it runs.
-    pub(crate) reserved: u64,
     /// Prompt, then output.
     tokens: Vec<TokenId>,
     prompt_tokens: usize,
@@ -63,7 +65,6 @@ impl Sequence {
         card: &ModelCard,
         first_due: Instant,
     ) -> Self {
-        let reserved = reserve_tokens(&request);
         let draft = GenerateDraft::from(request);
         let mut ends = draft.stop_tokens;
         if !draft.ignore_eos {
@@ -72,7 +73,6 @@ impl Sequence {
         Self {
             id,
             request: draft.id,
-            reserved,
             prompt_tokens: draft.prompt.len(),
             tokens: draft.prompt,
             computed: 0,
@@ -87,6 +87,23 @@ impl Sequence {
     /// Tokens that its KV will hold at most.
     pub(crate) fn tokens_max(&self) -> usize {
         self.prompt_tokens + self.max_tokens as usize
+    }
+
+    /// KV tokens that it takes, or will once its prompt is read.
+    pub(crate) fn taken(&self) -> u64 {
+        (self.tokens.len() as u64).next_multiple_of(RESERVE_TOKENS)
+    }
+
+    /// KV tokens that it is expected to take.
+    pub(crate) fn expected(&self) -> u64 {
+        let growth = u64::from(self.output_left()).min(GROWTH_TOKENS);
+        (self.tokens.len() as u64 + growth).next_multiple_of(RESERVE_TOKENS)
+    }
+
+    /// Forgets its KV: all its tokens are to be read again, as the sequence `id`. What it draws stays the same.
+    pub(crate) fn restart(&mut self, id: SequenceId) {
+        self.id = id;
+        self.computed = 0;
     }
 
     /// Tokens in the model's KV.

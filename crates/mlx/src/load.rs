@@ -2,6 +2,7 @@
 
 use crate::{
     checkpoint::{self, Checkpoint, LoadError},
+    kv::CAPACITY_MIN,
     layers::{Compute, Path},
     models, native,
     runner::Runner,
@@ -58,6 +59,8 @@ pub struct LoadSettings {
 const KV_SHARE: f64 = 0.6;
 /// Slabs double as they grow and slots are at least half full, so what is held can exceed what is promised.
 const KV_OVERHEAD: u64 = 2;
+/// A context below this many tokens is of no use; with less memory than for that, loading fails.
+const CONTEXT_MIN: usize = 1024;
 /// Memory assumed where the system does not tell how much there is.
 const KV_BYTES_UNKNOWN: u64 = 4 << 30;
 /// Groups of weights evaluated at once: enough for a moving progress bar, few enough to read files in long runs.
@@ -106,16 +109,27 @@ fn load_with(
     drop(checkpoint.tensors);
 
     let dims = family.dims();
-    let context = settings.context_tokens.map_or(dims.context, |limit| limit.min(dims.context));
+    let wanted_context = settings.context_tokens.map_or(dims.context, |limit| limit.min(dims.context));
     let kv_bytes_per_token = dims.kv.bytes_per_token();
     let available = checkpoint::available_memory().unwrap_or(KV_BYTES_UNKNOWN);
     let kv_bytes = settings.kv_bytes.unwrap_or((available as f64 * KV_SHARE) as u64);
     let kv_tokens = kv_bytes / kv_bytes_per_token / KV_OVERHEAD;
-    if kv_tokens < context.min(1024) as u64 {
+    // As the engine counts, so that every request that fits the context fits the memory alone.
+    let least = wanted_context.min(CONTEXT_MIN).next_multiple_of(CAPACITY_MIN) as u64;
+    if kv_tokens < least {
         return Err(LoadError::TooLittleMemory {
-            needed: weight_bytes + context.min(1024) as u64 * kv_bytes_per_token * KV_OVERHEAD,
+            needed: weight_bytes + least * kv_bytes_per_token * KV_OVERHEAD,
             available: weight_bytes + kv_bytes,
         });
+    }
+    let context = wanted_context.min(kv_tokens as usize / CAPACITY_MIN * CAPACITY_MIN);
+    if context < wanted_context {
+        tracing::warn!(
+            context,
+            wanted_context,
+            kv_bytes,
+            "the context is cut to what the memory for KV holds"
+        );
     }
     let assets = checkpoint.assets;
     let card = ModelCard {

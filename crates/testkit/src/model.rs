@@ -295,11 +295,8 @@ impl Model for FakeModel {
         let previous = self.open.insert(sequence, Open { tokens_max, tokens: Vec::new() });
         assert!(previous.is_none(), "{sequence:?} was opened twice");
         assert!(tokens_max > 0 && tokens_max <= self.card.context_tokens as usize, "{tokens_max} tokens");
-        let ModelLimits { slots, kv_tokens, .. } = self.settings.limits;
+        let slots = self.settings.limits.slots;
         assert!(self.open.len() <= slots, "{} sequences in {slots} slots", self.open.len());
-        let allocated = |open: &Open| (open.tokens_max as u64).next_multiple_of(KV_STEP_TOKENS);
-        let allocated: u64 = self.open.values().map(allocated).sum();
-        assert!(allocated <= kv_tokens, "{allocated} tokens in a KV of {kv_tokens}");
         let mut shared = self.handle.lock();
         shared.open += 1;
         shared.opened += 1;
@@ -337,6 +334,9 @@ impl Model for FakeModel {
             let (tokens, tokens_max) = (open.tokens.len(), open.tokens_max);
             assert!(tokens <= tokens_max, "{:?}: {tokens} tokens of {tokens_max}", slice.sequence);
         }
+        let held = |open: &Open| (open.tokens.len() as u64).next_multiple_of(KV_STEP_TOKENS);
+        let (held, most): (u64, _) = (self.open.values().map(held).sum(), self.settings.limits.kv_tokens);
+        assert!(held <= most, "{held} tokens in a KV of {most}");
         let drawn = slices.iter().filter_map(|slice| self.draw(slice)).collect();
         let begin = self.clock.now();
         self.clock.advance(Duration::from_secs_f64(self.settings.cost.seconds(slices, number)));

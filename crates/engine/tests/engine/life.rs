@@ -230,6 +230,31 @@ fn kv_is_reserved_and_a_large_request_is_not_overtaken() {
 }
 
 #[test]
+fn where_kv_runs_out_the_youngest_is_read_again() {
+    let defaults = FakeSettings::default();
+    let limits = ModelLimits { slots: 8, kv_tokens: 2048, ..defaults.limits };
+    let mut bench = Bench::measured(FakeSettings { limits, ..defaults });
+    let ids = [1, 2, 3].map(|id| {
+        bench.accept(GenerateDraft {
+            ignore_eos: true,
+            sampling: sampling(id as u64),
+            ..draft(id, 100, 1500)
+        })
+    });
+    assert_eq!(bench.step().admitted, 2, "512 tokens of output are expected of each at first");
+    let mut preempted = 0;
+    while !bench.engine.is_idle() {
+        preempted += bench.step().preempted;
+    }
+    assert!(preempted >= 1, "two of 1600 tokens are more than 2048");
+    // The texts are those that each has alone.
+    bench.check_end();
+    assert!(ids.iter().all(|id| bench.finish(*id).usage.completion_tokens == 1500));
+    assert!(bench.times[&ids[0]].last() < bench.times[&ids[1]].last(), "the oldest never yields");
+    assert!(bench.times[&ids[1]].last() < bench.times[&ids[2]].last(), "who yielded comes before who waited");
+}
+
+#[test]
 fn load_counts_what_is_left() {
     let mut bench = Bench::measured(slots(1));
     assert_eq!(bench.engine.load(bench.clock.now()).prefill_backlog_tokens, 0);
