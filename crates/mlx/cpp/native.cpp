@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "mlx/allocator.h"
@@ -168,6 +169,11 @@ class Native : public mx::UnaryPrimitive {
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     const auto& x = inputs[0];
+    for (size_t i = kind_ == Kind::Rope ? 1 : 0; i < inputs.size(); i++) {
+      if (!inputs[i].flags().row_contiguous) {
+        throw std::runtime_error("an input is not row-contiguous");
+      }
+    }
     out.set_data(mx::allocator::malloc(out.nbytes()));
     auto& encoder = mx::cpu::get_command_encoder(stream());
     for (const auto& input : inputs) {

@@ -223,7 +223,9 @@ impl Slab {
         let size = |count: usize| [count as i32, shape.heads, capacity as i32, shape.head_dim];
         let resized = |array: &Array| {
             if slots <= old {
-                slice(array, &[0; 4], &size(slots))?.contiguous()
+                // Into memory of its own: a slice, contiguous or not, would keep all of the old one.
+                let kept = slice(array, &[0; 4], &size(slots))?;
+                slice_update(&zeros_dtype(&size(slots), shape.dtype)?, &kept, &[0; 4], &size(slots))
             } else {
                 let more = zeros_dtype(&size(slots - old), shape.dtype)?;
                 if old == 0 { Ok(more) } else { concatenate(&[array, &more], 0) }
@@ -269,4 +271,86 @@ fn write_run(slab: &mut Array, update: &Array, slot: usize, start: usize, count:
 /// A backend error as the engine sees it.
 pub(crate) fn backend(error: mlx_rs::error::Exception) -> ModelError {
     ModelError::Backend(error.what().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mlx_rs::transforms::eval;
+    use std::collections::BTreeMap;
+
+    const SHAPE: KvShape = KvShape { layers: 2, heads: 2, head_dim: 4, dtype: Dtype::Float32 };
+
+    /// What a sequence's token at a position is filled with.
+    fn value(sequence: u64, position: usize) -> f32 {
+        (sequence * 10_000) as f32 + position as f32
+    }
+
+    fn filled(values: impl Iterator<Item = f32>) -> Array {
+        let all: Vec<f32> = values.flat_map(|value| [value; 8]).collect();
+        Array::from_slice(&all, &[all.len() as i32 / 8, 2, 4])
+    }
+
+    /// Sequences that open, grow by single tokens and runs, move up and close in a fixed pseudo-random order always
+    /// find their own keys and values.
+    #[test]
+    fn rows_keep_their_own_through_growth_moves_and_shrinking() {
+        let mut kv = KvSlabs::new(SHAPE);
+        let mut lengths: BTreeMap<u64, usize> = BTreeMap::new();
+        let mut state = 42_u64;
+        let mut random = |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % below
+        };
+        for step in 0..120_u64 {
+            if lengths.len() < 7 && random(3) > 0 {
+                kv.open(SequenceId(step)).unwrap();
+                lengths.insert(step, 0);
+            }
+            let single = random(2) == 0;
+            let (mut singles, mut runs) = (Vec::new(), Vec::new());
+            let mut contents = Vec::new();
+            for (&id, length) in &mut lengths {
+                let count = if single { 1 } else { 1 + random(90) as usize };
+                let place = kv.reserve(SequenceId(id), *length, *length + count).unwrap();
+                let rows = (contents.len() as i32, (contents.len() + count) as i32);
+                contents.extend((*length..*length + count).map(|position| value(id, position)));
+                if single {
+                    let one = |value: usize| Array::from_slice(&[value as i32], &[1]);
+                    let (slots, positions) = (one(place.slot), one(*length));
+                    singles.push(RowWrites { capacity: place.capacity, slots, positions, rows });
+                } else {
+                    runs.push(RunWrite { place, start: *length, rows });
+                }
+                *length += count;
+            }
+            for layer in 0..SHAPE.layers {
+                let keys = filled(contents.iter().copied());
+                let values = filled(contents.iter().map(|value| -value));
+                kv.write(layer, &keys, &values, &singles, &runs).unwrap();
+            }
+            eval(kv.arrays()).unwrap();
+            for (&id, &length) in &lengths {
+                let place = kv.places[&SequenceId(id)];
+                let (keys, values) =
+                    kv.view(1, place.capacity, (place.slot, place.slot + 1), length).unwrap();
+                let expected: Vec<f32> = (0..length).flat_map(|at| [value(id, at); 4]).collect();
+                let expected: Vec<f32> = [expected.clone(), expected].concat();
+                let (keys, values) = (keys.contiguous().unwrap(), values.contiguous().unwrap());
+                assert_eq!(keys.as_slice::<f32>(), expected, "step {step}, sequence {id}");
+                assert!(values.as_slice::<f32>().iter().zip(&expected).all(|(value, key)| *value == -key));
+            }
+            if random(3) == 0 {
+                let ids: Vec<u64> = lengths.keys().copied().collect();
+                for id in ids.into_iter().filter(|_| random(2) == 0) {
+                    kv.close(SequenceId(id));
+                    lengths.remove(&id);
+                }
+            }
+        }
+        for id in lengths.into_keys() {
+            kv.close(SequenceId(id));
+        }
+        assert!(kv.slabs.is_empty() && kv.places.is_empty(), "memory is given back with the last sequence");
+    }
 }
