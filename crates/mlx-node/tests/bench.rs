@@ -16,8 +16,10 @@ fn engine_figures_are_one_json_object() {
         println!("skipped: MLX_TEST_MODEL is not set");
         return;
     };
-    let output =
-        bench(&["--batches", "1,3", "--prompt-tokens", "16", "--new-tokens", "4", "--sampled", "--json"], &model);
+    let output = bench(
+        &["--batches", "1,3", "--prompt-tokens", "16", "--new-tokens", "4", "--sampled", "--json"],
+        &model,
+    );
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
