@@ -128,7 +128,9 @@ impl Engine {
     /// [`GenerateError::ContextExceeded`] for what can never fit, [`GenerateError::Busy`] when the queue is full.
     pub fn submit(&mut self, now: Instant, request: GenerateRequest) -> Result<(), GenerateError> {
         self.check(&request)?;
-        if self.waiting.len() >= limits::ENGINE_WAITING_MAX {
+        // Slots that are free count: what is submitted between two steps has not been admitted yet.
+        let most = self.model.limits().slots + limits::ENGINE_WAITING_MAX;
+        if self.waiting.len() + self.running.len() >= most {
             let wait_s = self.seconds_to_free_slot().clamp(RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S);
             return Err(GenerateError::Busy { retry_after_ms: (wait_s * 1000.0).ceil() as u64 });
         }
@@ -277,18 +279,21 @@ impl Engine {
         }
     }
 
-    /// Takes KV from the sequences admitted last until the others' next step fits. The oldest always goes on, since no
-    /// request is taken that does not fit alone; those that yield are the first to be admitted again.
+    /// Takes KV from the youngest sequences until the others' next step fits. The oldest always goes on, since no request
+    /// is taken that does not fit alone; those that yield wait in the order in which they came.
     fn preempt(&mut self, summary: &mut StepSummary) {
         let limit = self.model.limits().kv_tokens;
         let taken = |running: &[Sequence]| running.iter().map(Sequence::taken).sum::<u64>();
         while self.running.len() > 1 && taken(&self.running) > limit {
-            let Some(mut sequence) = self.running.pop() else { break };
+            let youngest = (0..self.running.len()).max_by_key(|&index| self.running[index].arrival);
+            let Some(index) = youngest else { break };
+            let mut sequence = self.running.remove(index);
             self.model.close(sequence.id);
             sequence.restart(SequenceId(self.next_id));
             self.next_id += 1;
             tracing::debug!(id = %sequence.request, kv_tokens = limit, "preempted: the KV is full");
-            self.waiting.push_front(sequence);
+            let place = self.waiting.partition_point(|other| other.arrival < sequence.arrival);
+            self.waiting.insert(place, sequence);
             summary.preempted += 1;
         }
     }

@@ -27,6 +27,8 @@ pub(crate) fn most_tokens(request: &GenerateRequest) -> u64 {
 pub(crate) struct Sequence {
     pub(crate) id: SequenceId,
     pub(crate) request: RequestId,
+    /// Grows with each request; who comes later yields first.
+    pub(crate) arrival: u64,
     /// Prompt, then output.
     tokens: Vec<TokenId>,
     prompt_tokens: usize,
@@ -73,6 +75,7 @@ impl Sequence {
         Self {
             id,
             request: draft.id,
+            arrival: id.0,
             prompt_tokens: draft.prompt.len(),
             tokens: draft.prompt,
             computed: 0,

@@ -11,7 +11,7 @@ use crate::{
     values::Secret,
 };
 use api::{ApiSettings, ApiState};
-use node::{EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeHandle, NodeSettings};
+use node::{ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeHandle, NodeSettings};
 use std::{
     io,
     net::SocketAddr,
@@ -144,6 +144,7 @@ fn node_settings(settings: Settings, engine: Option<EngineCommandLine>) -> Resul
         wait_for_model: engine.is_some(),
         engine,
         model_load_time_max: MODEL_LOAD_TIME_MAX,
+        engine_silence_max: ENGINE_SILENCE_MAX,
         mdns: settings.mdns,
         peers: settings.peers,
         interfaces: settings.interfaces,

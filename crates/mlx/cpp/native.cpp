@@ -261,6 +261,9 @@ int mlx_node_masked_softmax(
 }
 
 int mlx_node_rms_norm(mlx_array* res, mlx_array x, mlx_array weight, float eps, mlx_stream stream) {
+  if (get(weight).ndim() != 1 || get(weight).shape(0) != get(x).shape(-1)) {
+    return 1;
+  }
   return make(res, get(x).shape(), stream, Kind::RmsNorm, eps, 0, {get(x), get(weight)});
 }
 

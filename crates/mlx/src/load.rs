@@ -61,6 +61,8 @@ const KV_SHARE: f64 = 0.6;
 const KV_OVERHEAD: u64 = 2;
 /// A context below this many tokens is of no use; with less memory than for that, loading fails.
 const CONTEXT_MIN: usize = 1024;
+/// Freed buffers that MLX keeps for reuse on a GPU: some steps' activations.
+const GPU_CACHE_BYTES: usize = 1 << 30;
 /// Memory assumed where the system does not tell how much there is.
 const KV_BYTES_UNKNOWN: u64 = 4 << 30;
 /// Groups of weights evaluated at once: enough for a moving progress bar, few enough to read files in long runs.
@@ -111,7 +113,11 @@ fn load_with(
     let dims = family.dims();
     let wanted_context = settings.context_tokens.map_or(dims.context, |limit| limit.min(dims.context));
     let kv_bytes_per_token = dims.kv.bytes_per_token();
-    let available = checkpoint::available_memory().unwrap_or(KV_BYTES_UNKNOWN);
+    if on_gpu {
+        // Freed buffers of odd sizes would otherwise be kept up to the whole memory.
+        mlx_rs::memory::set_cache_limit(GPU_CACHE_BYTES)?;
+    }
+    let available = kv_memory(on_gpu, weight_bytes);
     let kv_bytes = settings.kv_bytes.unwrap_or((available as f64 * KV_SHARE) as u64);
     let kv_tokens = kv_bytes / kv_bytes_per_token / KV_OVERHEAD;
     // As the engine counts, so that every request that fits the context fits the memory alone.
@@ -153,6 +159,18 @@ fn load_with(
     );
     let limits = ModelLimits { slots: settings.slots, kv_tokens, kv_bytes_per_token };
     Ok((Box::new(Runner::new(card, limits, family, path)), assets))
+}
+
+/// Bytes that are left once the weights are loaded.
+fn kv_memory(on_gpu: bool, weight_bytes: u64) -> u64 {
+    if on_gpu && cfg!(target_os = "linux") {
+        // MLX's own limit is what the card has; the system's memory says nothing of it.
+        let limit = mlx_rs::memory::memory_limit().map_or(KV_BYTES_UNKNOWN, |bytes| bytes as u64);
+        return limit.saturating_sub(weight_bytes);
+    }
+    let available = checkpoint::available_memory().unwrap_or(KV_BYTES_UNKNOWN);
+    // macOS tells what a process may use in all, Linux what is free now, with the weights loaded.
+    if cfg!(target_os = "macos") { available.saturating_sub(weight_bytes) } else { available }
 }
 
 /// Whether computation goes to a GPU, after making it the default or not.

@@ -68,11 +68,13 @@ fn draw(logits: &Array, rows: &[RowSampling<'_>], candidates: i32) -> Result<(Ar
         (scaled, None)
     };
     let weights = exp(kept.subtract(kept.max_axis(-1, true)?)?)?;
-    let cumulative = cumsum(weights, -1, false, true)?;
+    let cumulative = cumsum(&weights, -1, false, true)?;
     let total = crate::raw::slice(&cumulative, &[0, cumulative.dim(1) - 1], cumulative.shape())?;
     // A little below the total, so that rounding cannot carry the target past the last kept token.
     let target = total.multiply(column(&|row| row.params.uniform(row.position) * (1.0 - 1e-6)))?;
-    Ok((argmax_axis(gt(&cumulative, &target)?, -1, false)?, uncovered))
+    // A parallel sum may rise by a rounding at a token that was cut off; its weight says that it was.
+    let drawn = logical_and(gt(&cumulative, &target)?, gt(&weights, Array::from_f32(0.0))?)?;
+    Ok((argmax_axis(drawn, -1, false)?, uncovered))
 }
 
 /// The smallest scaled logit `[n, 1]` that each row keeps, and `[n]` flags of rows that might keep more than seen.

@@ -216,7 +216,9 @@ impl Dispatch {
             if state.draining && !tried {
                 return Err(ask.unavailable("this process is leaving".to_owned()));
             }
-            let overtakes = !tried && state.waiting.iter().any(|waiter| waiter.ask.model == ask.model);
+            // One that may not go everywhere holds up nobody: the place that it lacks may be there for others.
+            let same = |waiter: &Waiter| waiter.exclude.is_empty() && waiter.ask.model == ask.model;
+            let overtakes = !tried && state.waiting.iter().any(same);
             let routed = if overtakes { None } else { Some(state.book(ask, exclude)) };
             match routed {
                 Some(Ok(booked)) => return Ok(self.place_of(booked)),
@@ -371,7 +373,9 @@ impl State {
                     }
                 }
                 Err(RouteError::AllBusy { .. }) => {
-                    busy.insert(waiter.ask.model.clone());
+                    if waiter.exclude.is_empty() {
+                        busy.insert(waiter.ask.model.clone());
+                    }
                     left.push_back(waiter);
                 }
                 Err(error) => {

@@ -17,6 +17,7 @@ pub(crate) struct EngineActor;
 pub(crate) struct EngineActorSettings {
     pub(crate) line: EngineCommandLine,
     pub(crate) load_time_max: Duration,
+    pub(crate) silence_max: Duration,
 }
 
 pub(crate) enum EngineMsg {
@@ -61,7 +62,7 @@ impl Actor for EngineActor {
                 let (settings, engine) = (state.settings.clone(), state.engine.clone());
                 let stop = state.stop.subscribe();
                 state.child = Some(tokio::spawn(async move {
-                    let end = engine_child::run(&settings.line, &engine, settings.load_time_max, stop).await;
+                    let end = engine_child::run(&settings, &engine, stop).await;
                     // Fails only where the actor has stopped, which knows already.
                     let _ = myself.send_message(EngineMsg::Ended(end));
                 }));

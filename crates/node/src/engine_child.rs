@@ -3,6 +3,7 @@
 //! Commands flow from [`EngineHandle`] through a bounded channel into the child's standard input, reports from its
 //! standard output straight into the handle's table. Nothing here waits for a consumer.
 
+use crate::engine_actor::EngineActorSettings;
 use crate::engine_handle::{EngineHandle, ProtocolError};
 use crate::settings::{ENGINE_EXIT_TIME_MAX, ENGINE_REAP_TIME_MAX, EngineCommandLine};
 use bytes::BytesMut;
@@ -27,16 +28,16 @@ pub(crate) struct ChildEnd {
 
 /// Runs a child until it ends or `stop` turns true. When this returns, the process is gone and `engine` says so.
 pub(crate) async fn run(
-    line: &EngineCommandLine,
+    EngineActorSettings { line, load_time_max, silence_max }: &EngineActorSettings,
     engine: &EngineHandle,
-    load_time_max: Duration,
     mut stop: watch::Receiver<bool>,
 ) -> ChildEnd {
     let end = match spawn(line) {
         Ok((mut child, stdin, stdout)) => {
             let writer = tokio::spawn(write_commands(stdin, engine.child_started()));
-            let mut life = Life { engine, loading: String::new(), ready: None, failed: None };
-            let seen = life.read(stdout, Instant::now() + load_time_max, &mut stop).await;
+            let mut life =
+                Life { engine, loading: String::new(), ready: None, failed: None, silence_max: *silence_max };
+            let seen = life.read(stdout, Instant::now() + *load_time_max, &mut stop).await;
             // Whatever happens from here on, nothing more is accepted for it.
             let status = reap(&mut child, seen.is_some()).await;
             writer.abort();
@@ -81,6 +82,7 @@ struct Life<'a> {
     ready: Option<Instant>,
     /// What it said of its own end.
     failed: Option<String>,
+    silence_max: Duration,
 }
 
 impl Life<'_> {
@@ -110,7 +112,11 @@ impl Life<'_> {
                     Err(error) => return Some(format!("its output cannot be read: {error}")),
                 },
                 () = expired => {
-                    let waited = if stopping { "did not exit when asked" } else { "was not ready in time" };
+                    let waited = match self.ready {
+                        _ if stopping => "did not exit when asked",
+                        None => "was not ready in time",
+                        Some(_) => "has said nothing for too long: it hangs",
+                    };
                     return Some(format!("the engine {waited}"));
                 }
                 () = stopped(stop), if !stopping => {
@@ -135,7 +141,7 @@ impl Life<'_> {
                 }
             }
             if self.ready.is_some() && !stopping {
-                deadline = None;
+                deadline = Some(Instant::now() + self.silence_max);
             }
         }
     }

@@ -96,7 +96,11 @@ impl Parts {
             let line = settings.engine.clone().ok_or(StartError::NoEngine)?;
             let handle = EngineHandle::new();
             let (reports, watched) = watch::channel(handle.report());
-            let engine = EngineActorSettings { line, load_time_max: settings.model_load_time_max };
+            let engine = EngineActorSettings {
+                line,
+                load_time_max: settings.model_load_time_max,
+                silence_max: settings.engine_silence_max,
+            };
             let arguments = NodeActorSettings { engine, handle: handle.clone(), reports };
             let (actor, _) = Actor::spawn(None, NodeActor, arguments).await?;
             self.engine = Some((handle.clone(), actor, watched));

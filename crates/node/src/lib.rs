@@ -30,4 +30,4 @@ mod sink;
 mod uplink;
 
 pub use handle::{NodeHandle, start};
-pub use settings::{EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeSettings, StartError};
+pub use settings::{ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeSettings, StartError};

@@ -9,6 +9,9 @@ use types::{NodeId, Role};
 
 /// From the start of an engine child to its `Ready`: the largest checkpoints over a slow external disk.
 pub const MODEL_LOAD_TIME_MAX: Duration = Duration::from_secs(1800);
+/// An engine that says nothing for this long hangs: it reports at least every [`types::limits::LOAD_INTERVAL_MAX`] but
+/// during a step, and the longest step compiles kernels or reads 2048 tokens on a slow machine.
+pub const ENGINE_SILENCE_MAX: Duration = Duration::from_secs(120);
 /// How long an engine child may take to exit when asked, before it is killed.
 pub(crate) const ENGINE_EXIT_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long the system may take to tell how a process ended whose output has ended or that was killed.
@@ -80,6 +83,8 @@ pub struct NodeSettings {
     pub wait_for_model: bool,
     /// An engine that is not ready after this long is killed and started anew; [`MODEL_LOAD_TIME_MAX`] if in doubt.
     pub model_load_time_max: Duration,
+    /// An engine that says nothing for this long is killed and started anew; [`ENGINE_SILENCE_MAX`] if in doubt.
+    pub engine_silence_max: Duration,
     /// Whether to find others, and be found, over mDNS.
     pub mdns: bool,
     /// Routers to dial in any case, as `host:port`.

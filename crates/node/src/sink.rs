@@ -10,6 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use types::{Finish, FinishReason, GenerateError, TokenEvent, TokenId, Usage};
 
+/// Tokens of one event: what a slow consumer left lying must fit a reply's frame.
+const EVENT_TOKENS_MAX: usize = 4096;
+
 /// Makes the two ends. Dropping the source before the last event calls `cancel`.
 pub(crate) fn token_channel(
     prompt_tokens: u32,
@@ -126,8 +129,9 @@ impl Stream for TokenSource {
         this.shared.reader.register(context.waker());
         let mut buffer = this.shared.lock();
         if !buffer.tokens.is_empty() {
-            let tokens = std::mem::take(&mut buffer.tokens);
-            let index = buffer.next - tokens.len() as u32;
+            let index = buffer.next - buffer.tokens.len() as u32;
+            let count = buffer.tokens.len().min(EVENT_TOKENS_MAX);
+            let tokens = buffer.tokens.drain(..count).collect();
             return Poll::Ready(Some(TokenEvent::Tokens { index, tokens }));
         }
         if let Some(finish) = buffer.finish.take() {
@@ -174,6 +178,24 @@ mod tests {
         assert_eq!(next(&mut source), Some(Some(tokens(3, &[8]))));
         assert_eq!(next(&mut source), Some(Some(finished(FinishReason::Stop))));
         assert_eq!(next(&mut source), Some(None));
+    }
+
+    #[test]
+    fn what_a_slow_consumer_left_comes_in_events_that_fit_a_frame() {
+        let (sink, source) = token_channel(3, 10_000, || panic!("not cancelled"));
+        for at in 0..100_u32 {
+            sink.push(tokens(at * 100, &[7; 100])).unwrap();
+        }
+        sink.push(finished(FinishReason::Length)).unwrap();
+        let events: Vec<TokenEvent> = source.collect().now_or_never().expect("ended");
+        let starts: Vec<_> = events
+            .iter()
+            .filter_map(|event| match event {
+                TokenEvent::Tokens { index, tokens } => Some((*index, tokens.len())),
+                TokenEvent::Finished(_) => None,
+            })
+            .collect();
+        assert_eq!(starts, [(0, 4096), (4096, 4096), (8192, 1808)]);
     }
 
     #[test]

@@ -69,6 +69,7 @@ impl Cluster {
             engine: Some(EngineCommandLine { program: fake_engine(), args, env: Vec::new() }),
             wait_for_model: true,
             model_load_time_max: Duration::from_secs(10),
+            engine_silence_max: Duration::from_secs(3),
             mdns: false,
             peers: self.nodes.iter().map(|node| node.local_address().to_string()).collect(),
             interfaces: Vec::new(),
@@ -93,8 +94,12 @@ impl Cluster {
     }
 
     fn kill_engine(&self, index: usize) {
+        self.signal_engine(index, "-KILL");
+    }
+
+    fn signal_engine(&self, index: usize, signal: &str) {
         let pid = std::fs::read_to_string(self.pid_file(index)).expect("the engine wrote its id");
-        let killed = std::process::Command::new("kill").args(["-9", &pid]).status().expect("kill exists");
+        let killed = std::process::Command::new("kill").args([signal, &pid]).status().expect("kill exists");
         assert!(killed.success());
     }
 
@@ -193,6 +198,27 @@ async fn a_killed_engine_ends_its_requests_once_and_comes_back() {
     assert!(killed.elapsed() < Duration::from_secs(3), "back within its load time and 2 s");
     let request = request(3, 5);
     check_text(&request, &collect(node.generate(request.clone()).await.expect("accepted")).await);
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_hangs_is_killed_and_an_idle_one_is_not() {
+    let mut cluster = Cluster::new();
+    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
+    cluster.ready(1).await;
+    let node = &cluster.nodes[0];
+    let idle = Instant::now();
+    while idle.elapsed() < Duration::from_secs(4) {
+        assert!(node.ready(), "an engine without work reports all the same");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let mut generation = node.generate(request(1, 4000)).await.expect("accepted");
+    let mut events = vec![generation.events.next().await.expect("a token")];
+    cluster.signal_engine(0, "-STOP");
+    events.extend(collect(generation).await);
+    let (_, finish) = check_stream(&events).expect("a proper stream");
+    assert!(matches!(finish.reason, FinishReason::Failed(GenerateError::NodeLost { .. })), "{finish:?}");
+    cluster.ready(1).await;
     cluster.shutdown().await;
 }
 

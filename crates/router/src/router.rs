@@ -150,6 +150,13 @@ impl KnownNode {
         self.models.iter().any(|card| card.name == model)
     }
 
+    /// Whether it serves the model with a context that holds the request: machines with less memory have a smaller one.
+    fn fits(&self, query: &RouteQuery<'_>) -> bool {
+        let tokens = u64::from(query.prompt_tokens) + u64::from(query.max_tokens);
+        let holds = |card: &ModelCard| card.name == query.model && tokens <= u64::from(card.context_tokens);
+        self.models.iter().any(holds)
+    }
+
     fn work(&self, now: Instant) -> Work {
         let load = self.load();
         let rates = Work::rates(load);
@@ -284,10 +291,16 @@ impl Router {
     /// [`RouteError`], which tells "never heard of it", "not now" and "busy" apart.
     pub fn route(&self, query: &RouteQuery<'_>, now: Instant) -> Result<Route, RouteError> {
         let matches = self.affinity.matches(query.hashes);
+        let serving = || self.nodes.values().filter(|known| known.is_ready() && known.serves(query.model));
+        // Where it fits nowhere, a node says so, with the numbers.
+        let fits_somewhere = serving().any(|known| known.fits(query));
         let mut candidates = Vec::new();
         let mut free_s = None::<f64>;
         for (&node, known) in &self.nodes {
             if !known.is_ready() || !known.serves(query.model) || query.exclude.contains(&node) {
+                continue;
+            }
+            if fits_somewhere && !known.fits(query) {
                 continue;
             }
             let work = known.work(now);
@@ -377,16 +390,22 @@ impl Router {
         self.nodes.get(&id)
     }
 
-    /// The card of a model that some node serves, ready or not.
+    /// The card of a model that some node serves, ready or not; the one with the largest context.
     pub fn card(&self, model: &str) -> Option<&ModelCard> {
-        self.nodes.values().flat_map(|known| &known.models).find(|card| card.name == model)
+        let cards = self.nodes.values().flat_map(|known| &known.models).filter(|card| card.name == model);
+        cards.max_by_key(|card| card.context_tokens)
     }
 
-    /// Models that at least one ready node serves, by name, each once.
+    /// Models that at least one ready node serves, by name, each once: with the largest context that is to be had.
     pub fn models(&self) -> Vec<ModelCard> {
         let ready = self.nodes.values().filter(|known| known.is_ready());
-        let by_name: BTreeMap<&str, &ModelCard> =
-            ready.flat_map(|known| &known.models).map(|card| (card.name.as_str(), card)).collect();
+        let mut by_name: BTreeMap<&str, &ModelCard> = BTreeMap::new();
+        for card in ready.flat_map(|known| &known.models) {
+            let largest = by_name.entry(&card.name).or_insert(card);
+            if card.context_tokens > largest.context_tokens {
+                *largest = card;
+            }
+        }
         by_name.into_values().cloned().collect()
     }
 

@@ -59,6 +59,11 @@ impl Case {
         self.router.state(NodeId(node), state, vec![card(MODEL)]);
     }
 
+    fn context(&mut self, node: u128, context_tokens: u32) {
+        let card = ModelCard { context_tokens, ..card(MODEL) };
+        self.router.state(NodeId(node), EngineState::Ready, vec![card]);
+    }
+
     fn load(&mut self, node: u128, load: NodeLoad) {
         self.router.load(NodeId(node), load, self.now);
     }
@@ -246,4 +251,20 @@ fn unknown_models_and_missing_nodes_are_told_apart() {
     check(&case, MODEL, reason("no connected node serves it any more"));
     case.router.node_down(NodeId(1));
     check(&case, MODEL, reason("no node is connected"));
+}
+
+#[test]
+fn a_request_goes_where_its_context_fits() {
+    let mut case = Case::new(&[load(4000.0, 0, 0), load(1000.0, 6, 0)]);
+    case.context(1, 1024);
+    case.context(2, 8192);
+    assert_eq!(case.router.models()[0].context_tokens, 8192, "the largest is promised");
+    let prompt = |tokens: u32| (0..tokens).collect::<Vec<TokenId>>();
+    assert_eq!(case.route(&prompt(64), &[]).expect("a route").node, NodeId(1), "the faster");
+    assert_eq!(case.route(&prompt(1024), &[]).expect("a route").node, NodeId(2), "the larger");
+    assert_eq!(
+        case.route(&prompt(9000), &[]).expect("a route").node,
+        NodeId(1),
+        "to be refused with the numbers"
+    );
 }

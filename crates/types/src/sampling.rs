@@ -3,6 +3,9 @@
 use crate::{TokenId, limits};
 use serde::{Deserialize, Serialize};
 
+/// Logits divided by less than this overflow; long before that the most probable token is certain.
+const GREEDY_BELOW: f32 = 1e-5;
+
 /// Sampling parameters as a client gives them, unchecked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SamplingDraft {
@@ -120,7 +123,7 @@ impl SamplingParams {
 
     /// Whether the row takes the most probable token, after penalties and biases.
     pub fn is_greedy(&self) -> bool {
-        self.temperature == 0.0
+        self.temperature < GREEDY_BELOW
     }
 
     /// Whether logits are changed before a token is drawn.

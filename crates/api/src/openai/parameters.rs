@@ -61,7 +61,10 @@ impl RawParameters {
         let defaults = SamplingDraft::default();
         let draft = SamplingDraft {
             temperature: self.temperature.unwrap_or(defaults.temperature),
-            top_p: self.top_p.unwrap_or(defaults.top_p),
+            // OpenAI takes 0 for "the most probable token only".
+            top_p: self
+                .top_p
+                .map_or(defaults.top_p, |top_p| if top_p == 0.0 { f32::MIN_POSITIVE } else { top_p }),
             top_k: check_top_k(self.top_k.unwrap_or(0))?,
             min_p: self.min_p.unwrap_or(defaults.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),

@@ -25,12 +25,12 @@ pub(crate) struct TextCache {
     directory: Arc<dyn Directory>,
     /// Most recently used last.
     kept: Mutex<Vec<(AssetsHash, Cell)>>,
-    encodes: Semaphore,
+    encodes: Arc<Semaphore>,
 }
 
 impl TextCache {
     pub(crate) fn new(directory: Arc<dyn Directory>) -> Self {
-        Self { directory, kept: Mutex::new(Vec::new()), encodes: Semaphore::new(ENCODES_MAX) }
+        Self { directory, kept: Mutex::new(Vec::new()), encodes: Arc::new(Semaphore::new(ENCODES_MAX)) }
     }
 
     /// A model's text. Loading goes on when the caller goes away, so that the next one finds it.
@@ -55,9 +55,14 @@ impl TextCache {
         if bytes <= ENCODE_INLINE_BYTES_MAX {
             return encode(text);
         }
-        let _turn = self.encodes.acquire().await.expect("never closed");
+        // The turn lasts as long as the work, also where the client does not wait for it.
+        let turn = self.encodes.clone().acquire_owned().await.expect("never closed");
         let text = text.clone();
-        let done = spawn_blocking(move || encode(&text)).await;
+        let work = move || {
+            let _turn = turn;
+            encode(&text)
+        };
+        let done = spawn_blocking(work).await;
         done.unwrap_or_else(|error| Err(ApiError::Tokenizer { message: error.to_string() }))
     }
 

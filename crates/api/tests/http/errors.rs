@@ -93,7 +93,7 @@ async fn parameters() {
     for (fields, code, param, message) in [
         (r#""temperature": 3"#, "invalid_value", "temperature", "temperature is 3"),
         (r#""temperature": "hot""#, "invalid_type", "temperature", "\"hot\""),
-        (r#""top_p": 0"#, "invalid_value", "top_p", "top_p is 0"),
+        (r#""top_p": 1.5"#, "invalid_value", "top_p", "top_p is 1.5"),
         (r#""top_k": -2"#, "invalid_value", "top_k", "top_k is -2"),
         (r#""min_p": 1.5"#, "invalid_value", "min_p", "min_p is 1.5"),
         (r#""repetition_penalty": 0"#, "invalid_value", "repetition_penalty", "is 0"),

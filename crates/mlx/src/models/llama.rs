@@ -75,7 +75,7 @@ impl Llama {
         checkpoint: &mut Checkpoint,
         compute: Compute,
     ) -> std::result::Result<Self, LoadError> {
-        let config: Config = serde_json::from_value(checkpoint.config.clone())
+        let config: Config = serde_json::from_value(with_flat_rope(checkpoint.config.clone()))
             .map_err(|error| LoadError::Config { reason: error.to_string() })?;
         let heads = config.num_attention_heads;
         let kv_heads = config.num_key_value_heads.unwrap_or(heads);
@@ -99,7 +99,15 @@ impl Llama {
                 *length *= factor;
             }
         }
-        let embedding = Embedding::load(&tensors.weight("model.embed_tokens")?, compute)?;
+        let table = tensors.weight("model.embed_tokens")?;
+        let rows = table.shape().first().copied().unwrap_or(0);
+        if i64::from(config.vocab_size) > i64::from(rows) {
+            return invalid(format!(
+                "vocab_size is {}, but model.embed_tokens has {rows} rows",
+                config.vocab_size
+            ));
+        }
+        let embedding = Embedding::load(&table, compute)?;
         let layers = (0..config.num_hidden_layers).map(|index| Layer::load(tensors, index, &config, compute));
         let layers = layers.collect::<std::result::Result<Vec<_>, _>>()?;
         let norm = RmsNorm::load(tensors, "model.norm", config.rms_norm_eps, compute)?;
@@ -152,6 +160,28 @@ impl Layer {
     }
 }
 
+/// The configuration with `rope_theta` and `rope_scaling` at the top, where transformers 5 nests both in
+/// `rope_parameters`, and without the older `type` beside `rope_type`.
+fn with_flat_rope(mut config: serde_json::Value) -> serde_json::Value {
+    let nested = config.get("rope_parameters").filter(|value| value.is_object()).cloned();
+    let missing =
+        |config: &serde_json::Value, key: &str| config.get(key).is_none_or(serde_json::Value::is_null);
+    if let Some(nested) = nested {
+        if let (true, Some(theta)) = (missing(&config, "rope_theta"), nested.get("rope_theta")) {
+            config["rope_theta"] = theta.clone();
+        }
+        if missing(&config, "rope_scaling") {
+            config["rope_scaling"] = nested;
+        }
+    }
+    if let Some(scaling) = config.get_mut("rope_scaling").and_then(serde_json::Value::as_object_mut)
+        && scaling.contains_key("rope_type")
+    {
+        scaling.remove("type");
+    }
+    config
+}
+
 impl Family for Llama {
     fn dims(&self) -> Dims {
         self.dims
@@ -195,5 +225,35 @@ impl Family for Llama {
             linears.into_iter().flat_map(Linear::arrays).chain(norms)
         });
         layers.chain(self.head.arrays()).chain(self.embedding.arrays()).chain([self.norm.array()]).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rope_settings_are_found_wherever_transformers_put_them() {
+        let check = |rope: serde_json::Value, theta: f32, scaled: bool| {
+            let mut config = serde_json::json!({
+                "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "rms_norm_eps": 1e-5, "vocab_size": 9
+            });
+            config.as_object_mut().unwrap().extend(rope.as_object().unwrap().clone());
+            let config: Config = serde_json::from_value(with_flat_rope(config)).unwrap();
+            assert_eq!(config.rope_theta, theta);
+            let lengths = wavelengths(8, theta, config.rope_scaling.as_ref()).unwrap();
+            assert_eq!(lengths != wavelengths(8, theta, None).unwrap(), scaled, "{config:?}");
+        };
+        check(serde_json::json!({}), 10_000.0, false);
+        check(serde_json::json!({ "rope_theta": 5e5, "rope_scaling": null }), 5e5, false);
+        let llama3 = serde_json::json!({ "rope_type": "llama3", "type": "llama3", "factor": 8.0, "rope_theta": 5e5,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64 });
+        check(serde_json::json!({ "rope_theta": 5e5, "rope_scaling": llama3 }), 5e5, true);
+        check(serde_json::json!({ "rope_parameters": llama3 }), 5e5, true);
+        check(
+            serde_json::json!({ "rope_parameters": { "rope_type": "default", "rope_theta": 1e6 } }),
+            1e6,
+            false,
+        );
     }
 }

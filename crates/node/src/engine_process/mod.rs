@@ -211,7 +211,9 @@ impl EngineLoop<'_> {
         let load = self.engine.load(now);
         let (told, at) = &self.load_told;
         let requests = (load.running, load.waiting) != (told.running, told.waiting);
-        if requests || (load != *told && now - *at >= LOAD_INTERVAL) {
+        // A sign of life where nothing changes.
+        let overdue = now - *at >= limits::LOAD_INTERVAL_MAX;
+        if requests || overdue || (load != *told && now - *at >= LOAD_INTERVAL) {
             reports.push(EngineReport::Load(load));
             self.load_told = (load, now);
         }
