@@ -5,6 +5,7 @@
 #![warn(missing_docs)]
 
 mod block;
+mod cache;
 mod error;
 mod generate;
 mod id;
@@ -13,8 +14,12 @@ mod model;
 mod node;
 mod request;
 mod sampling;
+mod sessions;
 
 pub use block::{BLOCK_TOKENS, BlockHash, block_hashes};
+pub use cache::{
+    CacheEvent, CacheScope, ClientId, Priority, Service, SessionId, SessionIdError, SessionInfo,
+};
 pub use error::GenerateError;
 pub use generate::{
     BoxFuture, Directory, Finish, FinishReason, Generate, Generation, RouteInfo, TokenEvent, TokenStream,
@@ -25,6 +30,7 @@ pub use model::{AssetsHash, ModelAssets, ModelCard};
 pub use node::{ClusterView, EngineState, NodeLoad, NodeRates, NodeView, Role};
 pub use request::{GenerateDraft, GenerateRequest, GenerateRequestError};
 pub use sampling::{SamplingDraft, SamplingError, SamplingParams};
+pub use sessions::{NodeSession, SessionAnswers, SessionRequest, Sessions};
 
 /// A token's index in its model's vocabulary.
 pub type TokenId = u32;

@@ -16,6 +16,16 @@ pub const STOP_TOKENS_MAX: usize = 64;
 pub const STOP_STRINGS_MAX: usize = 16;
 /// Bytes of one stop string: bounds what a stream holds back.
 pub const STOP_STRING_BYTES_MAX: usize = 1024;
+/// Bytes of a session's name.
+pub const SESSION_ID_BYTES_MAX: usize = 64;
+/// Bytes of a `cache_salt`: room for a hash or an id in any notation.
+pub const CACHE_SALT_BYTES_MAX: usize = 256;
+/// Sessions that one engine keeps; the longest unused one yields.
+pub const SESSIONS_MAX: usize = 256;
+/// How long the nodes of a cluster are given to tell of their sessions: an engine looks between two steps.
+pub const SESSIONS_TIME_MAX: Duration = Duration::from_secs(2);
+/// Milliseconds of a latency target that a request sets; who can wait for an hour is in no hurry.
+pub const TARGET_MS_MAX: u32 = 3_600_000;
 /// Requests that one engine keeps waiting for a slot; past it a node refuses.
 pub const ENGINE_WAITING_MAX: usize = 64;
 /// Requests that a router keeps waiting for a node; past it the client gets 429.

@@ -51,8 +51,17 @@ pub struct NodeLoad {
     pub prefill_backlog_tokens: u64,
     /// Tokens still to be generated at most, of running and waiting requests.
     pub decode_backlog_tokens: u64,
-    /// Tokens of KV in use and in total.
+    /// Tokens of KV that running requests hold, and in total; what only the prefix cache holds counts as free.
     pub kv_tokens: (u64, u64),
+    /// Tokens of KV that the prefix cache holds, those in use by requests included.
+    pub cached_kv_tokens: u64,
+    /// Seconds of prefill that running and waiting requests still need, as far as not cached.
+    pub prefill_backlog_s: f32,
+    /// Prompt tokens that a new request may bring and still see its first token in time (FairBatching's prefill
+    /// admission budget).
+    pub prefill_budget_tokens: u64,
+    /// Seconds of a decode step with 1, 2, 4, 8, 16, 32, 64 and 128 rows of usual length.
+    pub decode_step_s: [f32; 8],
     /// Speed.
     pub rates: NodeRates,
 }

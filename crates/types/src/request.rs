@@ -1,6 +1,6 @@
 //! What a client wants generated, checked once where it enters.
 
-use crate::{RequestId, SamplingParams, TokenId, limits};
+use crate::{CacheScope, RequestId, SamplingParams, Service, TokenId, limits};
 use serde::{Deserialize, Serialize};
 
 /// The parts of a [`GenerateRequest`], unchecked.
@@ -20,6 +20,10 @@ pub struct GenerateDraft {
     pub stop_tokens: Vec<TokenId>,
     /// Go on past the model's end-of-text tokens.
     pub ignore_eos: bool,
+    /// How it is to be served among others.
+    pub service: Service,
+    /// Which cached prefixes it may use, and who keeps its own.
+    pub cache: CacheScope,
 }
 
 /// A request that is valid by itself; whether it fits a model's context is the engine's to say.
@@ -45,6 +49,20 @@ pub enum GenerateRequestError {
         /// The value given.
         value: u32,
     },
+    /// A latency target that cannot be meant.
+    #[error("{name} is {value}; it must be from 1 to {}", limits::TARGET_MS_MAX)]
+    Target {
+        /// `ttft_target_ms` or `tpot_target_ms`.
+        name: &'static str,
+        /// The value given.
+        value: u32,
+    },
+    /// A salt of no use to anyone.
+    #[error("cache_salt has {bytes} bytes; at most {} are allowed", limits::CACHE_SALT_BYTES_MAX)]
+    CacheSaltTooLong {
+        /// Bytes given.
+        bytes: usize,
+    },
     /// Too many stop tokens.
     #[error("{count} stop tokens; at most {} are allowed", limits::STOP_TOKENS_MAX)]
     StopTokens {
@@ -69,6 +87,19 @@ impl TryFrom<GenerateDraft> for GenerateRequest {
         if draft.stop_tokens.len() > limits::STOP_TOKENS_MAX {
             return Err(GenerateRequestError::StopTokens { count: draft.stop_tokens.len() });
         }
+        let targets = [
+            ("ttft_target_ms", draft.service.ttft_target_ms),
+            ("tpot_target_ms", draft.service.tpot_target_ms),
+        ];
+        for (name, target) in targets {
+            if let Some(value) = target.filter(|value| !(1..=limits::TARGET_MS_MAX).contains(value)) {
+                return Err(GenerateRequestError::Target { name, value });
+            }
+        }
+        if let Some(salt) = draft.cache.salt.as_ref().filter(|salt| salt.len() > limits::CACHE_SALT_BYTES_MAX)
+        {
+            return Err(GenerateRequestError::CacheSaltTooLong { bytes: salt.len() });
+        }
         Ok(Self(draft))
     }
 }
@@ -84,5 +115,40 @@ impl std::ops::Deref for GenerateRequest {
 
     fn deref(&self) -> &GenerateDraft {
         &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let check = |change: fn(&mut GenerateDraft), expected: &str| {
+            let mut draft = GenerateDraft {
+                id: RequestId(1),
+                model: "m".to_owned(),
+                prompt: vec![1],
+                sampling: SamplingParams::greedy(),
+                max_tokens: 1,
+                stop_tokens: Vec::new(),
+                ignore_eos: false,
+                service: Service::default(),
+                cache: CacheScope::default(),
+            };
+            assert!(GenerateRequest::try_from(draft.clone()).is_ok());
+            change(&mut draft);
+            let error = GenerateRequest::try_from(draft).expect_err(expected).to_string();
+            assert_eq!(error, expected);
+        };
+        check(|d| d.prompt.clear(), "the prompt is empty");
+        check(|d| d.max_tokens = 0, "max_tokens is 0; it must be from 1 to 1048576");
+        check(|d| d.stop_tokens = vec![0; 65], "65 stop tokens; at most 64 are allowed");
+        let expected = "ttft_target_ms is 0; it must be from 1 to 3600000";
+        check(|d| d.service.ttft_target_ms = Some(0), expected);
+        let expected = "tpot_target_ms is 3600001; it must be from 1 to 3600000";
+        check(|d| d.service.tpot_target_ms = Some(3_600_001), expected);
+        let expected = "cache_salt has 257 bytes; at most 256 are allowed";
+        check(|d| d.cache.salt = Some("x".repeat(257)), expected);
     }
 }
