@@ -16,7 +16,7 @@ const HELLO_BYTES_MAX: usize = 16 << 10;
 const CONTROL_BYTES_MAX: usize = 1 << 20;
 /// Bytes of a request: a prompt of [`limits::PROMPT_TOKENS_MAX`] tokens at up to 5 bytes, plus its parameters.
 const REQUEST_BYTES_MAX: usize = 6 << 20;
-/// Bytes of an answer to `Generate`: one step's tokens, or an error with its text.
+/// Bytes of an answer to `Generate` or `Sessions`: one step's tokens, an error with its text, or the sessions of an engine.
 const REPLY_BYTES_MAX: usize = 256 << 10;
 /// Bytes of an answer to `Assets`: the assets and some lengths.
 const ASSETS_BYTES_MAX: usize = limits::ASSETS_BYTES_MAX + (64 << 10);
@@ -28,6 +28,8 @@ pub(crate) const PAYLOAD_BYTES_MAX: usize = ENGINE_BYTES_MAX;
 const _: () = assert!(REQUEST_BYTES_MAX > limits::PROMPT_TOKENS_MAX * 5 + (64 << 10));
 const _: () = assert!(ASSETS_BYTES_MAX > REPLY_BYTES_MAX && ENGINE_BYTES_MAX > REQUEST_BYTES_MAX);
 const _: () = assert!(PAYLOAD_BYTES_MAX <= u32::MAX as usize);
+// A session is its name, and up to 23 bytes of numbers and length.
+const _: () = assert!(REPLY_BYTES_MAX > limits::SESSIONS_MAX * (limits::SESSION_ID_BYTES_MAX + 32));
 
 /// Where a frame travels, which decides how large it may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +40,7 @@ pub enum FrameClass {
     Control,
     /// From a router on a request's stream.
     Request,
-    /// Answers to `Generate`.
+    /// Answers to `Generate` and `Sessions`.
     Reply,
     /// Answers to `Assets`.
     Assets,

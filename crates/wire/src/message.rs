@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 use types::{
     AssetsHash, EngineState, Finish, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId,
-    NodeLoad, NodeRates, RequestId, Role, TokenEvent, TokenId,
+    NodeLoad, NodeRates, RequestId, Role, SessionInfo, SessionRequest, TokenEvent, TokenId,
 };
 
 /// Who one end of a connection is.
@@ -51,14 +51,17 @@ pub enum Control {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
     /// Generate tokens.
-    Generate(GenerateRequest),
+    Generate(Box<GenerateRequest>),
     /// Send a model's tokenizer and template.
     Assets(AssetsHash),
+    /// Name or end sessions.
+    Sessions(SessionRequest),
 }
 
 /// A node's frames on a request's stream.
 ///
-/// `Generate`: `Rejected`, or `Accepted`, `Tokens`…, `Done`. `Assets`: `Rejected` or `Assets`.
+/// `Generate`: `Rejected`, or `Accepted`, `Tokens`…, `Done`. `Assets`: `Rejected` or `Assets`. `Sessions`: `Rejected` or
+/// `Sessions`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
     /// The engine has the request.
@@ -76,6 +79,8 @@ pub enum Reply {
     Done(Finish),
     /// What was asked for; the last frame.
     Assets(ModelAssets),
+    /// The sessions that were asked about; the last frame.
+    Sessions(Vec<SessionInfo>),
 }
 
 /// To an engine child, over its standard input. The end of the input means `Shutdown`.
@@ -87,6 +92,13 @@ pub enum EngineCommand {
     Cancel(RequestId),
     /// Exit.
     Shutdown,
+    /// Name or end sessions.
+    Sessions {
+        /// Names the answer, one [`EngineReport::Sessions`].
+        call: u64,
+        /// What is asked.
+        request: SessionRequest,
+    },
 }
 
 /// From an engine child, over its standard output.
@@ -130,6 +142,13 @@ pub enum EngineReport {
     Failed {
         /// Why.
         message: String,
+    },
+    /// The answer to one [`EngineCommand::Sessions`].
+    Sessions {
+        /// Which.
+        call: u64,
+        /// The sessions that it was about.
+        sessions: Vec<SessionInfo>,
     },
 }
 

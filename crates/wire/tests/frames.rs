@@ -182,7 +182,7 @@ fn a_promised_length_allocates_nothing() {
 #[test]
 fn what_the_limits_allow_fits_its_frame() {
     let draft = messages::draft(vec![u32::MAX; types::limits::PROMPT_TOKENS_MAX]);
-    let request = Request::Generate(draft.try_into().expect("valid"));
+    let request = Request::Generate(Box::new(draft.try_into().expect("valid")));
     assert!(frame(FrameClass::Request, &request).len() > 5 << 20);
     let assets = ModelAssets {
         tokenizer_json: "x".repeat(types::limits::ASSETS_BYTES_MAX),

@@ -4,8 +4,9 @@
 use bytes::BytesMut;
 use serde::Serialize;
 use types::{
-    AssetsHash, BlockHash, EngineState, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest,
-    ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, RequestId, Role, SamplingDraft, TokenEvent, Usage,
+    AssetsHash, BlockHash, CacheScope, ClientId, EngineState, Finish, FinishReason, GenerateDraft,
+    GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, Priority, RequestId,
+    Role, SamplingDraft, Service, SessionId, SessionInfo, SessionRequest, TokenEvent, Usage,
 };
 use wire::{Control, EngineCommand, EngineReport, FrameClass, Hello, Reply, Request, encode};
 
@@ -35,7 +36,28 @@ fn card() -> ModelCard {
     }
 }
 
-fn request() -> GenerateRequest {
+fn session() -> SessionId {
+    "chat-42".to_owned().try_into().expect("a valid name")
+}
+
+fn session_requests() -> [SessionRequest; 2] {
+    let client = ClientId(0xc11e);
+    [SessionRequest::List { client }, SessionRequest::End { client, id: session() }]
+}
+
+fn sessions() -> Vec<SessionInfo> {
+    let info = SessionInfo {
+        client: ClientId(0xc11e),
+        id: session(),
+        tokens: 320,
+        idle_s: 1.5,
+        expires_in_s: 1800.0,
+    };
+    vec![info]
+}
+
+/// A request with every field set, or with as few as there may be.
+fn request(full: bool) -> GenerateRequest {
     let sampling = SamplingDraft {
         temperature: 0.5,
         top_p: 0.75,
@@ -55,6 +77,18 @@ fn request() -> GenerateRequest {
         max_tokens: 64,
         stop_tokens: vec![2],
         ignore_eos: false,
+        service: Service {
+            client: ClientId(0xc11e),
+            priority: Priority::High,
+            ttft_target_ms: Some(500),
+            tpot_target_ms: Some(50),
+        },
+        cache: CacheScope { salt: Some("salt".to_owned()), session: Some(session()) },
+    };
+    let draft = if full {
+        draft
+    } else {
+        GenerateDraft { service: Service::default(), cache: CacheScope::default(), ..draft }
     };
     draft.try_into().expect("valid")
 }
@@ -81,6 +115,10 @@ fn load() -> NodeLoad {
         prefill_backlog_tokens: 400,
         decode_backlog_tokens: 500,
         kv_tokens: (600, 7000),
+        cached_kv_tokens: 800,
+        prefill_backlog_s: 0.5,
+        prefill_budget_tokens: 900,
+        decode_step_s: [0.5, 0.5, 0.5, 0.75, 0.75, 0.75, 0.75, 1.0],
         rates,
     }
 }
@@ -122,22 +160,29 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
     add!(Hello: Control::Hello(hello()), Control::Welcome(hello()));
     add!(Control: state(EngineState::Loading), state(EngineState::Ready), state(EngineState::Draining),
         state(EngineState::Restarting("killed".to_owned())), Control::Load(load()), Control::Leaving);
-    add!(Request: Request::Generate(request()), Request::Assets(AssetsHash([0xab; 32])));
+    add!(Request: Request::Generate(request(true).into()), Request::Generate(request(false).into()),
+        Request::Assets(AssetsHash([0xab; 32])));
+    for request in session_requests() {
+        add!(Request: Request::Sessions(request.clone()));
+        add!(Engine: EngineCommand::Sessions { call: 7, request: request.clone() });
+    }
     add!(Reply: Reply::Accepted, Reply::Tokens { index: 5, tokens: vec![1, 2, 3] },
         Reply::Done(finish(FinishReason::Stop)), Reply::Done(finish(FinishReason::Length)),
         Reply::Done(finish(FinishReason::Cancelled)));
     for error in errors() {
         add!(Reply: Reply::Rejected(error.clone()), Reply::Done(finish(FinishReason::Failed(error.clone()))));
     }
+    add!(Reply: Reply::Sessions(sessions()));
     add!(Assets: Reply::Assets(assets()));
-    add!(Engine: EngineCommand::Submit(request()), EngineCommand::Cancel(RequestId(0xfeed)), EngineCommand::Shutdown);
+    add!(Engine: EngineCommand::Submit(request(true)), EngineCommand::Cancel(RequestId(0xfeed)), EngineCommand::Shutdown);
     let event = |event| EngineReport::Event { id: RequestId(0xfeed), event };
     add!(Engine: EngineReport::Loading { what: "weights".to_owned(), fraction: 0.5 },
         EngineReport::Ready { card: card(), assets: assets(), rates: load().rates, slots: 8 },
         EngineReport::Rejected { id: RequestId(1), error: GenerateError::Busy { retry_after_ms: 1 } },
         event(TokenEvent::Tokens { index: 5, tokens: vec![1, 2, 3] }),
         event(TokenEvent::Finished(finish(FinishReason::Stop))),
-        EngineReport::Load(load()), EngineReport::Failed { message: "abort".to_owned() });
+        EngineReport::Load(load()), EngineReport::Failed { message: "abort".to_owned() },
+        EngineReport::Sessions { call: 7, sessions: sessions() });
     assert!(
         all == GOLDEN,
         "the wire format changed: bump wire::VERSION and store this as golden.txt (if VERSION is already bumped, \

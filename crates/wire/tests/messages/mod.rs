@@ -2,9 +2,10 @@
 
 use proptest::{collection::vec, option, prelude::*};
 use types::{
-    AssetsHash, BlockHash, EngineState, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest,
-    ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, RequestId, Role, SamplingDraft, SamplingParams,
-    TokenEvent, Usage,
+    AssetsHash, BlockHash, CacheScope, ClientId, EngineState, Finish, FinishReason, GenerateDraft,
+    GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, Priority, RequestId,
+    Role, SamplingDraft, SamplingParams, Service, SessionId, SessionInfo, SessionRequest, TokenEvent, Usage,
+    limits,
 };
 use wire::{Control, EngineCommand, EngineReport, Hello, Reply, Request};
 
@@ -34,8 +35,9 @@ pub(crate) fn control() -> impl Strategy<Value = Control> {
 
 pub(crate) fn request() -> impl Strategy<Value = Request> {
     prop_oneof![
-        generate_request().prop_map(Request::Generate),
+        generate_request().prop_map(|request| Request::Generate(request.into())),
         any::<[u8; 32]>().prop_map(|hash| Request::Assets(AssetsHash(hash))),
+        session_request().prop_map(Request::Sessions),
     ]
 }
 
@@ -45,6 +47,7 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
         error().prop_map(Reply::Rejected),
         (any::<u32>(), tokens()).prop_map(|(index, tokens)| Reply::Tokens { index, tokens }),
         finish().prop_map(Reply::Done),
+        sessions().prop_map(Reply::Sessions),
     ]
 }
 
@@ -57,6 +60,8 @@ pub(crate) fn engine_command() -> impl Strategy<Value = EngineCommand> {
         generate_request().prop_map(EngineCommand::Submit),
         any::<u128>().prop_map(|id| EngineCommand::Cancel(RequestId(id))),
         Just(EngineCommand::Shutdown),
+        (any::<u64>(), session_request())
+            .prop_map(|(call, request)| EngineCommand::Sessions { call, request }),
     ]
 }
 
@@ -74,6 +79,7 @@ pub(crate) fn engine_report() -> impl Strategy<Value = EngineReport> {
         (id(), event).prop_map(|(id, event)| EngineReport::Event { id, event }),
         load().prop_map(EngineReport::Load),
         text().prop_map(|message| EngineReport::Failed { message }),
+        (any::<u64>(), sessions()).prop_map(|(call, sessions)| EngineReport::Sessions { call, sessions }),
     ]
 }
 
@@ -87,7 +93,51 @@ pub(crate) fn draft(prompt: Vec<u32>) -> GenerateDraft {
         max_tokens: 64,
         stop_tokens: vec![2],
         ignore_eos: false,
+        service: Service::default(),
+        cache: CacheScope::default(),
     }
+}
+
+fn session_id() -> impl Strategy<Value = SessionId> {
+    vec(b'!'..=b'~', 1..=limits::SESSION_ID_BYTES_MAX)
+        .prop_map(|name| String::from_utf8(name).expect("ASCII").try_into().expect("a valid name"))
+}
+
+fn session_request() -> impl Strategy<Value = SessionRequest> {
+    let client = || any::<u64>().prop_map(ClientId);
+    prop_oneof![
+        client().prop_map(|client| SessionRequest::List { client }),
+        (client(), session_id()).prop_map(|(client, id)| SessionRequest::End { client, id }),
+    ]
+}
+
+fn sessions() -> impl Strategy<Value = Vec<SessionInfo>> {
+    let info = (any::<u64>(), session_id(), any::<u32>(), 0f32..1e6, 0f32..1e6);
+    let info = info.prop_map(|(client, id, tokens, idle_s, expires_in_s)| SessionInfo {
+        client: ClientId(client),
+        id,
+        tokens,
+        idle_s,
+        expires_in_s,
+    });
+    vec(info, 0..4)
+}
+
+fn service() -> impl Strategy<Value = Service> {
+    let priority = prop_oneof![Just(Priority::Low), Just(Priority::Normal), Just(Priority::High)];
+    let target = || option::of(1..=limits::TARGET_MS_MAX);
+    (any::<u64>(), priority, target(), target()).prop_map(
+        |(client, priority, ttft_target_ms, tpot_target_ms)| Service {
+            client: ClientId(client),
+            priority,
+            ttft_target_ms,
+            tpot_target_ms,
+        },
+    )
+}
+
+fn cache_scope() -> impl Strategy<Value = CacheScope> {
+    (option::of(text()), option::of(session_id())).prop_map(|(salt, session)| CacheScope { salt, session })
 }
 
 fn text() -> impl Strategy<Value = String> {
@@ -109,25 +159,39 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
         1u32..=1 << 20,
         vec(any::<u32>(), 0..8),
         any::<bool>(),
+        (service(), cache_scope()),
     )
-        .prop_map(|(id, model, prompt, (sampling, logit_bias), max_tokens, stop_tokens, ignore_eos)| {
-            let (temperature, top_p, top_k, min_p, seed) = sampling;
-            let sampling = SamplingDraft {
-                temperature,
-                top_p,
-                top_k,
-                min_p,
-                seed,
-                logit_bias,
-                repetition_penalty: 1.1,
-                presence_penalty: -0.5,
-                frequency_penalty: 0.25,
-            };
-            let sampling = sampling.try_into().expect("in range");
-            let id = RequestId(id);
-            let draft = GenerateDraft { id, model, prompt, sampling, max_tokens, stop_tokens, ignore_eos };
-            draft.try_into().expect("valid")
-        })
+        .prop_map(
+            |(id, model, prompt, (sampling, logit_bias), max_tokens, stop_tokens, ignore_eos, how)| {
+                let (temperature, top_p, top_k, min_p, seed) = sampling;
+                let sampling = SamplingDraft {
+                    temperature,
+                    top_p,
+                    top_k,
+                    min_p,
+                    seed,
+                    logit_bias,
+                    repetition_penalty: 1.1,
+                    presence_penalty: -0.5,
+                    frequency_penalty: 0.25,
+                };
+                let sampling = sampling.try_into().expect("in range");
+                let id = RequestId(id);
+                let (service, cache) = how;
+                let draft = GenerateDraft {
+                    id,
+                    model,
+                    prompt,
+                    sampling,
+                    max_tokens,
+                    stop_tokens,
+                    ignore_eos,
+                    service,
+                    cache,
+                };
+                draft.try_into().expect("valid")
+            },
+        )
 }
 
 fn error() -> impl Strategy<Value = GenerateError> {
@@ -191,15 +255,22 @@ fn rates() -> impl Strategy<Value = NodeRates> {
 }
 
 fn load() -> impl Strategy<Value = NodeLoad> {
-    (any::<(u32, u32, u32)>(), any::<(u64, u64)>(), any::<(u64, u64)>(), rates()).prop_map(
-        |((running, waiting, slots), (prefill_backlog_tokens, decode_backlog_tokens), kv_tokens, rates)| {
+    let tokens = || any::<(u64, u64)>();
+    let requests = any::<(u32, u32, u32)>();
+    let decode_step_s = prop::array::uniform8(0f32..10.0);
+    (requests, tokens(), tokens(), tokens(), 0f32..1e6, decode_step_s, rates()).prop_map(
+        |(requests, backlog, kv_tokens, cache_and_budget, prefill_backlog_s, decode_step_s, rates)| {
             NodeLoad {
-                running,
-                waiting,
-                slots,
-                prefill_backlog_tokens,
-                decode_backlog_tokens,
+                running: requests.0,
+                waiting: requests.1,
+                slots: requests.2,
+                prefill_backlog_tokens: backlog.0,
+                decode_backlog_tokens: backlog.1,
                 kv_tokens,
+                cached_kv_tokens: cache_and_budget.0,
+                prefill_backlog_s,
+                prefill_budget_tokens: cache_and_budget.1,
+                decode_step_s,
                 rates,
             }
         },
