@@ -22,5 +22,5 @@ mod warnings;
 
 pub use endpoint::{Endpoint, JoinError, TransportError};
 pub use key::{ClusterKey, GenerateKeyError, ParseKeyError};
-pub use peer::{ControlReceiver, Peer};
+pub use peer::{ControlReceiver, NoAnswer, Peer};
 pub use router_link::{IncomingRequest, LinkClosed, ReplyError, ReplySender, RouterLink};

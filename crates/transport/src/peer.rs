@@ -10,8 +10,9 @@ use quinn::Connection;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::time::timeout;
 use types::{
-    AssetsHash, Finish, FinishReason, GenerateError, GenerateRequest, ModelAssets, TokenEvent, TokenStream,
-    Usage, limits::NODE_MODELS_MAX,
+    AssetsHash, Finish, FinishReason, GenerateError, GenerateRequest, ModelAssets, SessionInfo,
+    SessionRequest, TokenEvent, TokenStream, Usage,
+    limits::{NODE_MODELS_MAX, SESSIONS_TIME_MAX},
 };
 use wire::{Control, FrameClass, Hello, Reply, Request};
 
@@ -39,8 +40,9 @@ impl Peer {
     /// everything is an event, also the loss of the node. Dropping the stream, or this future, cancels.
     pub async fn generate(&self, request: GenerateRequest) -> Result<TokenStream, GenerateError> {
         let (model, prompt_tokens) = (request.model.clone(), request.prompt.len() as u32);
-        let exchange = self.ask(Request::Generate(request), FrameClass::Reply);
-        let (stream, reply) = self.answer(ACCEPT_TIME_MAX, exchange, &model).await?;
+        let exchange = self.ask(Request::Generate(request.into()), FrameClass::Reply);
+        let answer = self.answer(ACCEPT_TIME_MAX, exchange).await;
+        let (stream, reply) = answer.map_err(|error| unavailable(&model, error.to_string()))?;
         match reply {
             Reply::Accepted => {
                 let tokens = Tokens { stream, next_index: 0, prompt_tokens, ended: false };
@@ -55,7 +57,8 @@ impl Peer {
     pub async fn assets(&self, hash: AssetsHash) -> Result<ModelAssets, GenerateError> {
         let model = hash.to_string();
         let exchange = self.ask(Request::Assets(hash), FrameClass::Assets);
-        let (stream, reply) = self.answer(ASSETS_TIME_MAX, exchange, &model).await?;
+        let answer = self.answer(ASSETS_TIME_MAX, exchange).await;
+        let (stream, reply) = answer.map_err(|error| unavailable(&model, error.to_string()))?;
         match reply {
             Reply::Assets(assets) => match stream.finished(assets.hash()) {
                 actual if actual == hash => Ok(assets),
@@ -63,6 +66,17 @@ impl Peer {
             },
             Reply::Rejected(error) => Err(stream.finished(error)),
             reply => Err(unavailable(&model, stream.out_of_turn(&reply))),
+        }
+    }
+
+    /// Has the node name or end sessions, within [`SESSIONS_TIME_MAX`]; gives those that this was about.
+    pub async fn sessions(&self, request: SessionRequest) -> Result<Vec<SessionInfo>, NoAnswer> {
+        let exchange = self.ask(Request::Sessions(request), FrameClass::Reply);
+        let (stream, reply) = self.answer(SESSIONS_TIME_MAX, exchange).await?;
+        match reply {
+            Reply::Sessions(sessions) => Ok(stream.finished(sessions)),
+            Reply::Rejected(error) => Err(self.no_answer(stream.finished(error).to_string())),
+            reply => Err(self.no_answer(stream.out_of_turn(&reply))),
         }
     }
 
@@ -106,17 +120,26 @@ impl Peer {
         &self,
         within: Duration,
         exchange: impl Future<Output = Result<(RequestStream, Reply), AskError>>,
-        model: &str,
-    ) -> Result<(RequestStream, Reply), GenerateError> {
+    ) -> Result<(RequestStream, Reply), NoAnswer> {
         match timeout(within, exchange).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(unavailable(model, format!("node {:?}: {error}", self.0.hello.name))),
-            Err(_) => {
-                let (name, seconds) = (&self.0.hello.name, within.as_secs());
-                Err(unavailable(model, format!("node {name:?} did not answer within {seconds} s")))
-            }
+            Ok(answer) => answer.map_err(|error| self.no_answer(error.to_string())),
+            Err(_) => Err(self.no_answer(format!("no answer within {} s", within.as_secs()))),
         }
     }
+
+    fn no_answer(&self, reason: String) -> NoAnswer {
+        NoAnswer { node: self.0.hello.name.clone(), reason }
+    }
+}
+
+/// A node that did not answer as it should have.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("node {node:?}: {reason}")]
+pub struct NoAnswer {
+    /// Its name for people.
+    pub node: String,
+    /// What was seen instead.
+    pub reason: String,
 }
 
 fn unavailable(model: &str, reason: String) -> GenerateError {
@@ -176,6 +199,7 @@ fn name(reply: &Reply) -> &'static str {
         Reply::Tokens { .. } => "`Tokens`",
         Reply::Done(_) => "`Done`",
         Reply::Assets(_) => "`Assets`",
+        Reply::Sessions(_) => "`Sessions`",
     }
 }
 

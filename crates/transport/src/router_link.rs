@@ -8,7 +8,7 @@ use crate::{
 use quinn::{Connection, RecvStream, SendStream};
 use std::{net::SocketAddr, sync::Arc};
 use tokio::{sync::Mutex, task::JoinSet, time::timeout};
-use types::{AssetsHash, GenerateRequest};
+use types::{AssetsHash, GenerateRequest, SessionRequest};
 use wire::{Control, FrameClass, FrameError, Hello, Reply, Request};
 
 /// A joined router. Clones share the connection, which ends when the last clone and the last [`ReplySender`] are
@@ -39,7 +39,7 @@ pub enum IncomingRequest {
     /// Tokens.
     Generate {
         /// Of what.
-        request: GenerateRequest,
+        request: Box<GenerateRequest>,
         /// For the answers.
         replies: ReplySender,
     },
@@ -47,6 +47,13 @@ pub enum IncomingRequest {
     Assets {
         /// Which.
         hash: AssetsHash,
+        /// For the answer.
+        replies: ReplySender,
+    },
+    /// Sessions named or ended.
+    Sessions {
+        /// What is asked.
+        request: SessionRequest,
         /// For the answer.
         replies: ReplySender,
     },
@@ -153,6 +160,9 @@ async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr)
         Ok(Ok((Some(Request::Assets(hash)), true))) => {
             return Some(IncomingRequest::Assets { hash, replies });
         }
+        Ok(Ok((Some(Request::Sessions(request)), true))) => {
+            return Some(IncomingRequest::Sessions { request, replies });
+        }
         Ok(Ok((None, _))) => "no request on its stream".to_owned(),
         Ok(Ok((Some(_), false))) => "more than one request on a stream".to_owned(),
         // The router changed its mind, or is gone.
@@ -166,8 +176,8 @@ async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr)
 }
 
 impl ReplySender {
-    /// Sends a reply, waiting while the router does not read. After `Rejected`, `Done` or `Assets` the stream is
-    /// finished. Safe to cancel: a reply is sent whole or not at all.
+    /// Sends a reply, waiting while the router does not read. After `Rejected`, `Done`, `Assets` or `Sessions` the
+    /// stream is finished. Safe to cancel: a reply is sent whole or not at all.
     pub async fn send(&mut self, reply: Reply) -> Result<(), ReplyError> {
         if self.last {
             // A cancelled call may have left a part of it.
@@ -176,7 +186,7 @@ impl ReplySender {
             return Err(ReplyError::Finished);
         }
         let class = if matches!(reply, Reply::Assets(_)) { FrameClass::Assets } else { FrameClass::Reply };
-        let last = matches!(reply, Reply::Rejected(_) | Reply::Done(_) | Reply::Assets(_));
+        let last = !matches!(reply, Reply::Accepted | Reply::Tokens { .. });
         self.writer.flush().await?;
         self.last = last;
         let sent = self.writer.send(class, &reply).await;

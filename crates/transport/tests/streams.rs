@@ -10,8 +10,8 @@ use std::{
 };
 use transport::{ClusterKey, Endpoint, IncomingRequest, JoinError, ReplyError, ReplySender, limits};
 use types::{
-    AssetsHash, EngineState, Finish, FinishReason, GenerateError, ModelAssets, NodeLoad, NodeRates,
-    TokenEvent, TokenStream, Usage,
+    AssetsHash, ClientId, EngineState, Finish, FinishReason, GenerateError, ModelAssets, NodeLoad, NodeRates,
+    SessionInfo, SessionRequest, TokenEvent, TokenStream, Usage,
 };
 use wire::{Control, Reply};
 
@@ -331,6 +331,42 @@ async fn assets_of_20_mb_arrive_and_are_checked() {
 }
 
 #[tokio::test]
+async fn sessions_are_asked_for_and_told() {
+    let pair = pair().await;
+    let serve = async |expected: &SessionRequest, answer: Option<Reply>| {
+        let (request, mut replies) = match within(pair.link.next_request()).await {
+            Some(IncomingRequest::Sessions { request, replies }) => (request, replies),
+            other => panic!("expected a request for sessions, got {other:?}"),
+        };
+        assert_eq!(request, *expected);
+        if let Some(answer) = answer {
+            replies.send(answer).await.expect("read");
+        }
+        replies.cancelled().await;
+    };
+    let asked = async |request: SessionRequest, answer: Option<Reply>| {
+        let served = serve(&request, answer);
+        within(async { tokio::join!(pair.peer.sessions(request.clone()), served).0 }).await
+    };
+    let (client, id) = (ClientId(7), || "chat".to_owned().try_into().expect("a valid name"));
+    let session = SessionInfo { client, id: id(), tokens: 64, idle_s: 0.5, expires_in_s: 9.5 };
+    let list = SessionRequest::List { client };
+    let told = asked(list.clone(), Some(Reply::Sessions(vec![session.clone()]))).await;
+    assert_eq!(told, Ok(vec![session]));
+    let none = asked(SessionRequest::End { client, id: id() }, Some(Reply::Sessions(Vec::new()))).await;
+    assert_eq!(none, Ok(Vec::new()));
+    let refusal = GenerateError::Engine { message: "no engine".to_owned() };
+    let error = asked(list.clone(), Some(Reply::Rejected(refusal))).await.expect_err("refused").to_string();
+    assert_eq!(error, "node \"node\": the engine failed: no engine");
+    let error = asked(list.clone(), Some(tokens(0, &[1]))).await.expect_err("out of turn").to_string();
+    assert_eq!(error, "node \"node\": the node sent `Tokens` out of turn");
+    let start = Instant::now();
+    let error = asked(list, None).await.expect_err("silent").to_string();
+    assert_eq!(error, "node \"node\": no answer within 2 s");
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
 async fn a_frame_over_the_limit_is_refused_before_it_is_sent() {
     let pair = pair().await;
     let serve = async {
@@ -356,6 +392,10 @@ async fn reports_arrive_in_order_and_the_link_tells_why_it_ended() {
             prefill_backlog_tokens: 0,
             decode_backlog_tokens: 0,
             kv_tokens: (0, 0),
+            cached_kv_tokens: 0,
+            prefill_backlog_s: 0.0,
+            prefill_budget_tokens: 0,
+            decode_step_s: [0.0; 8],
             rates,
         })
     };

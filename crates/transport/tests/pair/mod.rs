@@ -2,7 +2,7 @@
 
 use std::{future::Future, net::SocketAddr, time::Duration};
 use transport::{ClusterKey, ControlReceiver, Endpoint, IncomingRequest, Peer, ReplySender, RouterLink};
-use types::{GenerateDraft, GenerateRequest, NodeId, RequestId, Role, SamplingParams};
+use types::{CacheScope, GenerateDraft, GenerateRequest, NodeId, RequestId, Role, SamplingParams, Service};
 use wire::Hello;
 
 /// Nothing here takes longer; a test that does has hung.
@@ -56,6 +56,8 @@ pub(crate) fn request(id: u128) -> GenerateRequest {
         max_tokens: 1000,
         stop_tokens: Vec::new(),
         ignore_eos: false,
+        service: Service::default(),
+        cache: CacheScope::default(),
     };
     draft.try_into().expect("valid")
 }
@@ -63,7 +65,7 @@ pub(crate) fn request(id: u128) -> GenerateRequest {
 /// The next request, which must be one to generate.
 pub(crate) async fn next_generate(link: &RouterLink) -> (GenerateRequest, ReplySender) {
     match within(link.next_request()).await {
-        Some(IncomingRequest::Generate { request, replies }) => (request, replies),
+        Some(IncomingRequest::Generate { request, replies }) => (*request, replies),
         other => panic!("expected a request, got {other:?}"),
     }
 }
