@@ -1,7 +1,9 @@
-//! How long a step takes: `t = a + b·prefill tokens + c·rows + d·attended KV tokens`, in seconds, learned as it runs.
+//! How long a step takes: `t = a + b·prefill tokens + c·rows + d·attended KV tokens`, in seconds, learned as it runs; for
+//! steps of rows alone times a factor by their number, since products over rows go by tiles and are no straight line.
 //!
-//! [`CostModel`] starts from measured [`NodeRates`] and is corrected by every step's duration. The scheduler asks it how
-//! many prompt tokens fit into a time, routers see it as [`NodeRates`] again. It owns no clock: durations come in.
+//! [`CostModel`] starts from measured [`NodeRates`] and a measured table of decode steps, and is corrected by every step's
+//! duration. The scheduler asks it how many prompt tokens fit into a time, routers see it as [`NodeRates`] and as a table
+//! again. It owns no clock: durations come in.
 
 use types::NodeRates;
 
@@ -27,6 +29,12 @@ const SURPRISE: f64 = 0.5;
 const RESCALE_MAX: f64 = 4.0;
 /// The prefill coefficient never falls below this share of its scale: a collapse would allow slices without end.
 const PREFILL_SHARE_MIN: f64 = 0.01;
+/// Numbers of rows up to which steps of rows alone have a factor each; those between lie on lines.
+const ROWS_KNOTS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+/// How far a step of rows alone may be from the straight line, as a factor and its inverse.
+const ROWS_FACTOR_MAX: f64 = 8.0;
+/// Share of a duration's distance from the prediction that goes into its factor: the line learns faster.
+const ROWS_FACTOR_GAIN: f64 = 0.05;
 /// No step is predicted to take less, in seconds: keeps relative errors finite.
 const STEP_S_MIN: f64 = 1e-7;
 
@@ -36,6 +44,8 @@ pub(crate) struct StepShape {
     prefill_tokens: usize,
     rows: usize,
     kv_tokens: f64,
+    /// Of these, attended by rows.
+    row_kv_tokens: f64,
 }
 
 impl StepShape {
@@ -43,6 +53,7 @@ impl StepShape {
     pub(crate) fn add_row(&mut self, context: usize) {
         self.rows += 1;
         self.kv_tokens += context as f64;
+        self.row_kv_tokens += context as f64;
     }
 
     /// Adds a slice of `tokens` prompt tokens behind `start` others.
@@ -51,8 +62,8 @@ impl StepShape {
         self.kv_tokens += tokens as f64 / QUERY_TILE_TOKENS * (start as f64 + tokens as f64 / 2.0);
     }
 
-    fn features(self) -> [f64; 4] {
-        [1.0, self.prefill_tokens as f64, self.rows as f64, self.kv_tokens]
+    fn has_rows(self) -> bool {
+        self.rows > 0
     }
 }
 
@@ -65,30 +76,68 @@ pub(crate) struct CostModel {
     covariance: [[f64; 4]; 4],
     /// Sign of the last duration's error where it was a surprise, else 0.
     surprise: f64,
+    /// Of steps of rows alone, by [`ROWS_KNOTS`].
+    rows_factor: [f64; ROWS_KNOTS.len()],
 }
 
 impl CostModel {
-    /// A model that predicts what `rates` say; a rate that is not a positive number is replaced by `fallback`'s.
-    pub(crate) fn new(rates: &NodeRates, fallback: &NodeRates) -> Self {
+    /// A model that predicts what `rates` say, and `table` (rows, seconds) of steps of rows alone; a rate that is not a
+    /// positive number is replaced by `fallback`'s.
+    pub(crate) fn new(rates: &NodeRates, table: &[(u32, f32)], fallback: &NodeRates) -> Self {
         let sane = |value: f32, other: f32| {
             f64::from(if value.is_finite() && value > 0.0 { value } else { other }).max(STEP_S_MIN)
         };
         let prefill_s = 1.0 / sane(rates.prefill_tokens_per_s, fallback.prefill_tokens_per_s);
         let step_s = sane(rates.decode_step_s, fallback.decode_step_s);
         let row_s = sane(rates.decode_row_s, step_s as f32 / 100.0).min(step_s);
-        Self {
+        let mut cost = Self {
             scale: [step_s, prefill_s, row_s, step_s / KV_TOKENS_SCALE],
             factor: [(1.0 - row_s / step_s).max(0.1), 1.0, 1.0, 0.0],
             covariance: doubt(),
             surprise: 0.0,
-        }
+            rows_factor: [1.0; ROWS_KNOTS.len()],
+        };
+        // While all factors are 1, the line.
+        let line = |rows: u32| cost.seconds(StepShape { rows: rows as usize, ..StepShape::default() });
+        let factors = ROWS_KNOTS.map(|knot| {
+            // A table that ends early says of more rows what it says of its last ones.
+            let measured = table.iter().min_by_key(|(rows, _)| rows.abs_diff(knot as u32));
+            let factor = measured.map_or(1.0, |&(rows, seconds)| f64::from(seconds) / line(rows));
+            if factor.is_finite() { factor.clamp(1.0 / ROWS_FACTOR_MAX, ROWS_FACTOR_MAX) } else { 1.0 }
+        });
+        cost.rows_factor = factors;
+        cost
     }
 
     /// Seconds that a step of this shape is expected to take.
     pub(crate) fn seconds(&self, shape: StepShape) -> f64 {
-        let features = shape.features();
+        let features = self.features(shape);
         let sum: f64 = (0..4).map(|i| self.scale[i] * self.factor[i] * features[i]).sum();
         sum.max(STEP_S_MIN)
+    }
+
+    /// Seconds of a decode step with `rows` rows of usual length.
+    pub(crate) fn decode_seconds(&self, rows: usize) -> f64 {
+        let mut shape = StepShape::default();
+        (0..rows).for_each(|_| shape.add_row(RATES_TOKENS));
+        self.seconds(shape)
+    }
+
+    /// What the coefficients are multiplied with: for its rows, as if there were nothing else, by their number's factor.
+    fn features(&self, shape: StepShape) -> [f64; 4] {
+        let more = if shape.has_rows() {
+            let (low, high, share) = knots_of(shape.rows);
+            self.rows_factor[low] * (1.0 - share) + self.rows_factor[high] * share - 1.0
+        } else {
+            0.0
+        };
+        let rows = shape.rows as f64;
+        [
+            1.0 + more,
+            shape.prefill_tokens as f64,
+            rows + more * rows,
+            shape.kv_tokens + more * shape.row_kv_tokens,
+        ]
     }
 
     /// Seconds that a slice of `tokens` behind `start` tokens adds to a step.
@@ -125,7 +174,15 @@ impl CostModel {
             return;
         }
         self.surprise = surprise;
-        let features = shape.features();
+        let features = self.features(shape);
+        if shape.prefill_tokens == 0 && shape.has_rows() {
+            let (low, high, share) = knots_of(shape.rows);
+            for (knot, weight) in [(low, 1.0 - share), (high, share)] {
+                let change = ROWS_FACTOR_GAIN * weight * error.clamp(-SURPRISE, SURPRISE);
+                let factor = self.rows_factor[knot] * (1.0 + change);
+                self.rows_factor[knot] = factor.clamp(1.0 / ROWS_FACTOR_MAX, ROWS_FACTOR_MAX);
+            }
+        }
         let h: [f64; 4] = std::array::from_fn(|i| self.scale[i] * features[i] / expected);
         let ph: [f64; 4] = std::array::from_fn(|i| (0..4).map(|j| self.covariance[i][j] * h[j]).sum());
         let variance = NOISE + (0..4).map(|i| h[i] * ph[i]).sum::<f64>();
@@ -166,6 +223,15 @@ impl CostModel {
     }
 }
 
+/// The two [`ROWS_KNOTS`] around a number of rows, and the share of the second.
+fn knots_of(rows: usize) -> (usize, usize, f64) {
+    let high = ROWS_KNOTS.iter().position(|&knot| knot >= rows).unwrap_or(ROWS_KNOTS.len() - 1);
+    let low = high.saturating_sub(1);
+    let (from, to) = (ROWS_KNOTS[low] as f64, ROWS_KNOTS[high] as f64);
+    let share = if high == low { 0.0 } else { ((rows as f64 - from) / (to - from)).min(1.0) };
+    (low, high, share)
+}
+
 fn doubt() -> [[f64; 4]; 4] {
     std::array::from_fn(|i| std::array::from_fn(|j| if i == j { DOUBT } else { 0.0 }))
 }
@@ -203,7 +269,7 @@ mod tests {
         }
 
         fn seconds(&mut self, shape: StepShape) -> f64 {
-            let features = shape.features();
+            let features = features(shape);
             let exact: f64 = (0..4).map(|i| self.coefficients[i] * features[i]).sum();
             exact * (0.95 + 0.1 * self.random(1000) as f64 / 1000.0)
         }
@@ -226,6 +292,10 @@ mod tests {
         }
     }
 
+    fn features(shape: StepShape) -> [f64; 4] {
+        [1.0, shape.prefill_tokens as f64, shape.rows as f64, shape.kv_tokens]
+    }
+
     fn machine(coefficients: [f64; 4]) -> Machine {
         Machine { coefficients, random: 7 }
     }
@@ -233,7 +303,7 @@ mod tests {
     #[test]
     fn learns_machines_unlike_its_seed() {
         let check = |coefficients: [f64; 4]| {
-            let mut cost = CostModel::new(&SEED, &SEED);
+            let mut cost = CostModel::new(&SEED, &[], &SEED);
             let mut machine = machine(coefficients);
             machine.teach(&mut cost, 400, true);
             let error = machine.error_max(&cost);
@@ -248,7 +318,7 @@ mod tests {
 
     #[test]
     fn one_outlier_is_not_believed_and_a_slower_machine_is() {
-        let mut cost = CostModel::new(&SEED, &SEED);
+        let mut cost = CostModel::new(&SEED, &[], &SEED);
         let mut fast = machine([0.02, 0.001, 0.002, 1e-6]);
         fast.teach(&mut cost, 400, true);
         let shape = fast.shape(true);
@@ -262,7 +332,7 @@ mod tests {
 
     #[test]
     fn decoding_for_hours_keeps_what_is_known_of_prefill() {
-        let mut cost = CostModel::new(&SEED, &SEED);
+        let mut cost = CostModel::new(&SEED, &[], &SEED);
         let mut machine = machine([0.02, 0.001, 0.002, 1e-6]);
         machine.teach(&mut cost, 400, true);
         machine.teach(&mut cost, 100_000, false);
@@ -271,8 +341,29 @@ mod tests {
     }
 
     #[test]
+    fn a_measured_table_and_steps_that_go_by_tiles_are_followed() {
+        // 8 rows cost as much as 1, 16 twice as much.
+        let table = [(1, 0.02), (8, 0.02), (16, 0.04), (32, 0.08)];
+        let rates = NodeRates { decode_row_s: 0.0002, ..SEED };
+        let mut cost = CostModel::new(&rates, &table, &SEED);
+        let shape = |rows: usize| StepShape { rows, ..StepShape::default() };
+        for (rows, seconds) in table {
+            let error = cost.seconds(shape(rows as usize)) / f64::from(seconds) - 1.0;
+            assert!(error.abs() < 0.01, "{rows} rows are off by {error}");
+        }
+        for round in 0..400 {
+            let (rows, seconds) = [(8, 0.03), (16, 0.03), (32, 0.1)][round % 3];
+            cost.observe(shape(rows), seconds);
+        }
+        for (rows, seconds) in [(8, 0.03), (16, 0.03), (32, 0.1)] {
+            let error = cost.seconds(shape(rows)) / seconds - 1.0;
+            assert!(error.abs() < 0.1, "{rows} rows are off by {error}");
+        }
+    }
+
+    #[test]
     fn slices_fill_their_time_and_never_more() {
-        let mut cost = CostModel::new(&SEED, &SEED);
+        let mut cost = CostModel::new(&SEED, &[], &SEED);
         machine([0.02, 0.001, 0.002, 1e-5]).teach(&mut cost, 400, true);
         for room_s in [-1.0, 0.0, 0.01, 0.1, 1.0, 10.0] {
             for start in [0, 100, 32_000] {
@@ -286,7 +377,7 @@ mod tests {
     #[test]
     fn rates_survive_a_round_trip_and_nonsense_is_replaced() {
         let check = |rates: NodeRates| {
-            let got = CostModel::new(&rates, &SEED).rates();
+            let got = CostModel::new(&rates, &[], &SEED).rates();
             assert!((got.decode_step_s / SEED.decode_step_s - 1.0).abs() < 0.01, "{got:?}");
             assert!((got.prefill_tokens_per_s / SEED.prefill_tokens_per_s - 1.0).abs() < 0.1, "{got:?}");
             assert!(got.decode_row_s > 0.0, "{got:?}");

@@ -1,96 +1,83 @@
-//! [`Engine`]: owns all sequences and the model. A step is: admit, plan, run the model, pass on what was drawn.
+//! [`Engine`]: owns all sequences, the KV blocks and the model. A step is: admit, plan, submit the next pass, collect the
+//! one before, pass on what was drawn.
 
 use crate::{
     Model, ModelError, SequenceId,
+    admission::Admission,
     cost::{CostModel, StepShape},
-    scheduler::{self, Budgets, Candidate, Plan, Room, Scheduler},
-    sequence::{self, Sequence},
+    load::LoadView,
+    memory::{Held, Memory},
+    scheduler::{self, Budgets, Candidate, Part, Scheduler},
+    sequence::{self, Sequence, Submitted, Targets},
+    settings::{EngineSettings, RATES_UNMEASURED, TARGET_MAX},
+    shares::Shares,
 };
-use std::{
-    collections::VecDeque,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 use types::{
-    FinishReason, GenerateError, GenerateRequest, NodeLoad, NodeRates, RequestId, TokenEvent, limits,
+    BLOCK_TOKENS, CacheEvent, ClientId, FinishReason, GenerateError, GenerateRequest, NodeLoad, NodeRates,
+    RequestId, SessionId, SessionInfo, TokenEvent, limits,
 };
 
-/// Speed assumed of a machine that was not measured: a small CPU with a small model. Corrected within a few steps.
-const RATES_UNMEASURED: NodeRates =
-    NodeRates { prefill_tokens_per_s: 200.0, decode_step_s: 0.05, decode_row_s: 0.01 };
 /// A prompt's first token is due after the TTFT target plus this many times the seconds that reading it alone takes: long
 /// prompts may wait for short ones, and for long ones that came before.
 const TTFT_STRETCH: f64 = 2.0;
-/// Targets above this mean "no hurry"; it keeps deadlines within what an [`Instant`] can hold.
-const TARGET_MAX: Duration = Duration::from_secs(3600);
 /// Shortest `Retry-After` in seconds: a few steps.
 const RETRY_AFTER_MIN_S: f64 = 0.1;
 /// Longest `Retry-After` in seconds: what runs is predicted by its `max_tokens`, and most texts end long before.
 const RETRY_AFTER_MAX_S: f64 = 30.0;
-
-/// How an engine schedules.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct EngineSettings {
-    /// Time from a request's arrival to its first token that is aimed at, for a prompt of no length.
-    pub ttft_target: Duration,
-    /// Time from token to token that is aimed at. A shorter one is used to read prompts faster.
-    pub tpot_target: Duration,
-    /// How fast the model was measured to be; corrected as it runs.
-    pub rates: NodeRates,
-}
-
-impl Default for EngineSettings {
-    /// One second to the first token and ten tokens a second: twice what people read.
-    fn default() -> Self {
-        Self {
-            ttft_target: Duration::from_secs(1),
-            tpot_target: Duration::from_millis(100),
-            rates: RATES_UNMEASURED,
-        }
-    }
-}
+/// Building a pass takes a host a few milliseconds, and passes differ from what was expected by some 10 %: so long before
+/// the device is expected to run dry the next pass is planned. Until then whoever comes can still be in it.
+const PLAN_AHEAD: Duration = Duration::from_millis(6);
+const PLAN_AHEAD_SHARE: f64 = 0.15;
 
 /// What a step did.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct StepSummary {
     /// Sequences that left the waiting queue.
     pub admitted: u32,
-    /// Sequences that gave up their KV and went back to it.
+    /// Sequences that gave up their slot or KV and went back to it.
     pub preempted: u32,
-    /// Decode rows in the pass.
+    /// Decode rows in the pass that was begun.
     pub rows: u32,
-    /// Slices of prompts in the pass.
+    /// Slices of prompts in that pass.
     pub slices: u32,
-    /// Prompt tokens in the pass.
+    /// Prompt tokens in that pass.
     pub prefill_tokens: u32,
-    /// Tokens passed on.
+    /// Seconds that the pass that was begun is expected to take; 0 where there was none.
+    pub expected_s: f64,
+    /// Tokens passed on, of the pass that was collected.
     pub tokens: u32,
     /// Requests that ended.
     pub finished: u32,
-    /// Seconds that the pass was expected to take; 0 where there was none.
-    pub expected_s: f64,
 }
 
 /// The engine of one model.
 ///
-/// Contract: the caller alternates [`Engine::step`] with the time before the pass and [`Engine::observe`] with the time
-/// after it, back to back while [`Engine::is_idle`] is false, and calls [`Engine::submit`] and [`Engine::cancel`] in
-/// between. Every request that `submit` accepted gets [`TokenEvent::Tokens`] with gapless indexes and then exactly one
-/// [`TokenEvent::Finished`], whatever happens, as long as `step` is called.
+/// Contract: the caller alternates [`Engine::step`] with the time before it and [`Engine::observe`] with the time after
+/// it, back to back while [`Engine::is_idle`] is false, and calls [`Engine::submit`] and [`Engine::cancel`] in between.
+/// It may spend [`Engine::spare_time`] on waiting for calls to make. Every request that `submit` accepted gets
+/// [`TokenEvent::Tokens`] with gapless indexes and then exactly one [`TokenEvent::Finished`], whatever happens, as long
+/// as `step` is called.
 #[derive(Debug)]
 pub struct Engine {
     model: Box<dyn Model>,
-    ttft_target: Duration,
-    tpot_target: Duration,
+    settings: EngineSettings,
     scheduler: Scheduler,
     cost: CostModel,
+    memory: Memory,
+    shares: Shares,
     /// In order of arrival.
-    waiting: VecDeque<Sequence>,
-    /// Open in the model, in order of admission.
+    waiting: Vec<Sequence>,
+    /// In order of admission.
     running: Vec<Sequence>,
+    /// The pass that was submitted and not collected.
+    flight: Option<Flight>,
     /// Last events of requests that ended between steps.
     ended: Vec<(RequestId, TokenEvent)>,
-    /// The pass whose duration is not known yet.
-    passed: Option<(Instant, StepShape)>,
+    /// The pass that was collected, whose end is not known yet.
+    passed: Option<Flight>,
+    /// When the last pass ended: the next one begins then, if it was submitted before.
+    last_end: Option<Instant>,
     next_id: u64,
     state: State,
 }
@@ -102,21 +89,35 @@ enum State {
     Failed(ModelError),
 }
 
+/// A pass that the model computes.
+#[derive(Debug)]
+struct Flight {
+    parts: Vec<Submitted>,
+    shape: StepShape,
+    submitted: Instant,
+    expected_s: f64,
+}
+
 impl Engine {
     /// An engine without requests.
-    pub fn new(model: Box<dyn Model>, settings: EngineSettings) -> Self {
+    pub fn new(model: Box<dyn Model>, mut settings: EngineSettings) -> Self {
+        settings.ttft_target = settings.ttft_target.min(TARGET_MAX);
+        settings.tpot_target = settings.tpot_target.min(TARGET_MAX);
         Self {
-            model,
-            ttft_target: settings.ttft_target.min(TARGET_MAX),
-            tpot_target: settings.tpot_target.min(TARGET_MAX),
             scheduler: Scheduler::default(),
-            cost: CostModel::new(&settings.rates, &RATES_UNMEASURED),
-            waiting: VecDeque::new(),
+            cost: CostModel::new(&settings.rates, &settings.decode_step_s, &RATES_UNMEASURED),
+            memory: Memory::new(model.limits().blocks, &settings),
+            shares: Shares::default(),
+            waiting: Vec::new(),
             running: Vec::new(),
+            flight: None,
             ended: Vec::new(),
             passed: None,
+            last_end: None,
             next_id: 0,
             state: State::Serving,
+            model,
+            settings,
         }
     }
 
@@ -136,31 +137,48 @@ impl Engine {
         }
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        let stretch_s = TTFT_STRETCH * self.cost.slice_seconds(0, request.prompt.len());
+        let root = self.settings.prefix_cache.then(|| request.cache.root(self.model.card().root));
+        let held = Held::new(root, &request.prompt);
+        let cached = self.memory.matched(held.reusable(request.prompt.len())).0 * BLOCK_TOKENS;
+        let target = |given: Option<u32>, usual: Duration| {
+            given.map_or(usual, |ms| Duration::from_millis(u64::from(ms)).min(TARGET_MAX))
+        };
+        let stretch_s = TTFT_STRETCH * self.cost.slice_seconds(cached, request.prompt.len() - cached);
         let stretch = Duration::from_secs_f64(stretch_s.min(TARGET_MAX.as_secs_f64()));
-        let first_due = now + self.ttft_target + stretch;
-        self.waiting.push_back(Sequence::new(id, request, self.model.card(), first_due));
+        let targets = Targets {
+            arrived: now,
+            first_due: now + target(request.service.ttft_target_ms, self.settings.ttft_target) + stretch,
+            tpot: target(request.service.tpot_target_ms, self.settings.tpot_target),
+        };
+        let sequence = Sequence::new(id, request, self.model.card(), held, targets);
+        self.shares.enter(sequence.client);
+        if let Some(session) = &sequence.session {
+            self.memory.touch_session(session, now);
+        }
+        self.waiting.push(sequence);
         Ok(())
     }
 
-    /// Ends a request, wherever it is. Its slot is free for the next step, which also brings its last event.
+    /// Ends a request, wherever it is. Its slot and KV are free for the next step, which also brings its last event.
     /// One that has ended, or was never here, is left alone.
     pub fn cancel(&mut self, request: RequestId) {
         let by_request = |sequence: &Sequence| sequence.request == request;
-        if let Some(index) = self.waiting.iter().position(by_request) {
-            if let Some(sequence) = self.waiting.remove(index) {
-                self.end_later(&sequence, FinishReason::Cancelled);
-            }
+        let sequence = if let Some(index) = self.waiting.iter().position(by_request) {
+            self.waiting.remove(index)
         } else if let Some(index) = self.running.iter().position(by_request) {
-            let sequence = self.running.remove(index);
-            self.model.close(sequence.id);
-            self.end_later(&sequence, FinishReason::Cancelled);
-        }
+            self.running.remove(index)
+        } else {
+            return;
+        };
+        let finish = sequence.finish(FinishReason::Cancelled);
+        self.ended.push((request, TokenEvent::Finished(finish)));
+        self.forget(sequence);
     }
 
-    /// Runs one pass over what is most urgent at `now` and appends what happened to `events`.
+    /// Begins a pass over what is most urgent at `now`, then waits for the one before, and appends what that brought to
+    /// `events`.
     ///
-    /// Without work it does nothing. [`Engine::observe`] should follow with the time after the pass.
+    /// Without work it does nothing. [`Engine::observe`] should follow with the time after it.
     ///
     /// # Errors
     /// [`ModelError::Backend`] where the model is lost: all requests have ended, with events that say so, and every
@@ -174,12 +192,15 @@ impl Engine {
             return Err(error.clone());
         }
         self.settle(now);
-        self.passed = None;
+        self.memory.expire(now);
         let mut summary = StepSummary::default();
-        self.preempt(&mut summary);
-        let result = self.admit(&mut summary).and_then(|()| {
-            let plan = self.plan(now);
-            if plan.parts.is_empty() { Ok(()) } else { self.pass(now, &plan, events, &mut summary) }
+        let before = self.flight.take();
+        // What is planned now begins when the pass in flight ends.
+        let at = before.as_ref().map_or(now, |flight| self.end_of(flight).max(now));
+        self.admit(now, &mut summary);
+        let result = self.begin(now, at, &mut summary).and_then(|()| match before {
+            Some(flight) => self.collect(now, flight, events, &mut summary),
+            None => Ok(()),
         });
         if let Err(error) = &result {
             self.fail(error.clone());
@@ -189,12 +210,22 @@ impl Engine {
         result.map(|()| summary)
     }
 
-    /// Tells the time after a step's pass: the engine learns from it how long steps take.
+    /// Tells the time after a step: the engine learns from it how long passes take.
     pub fn observe(&mut self, now: Instant) {
         self.settle(now);
-        if let Some((begin, shape)) = self.passed.take() {
-            self.cost.observe(shape, now.saturating_duration_since(begin).as_secs_f64());
+        if let Some(flight) = self.passed.take() {
+            let begin = self.begin_of(&flight);
+            self.cost.observe(flight.shape, now.saturating_duration_since(begin).as_secs_f64());
+            self.last_end = Some(now);
         }
+    }
+
+    /// How long the next step may still be put off at `now` without the device running out of work: what is submitted
+    /// until then can be in the next pass.
+    pub fn spare_time(&self, now: Instant) -> Duration {
+        let Some(flight) = &self.flight else { return Duration::ZERO };
+        let ahead = PLAN_AHEAD + Duration::from_secs_f64(PLAN_AHEAD_SHARE * flight.expected_s);
+        self.end_of(flight).saturating_duration_since(now + ahead)
     }
 
     /// From now on nothing new is taken; what is here runs to its end.
@@ -204,29 +235,59 @@ impl Engine {
         }
     }
 
-    /// Whether there is nothing to do: no request, and no event to bring.
+    /// Whether there is nothing to do: no request, no pass in flight, and no event to bring.
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty() && self.ended.is_empty()
+        let none = self.waiting.is_empty() && self.running.is_empty() && self.ended.is_empty();
+        none && self.flight.is_none()
     }
 
-    /// What there is to do at `_now`; nothing in it depends on the time yet.
-    pub fn load(&self, _now: Instant) -> NodeLoad {
-        let limits = self.model.limits();
-        let all = || self.running.iter().chain(&self.waiting);
-        NodeLoad {
-            running: self.running.len() as u32,
-            waiting: self.waiting.len() as u32,
-            slots: limits.slots as u32,
-            prefill_backlog_tokens: all().map(|sequence| sequence.prefill_left() as u64).sum(),
-            decode_backlog_tokens: all().map(|sequence| u64::from(sequence.output_left())).sum(),
-            kv_tokens: (limits.kv_tokens - self.room().kv_tokens, limits.kv_tokens),
-            rates: self.rates(),
-        }
+    /// What there is to do at `now`.
+    pub fn load(&self, now: Instant) -> NodeLoad {
+        let view = LoadView {
+            now,
+            waiting: &self.waiting,
+            running: &self.running,
+            memory: &self.memory,
+            cost: &self.cost,
+            slots: self.model.limits().slots,
+            ttft_target: self.settings.ttft_target,
+        };
+        view.load()
     }
 
     /// How fast the model is, as far as known by now.
     pub fn rates(&self) -> NodeRates {
         self.cost.rates()
+    }
+
+    /// The sessions whose KV is kept at `now`, by client and name.
+    pub fn sessions(&self, now: Instant) -> Vec<SessionInfo> {
+        self.memory.sessions(now)
+    }
+
+    /// Keeps a session's KV no longer; false where there was none. Its requests go on.
+    pub fn end_session(&mut self, client: ClientId, session: &SessionId) -> bool {
+        self.memory.end_session(&(client, session.clone()))
+    }
+
+    /// What changed in the prefix cache since the last call, for routers.
+    pub fn take_cache_events(&mut self) -> Vec<CacheEvent> {
+        self.memory.take_events()
+    }
+
+    /// The whole prefix cache, for a router that knows nothing of it.
+    pub fn cache_snapshot(&self) -> Vec<CacheEvent> {
+        self.memory.snapshot()
+    }
+
+    /// Asserts what must always hold of blocks, cache and sessions; takes time in proportion to all blocks.
+    ///
+    /// # Panics
+    /// Where it does not hold.
+    pub fn check_invariants(&self) {
+        self.memory.check(self.running.iter().chain(&self.waiting).map(|sequence| &sequence.held));
+        let requests = (self.running.len() + self.waiting.len()) as u32;
+        assert_eq!(self.shares.requests(), requests, "requests in the clients' accounts");
     }
 
     fn check(&self, request: &GenerateRequest) -> Result<(), GenerateError> {
@@ -257,12 +318,12 @@ impl Engine {
         }
         let prompt_tokens = request.prompt.len() as u32;
         let tokens = u64::from(prompt_tokens) + u64::from(request.max_tokens);
-        let kv_tokens = self.model.limits().kv_tokens;
-        if tokens > u64::from(card.context_tokens) || sequence::most_tokens(request) > kv_tokens {
+        let blocks = self.model.limits().blocks;
+        if tokens > u64::from(card.context_tokens) || sequence::most_blocks(request) > blocks {
             return Err(GenerateError::ContextExceeded {
                 prompt_tokens,
                 max_tokens: request.max_tokens,
-                context_tokens: u64::from(card.context_tokens).min(kv_tokens) as u32,
+                context_tokens: (card.context_tokens as usize).min(blocks * BLOCK_TOKENS) as u32,
             });
         }
         let in_use = self.waiting.iter().chain(&self.running).any(|sequence| sequence.request == request.id)
@@ -274,110 +335,74 @@ impl Engine {
     }
 
     fn settle(&mut self, now: Instant) {
-        for sequence in &mut self.running {
+        for sequence in self.running.iter_mut().chain(&mut self.waiting) {
             sequence.settle(now);
         }
     }
 
-    /// Takes KV from the youngest sequences until the others' next step fits. The oldest always goes on, since no request
-    /// is taken that does not fit alone; those that yield wait in the order in which they came.
-    fn preempt(&mut self, summary: &mut StepSummary) {
-        let limit = self.model.limits().kv_tokens;
-        let taken = |running: &[Sequence]| running.iter().map(Sequence::taken).sum::<u64>();
-        while self.running.len() > 1 && taken(&self.running) > limit {
-            let youngest = (0..self.running.len()).max_by_key(|&index| self.running[index].arrival);
-            let Some(index) = youngest else { break };
-            let mut sequence = self.running.remove(index);
-            self.model.close(sequence.id);
-            sequence.restart(SequenceId(self.next_id));
-            self.next_id += 1;
-            tracing::debug!(id = %sequence.request, kv_tokens = limit, "preempted: the KV is full");
-            let place = self.waiting.partition_point(|other| other.arrival < sequence.arrival);
-            self.waiting.insert(place, sequence);
-            summary.preempted += 1;
-        }
+    fn begin_of(&self, flight: &Flight) -> Instant {
+        self.last_end.map_or(flight.submitted, |end| end.max(flight.submitted))
+    }
+
+    fn end_of(&self, flight: &Flight) -> Instant {
+        let expected = Duration::from_secs_f64(flight.expected_s.min(TARGET_MAX.as_secs_f64()));
+        self.begin_of(flight) + expected
     }
 
     /// Moves from waiting to running whatever the order and the room allow.
-    fn admit(&mut self, summary: &mut StepSummary) -> Result<(), ModelError> {
-        while let Some(index) = scheduler::next_admitted(&self.waiting, self.room()) {
-            let Some(sequence) = self.waiting.remove(index) else { break };
-            match self.model.open(sequence.id, sequence.tokens_max()) {
-                Ok(()) => {
-                    self.running.push(sequence);
-                    summary.admitted += 1;
-                }
-                Err(ModelError::Sequence { message, .. }) => {
-                    self.end_later(&sequence, FinishReason::Failed(GenerateError::Engine { message }));
-                }
-                Err(error @ ModelError::Backend(_)) => {
-                    self.waiting.push_front(sequence);
-                    return Err(error);
-                }
+    fn admit(&mut self, now: Instant, summary: &mut StepSummary) {
+        let slots = self.model.limits().slots;
+        // One that yields a slot a step: what is decided next may depend on what that brings.
+        let mut may_yield = true;
+        while !self.waiting.is_empty() {
+            self.shares.refill(self.waiting.iter().map(|sequence| sequence.client));
+            let admission = Admission {
+                now,
+                waiting: &self.waiting,
+                running: &self.running,
+                memory: &self.memory,
+                shares: &self.shares,
+                slots,
+            };
+            let full = self.running.len() >= slots;
+            if full && !may_yield {
+                break;
             }
-        }
-        Ok(())
-    }
-
-    fn room(&self) -> Room {
-        let limits = self.model.limits();
-        let expected: u64 = self.running.iter().map(Sequence::expected).sum();
-        Room {
-            slots: limits.slots.saturating_sub(self.running.len()),
-            kv_tokens: limits.kv_tokens.saturating_sub(expected),
-        }
-    }
-
-    fn plan(&mut self, now: Instant) -> Plan {
-        let slice_s = self.cost.slice_seconds(0, scheduler::SLICE_TOKENS_MIN);
-        let pause_max = self.tpot_target + Duration::from_secs_f64(slice_s.min(TARGET_MAX.as_secs_f64()));
-        let candidate = |sequence: &Sequence| Candidate {
-            decodes: sequence.decodes(),
-            start: sequence.computed(),
-            pending: sequence.pending(),
-            slack_s: sequence.slack_s(now, self.tpot_target, pause_max),
-        };
-        let candidates: Vec<Candidate> = self.running.iter().map(candidate).collect();
-        // A target below what a pass over all rows and one slice takes cannot be met while prompts wait; keeping to it
-        // would only run more passes over the weights, with less in each.
-        let mut least = StepShape::default();
-        for candidate in candidates.iter().filter(|candidate| candidate.decodes) {
-            least.add_row(candidate.start + 1);
-        }
-        least.add_slice(0, scheduler::SLICE_TOKENS_MIN);
-        let budgets = Budgets {
-            tpot_s: self.tpot_target.as_secs_f64().max(self.cost.seconds(least)),
-            // A request that arrives just after such a step began can still meet its target.
-            prefill_only_s: self.ttft_target.as_secs_f64() / 2.0,
-        };
-        self.scheduler.plan(now, &candidates, &self.cost, budgets)
-    }
-
-    /// Runs the model on a plan and takes in what it drew.
-    fn pass(
-        &mut self,
-        now: Instant,
-        plan: &Plan,
-        events: &mut Vec<(RequestId, TokenEvent)>,
-        summary: &mut StepSummary,
-    ) -> Result<(), ModelError> {
-        let slices: Vec<_> =
-            plan.parts.iter().map(|part| self.running[part.index].slice(part.tokens)).collect();
-        let sampling = slices.iter().filter(|slice| slice.sample.is_some()).count();
-        let drawn = match self.model.step(&slices) {
-            Ok(drawn) if drawn.len() == sampling => drawn,
-            Ok(drawn) => {
-                let message = format!("{} tokens were drawn for {sampling} rows", drawn.len());
-                return Err(ModelError::Backend(message));
+            let Some(index) = admission.next() else { break };
+            let yielding = if full { admission.yields(&self.waiting[index]) } else { None };
+            if full && yielding.is_none() {
+                break;
             }
+            let mut sequence = self.waiting.remove(index);
+            if let Some(yielding) = yielding {
+                may_yield = false;
+                self.preempt(yielding, summary);
+            }
+            let tokens = sequence.tokens().len();
+            let adopted = self.memory.adopt(&mut sequence.held, tokens);
+            let unpaid = sequence.begin(adopted);
+            self.shares.charge_input(sequence.client, unpaid);
+            self.running.push(sequence);
+            summary.admitted += 1;
+        }
+    }
+
+    /// Plans the pass that begins at `at` and submits it, if there is anything to compute.
+    fn begin(&mut self, now: Instant, at: Instant, summary: &mut StepSummary) -> Result<(), ModelError> {
+        let (parts, shape) = self.plan(now, at, summary);
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let slices: Vec<_> = parts.iter().map(|part| self.running[part.index].slice(part.tokens)).collect();
+        match self.model.submit(&slices) {
+            Ok(()) => {}
             Err(ModelError::Sequence { sequence, message }) => return self.fail_one(sequence, message),
             Err(error @ ModelError::Backend(_)) => return Err(error),
-        };
-        self.passed = Some((now, plan.shape));
-        summary.expected_s = self.cost.seconds(plan.shape);
-        let mut drawn = drawn.into_iter();
-        let mut finished = Vec::new();
-        for part in &plan.parts {
+        }
+        let expected_s = self.cost.seconds(shape);
+        let mut drawn = 0;
+        let mut submitted = Vec::with_capacity(parts.len());
+        for part in parts {
             let sequence = &mut self.running[part.index];
             if sequence.decodes() {
                 summary.rows += 1;
@@ -385,25 +410,164 @@ impl Engine {
                 summary.slices += 1;
                 summary.prefill_tokens += part.tokens as u32;
             }
-            if !sequence.advance(part.tokens) {
+            let part = sequence.submit(part.tokens, drawn);
+            drawn += usize::from(part.samples);
+            submitted.push(part);
+        }
+        summary.expected_s = expected_s;
+        self.flight = Some(Flight { parts: submitted, shape, submitted: now, expected_s });
+        Ok(())
+    }
+
+    /// What goes into the next pass, each part with its blocks. Where blocks run out, slices are cut, and then the
+    /// youngest sequences give theirs up until something can go on: the oldest always can, since no request is taken that
+    /// does not fit alone.
+    fn plan(&mut self, now: Instant, at: Instant, summary: &mut StepSummary) -> (Vec<Part>, StepShape) {
+        loop {
+            let rows_short = self.blocks_for_rows() > self.memory.available();
+            if rows_short && self.preempt_youngest(summary) {
                 continue;
             }
-            let outcome = sequence.draw(drawn.next().expect("as many tokens as slices that sample"));
+            let (candidates, indexes) = self.candidates(at);
+            let plan = self.scheduler.plan(now, &candidates, &self.cost, self.budgets(&candidates));
+            let mut parts = Vec::with_capacity(plan.len());
+            for &part in &plan {
+                let start = candidates[part.index].start;
+                let held = &mut self.running[indexes[part.index]].held;
+                let tokens = self.memory.grow(held, start + part.tokens) - start;
+                if tokens > 0 {
+                    parts.push(Part { tokens, ..part });
+                }
+            }
+            if !plan.is_empty() && parts.is_empty() && self.preempt_youngest(summary) {
+                continue;
+            }
+            let shape = scheduler::shape_of(&candidates, &parts);
+            parts.iter_mut().for_each(|part| part.index = indexes[part.index]);
+            return (parts, shape);
+        }
+    }
+
+    /// Blocks that rows need for the tokens they append next.
+    fn blocks_for_rows(&self) -> usize {
+        let needs = |sequence: &&Sequence| {
+            sequence.is_runnable() && sequence.decodes() && sequence.submitted() + 1 > sequence.held.room()
+        };
+        self.running.iter().filter(needs).count()
+    }
+
+    fn candidates(&self, at: Instant) -> (Vec<Candidate>, Vec<usize>) {
+        let slice_s = self.cost.slice_seconds(0, scheduler::SLICE_TOKENS_MIN);
+        let slice = Duration::from_secs_f64(slice_s.min(TARGET_MAX.as_secs_f64()));
+        let runnable = self.running.iter().enumerate().filter(|(_, sequence)| sequence.is_runnable());
+        let candidate = |(index, sequence): (usize, &Sequence)| {
+            let candidate = Candidate {
+                decodes: sequence.decodes(),
+                start: sequence.submitted(),
+                pending: sequence.pending(),
+                slack_s: sequence.slack_s(at, sequence.targets.tpot + slice),
+                priority: sequence.priority,
+            };
+            (candidate, index)
+        };
+        runnable.map(candidate).unzip()
+    }
+
+    fn budgets(&self, candidates: &[Candidate]) -> Budgets {
+        // A target below what a pass over all rows and one slice takes cannot be met while prompts wait; keeping to it
+        // would only run more passes over the weights, with less in each.
+        let mut least = StepShape::default();
+        for candidate in candidates.iter().filter(|candidate| candidate.decodes) {
+            least.add_row(candidate.start + 1);
+        }
+        least.add_slice(0, scheduler::SLICE_TOKENS_MIN);
+        let runnable = self.running.iter().filter(|sequence| sequence.is_runnable() && sequence.decodes());
+        let tpot = runnable.map(|sequence| sequence.targets.tpot).min().unwrap_or(self.settings.tpot_target);
+        Budgets {
+            tpot_s: tpot.as_secs_f64().max(self.cost.seconds(least)),
+            // A request that arrives just after such a step began can still meet its target.
+            prefill_only_s: self.settings.ttft_target.as_secs_f64() / 2.0,
+        }
+    }
+
+    /// Waits for a pass and takes in what it drew.
+    fn collect(
+        &mut self,
+        now: Instant,
+        flight: Flight,
+        events: &mut Vec<(RequestId, TokenEvent)>,
+        summary: &mut StepSummary,
+    ) -> Result<(), ModelError> {
+        let sampling = flight.parts.iter().filter(|part| part.samples).count();
+        let drawn = self.model.collect()?;
+        if drawn.len() != sampling {
+            let message = format!("{} tokens were drawn for {sampling} rows", drawn.len());
+            return Err(ModelError::Backend(message));
+        }
+        let mut drawn = drawn.into_iter();
+        for part in &flight.parts {
+            let token = part.samples.then(|| drawn.next().expect("counted above"));
+            // Whoever was cancelled since is not here any more; whoever was preempted waits.
+            let by_id = |sequence: &Sequence| sequence.id == part.id;
+            let (index, queue) = match self.running.iter().position(by_id) {
+                Some(index) => (index, &mut self.running),
+                None => match self.waiting.iter().position(by_id) {
+                    Some(index) => (index, &mut self.waiting),
+                    None => continue,
+                },
+            };
+            let sequence = &mut queue[index];
+            let current = sequence.compute(part);
+            let outcome = token.map(|token| sequence.draw(token));
+            if current {
+                let (held, tokens, computed) = sequence.kv();
+                self.memory.store(held, tokens, computed);
+            }
+            let Some(outcome) = outcome else { continue };
             if let Some((index, token)) = outcome.token {
                 events.push((sequence.request, TokenEvent::Tokens { index, tokens: vec![token] }));
                 summary.tokens += 1;
+                self.shares.charge_output(sequence.client);
             }
             if let Some(finish) = outcome.end {
                 events.push((sequence.request, TokenEvent::Finished(finish)));
-                finished.push(sequence.id);
+                summary.finished += 1;
+                let mut sequence = queue.remove(index);
+                if let Some(session) = sequence.session.take() {
+                    self.memory.keep(session, &sequence.held, now);
+                }
+                self.forget(sequence);
             }
         }
-        for &id in &finished {
-            self.model.close(id);
-        }
-        self.running.retain(|sequence| !finished.contains(&sequence.id));
-        summary.finished += finished.len() as u32;
+        self.passed = Some(flight);
         Ok(())
+    }
+
+    /// Takes slot and KV from the youngest sequence of the lowest priority; false where only one is left.
+    fn preempt_youngest(&mut self, summary: &mut StepSummary) -> bool {
+        if self.running.len() < 2 {
+            return false;
+        }
+        let youngest = (0..self.running.len()).min_by_key(|&index| {
+            let sequence = &self.running[index];
+            (sequence.priority, std::cmp::Reverse(sequence.arrival()))
+        });
+        youngest.is_some_and(|index| {
+            self.preempt(index, summary);
+            true
+        })
+    }
+
+    /// Sends a running sequence back to those who wait, in the order in which they came. What it computed stays in the
+    /// cache as long as nobody needs the memory more.
+    fn preempt(&mut self, index: usize, summary: &mut StepSummary) {
+        let mut sequence = self.running.remove(index);
+        tracing::debug!(id = %sequence.request, computed = sequence.computed(), "preempted");
+        self.memory.release(&mut sequence.held);
+        sequence.restart();
+        let place = self.waiting.partition_point(|other| other.arrival() < sequence.arrival());
+        self.waiting.insert(place, sequence);
+        summary.preempted += 1;
     }
 
     /// Ends the one sequence that made a pass fail. The others' state is as before it; they go on in the next step.
@@ -412,8 +576,9 @@ impl Engine {
             return Err(ModelError::Backend(format!("{message} (of {id:?}, which is not running)")));
         };
         let sequence = self.running.remove(index);
-        self.model.close(id);
-        self.end_later(&sequence, FinishReason::Failed(GenerateError::Engine { message }));
+        let finish = sequence.finish(FinishReason::Failed(GenerateError::Engine { message }));
+        self.ended.push((sequence.request, TokenEvent::Finished(finish)));
+        self.forget(sequence);
         Ok(())
     }
 
@@ -421,24 +586,27 @@ impl Engine {
     fn fail(&mut self, error: ModelError) {
         tracing::error!(%error, running = self.running.len(), waiting = self.waiting.len(), "the engine failed");
         let all: Vec<Sequence> = self.running.drain(..).chain(self.waiting.drain(..)).collect();
-        for sequence in &all {
-            let failed = GenerateError::Engine { message: error.to_string() };
-            self.end_later(sequence, FinishReason::Failed(failed));
+        for sequence in all {
+            let failed = FinishReason::Failed(GenerateError::Engine { message: error.to_string() });
+            self.ended.push((sequence.request, TokenEvent::Finished(sequence.finish(failed))));
+            self.forget(sequence);
         }
+        self.flight = None;
         self.state = State::Failed(error);
     }
 
-    fn end_later(&mut self, sequence: &Sequence, reason: FinishReason) {
-        self.ended.push((sequence.request, TokenEvent::Finished(sequence.finish(reason))));
+    /// Takes everything from a sequence that has ended and is in no queue any more.
+    fn forget(&mut self, mut sequence: Sequence) {
+        self.memory.release(&mut sequence.held);
+        self.shares.leave(sequence.client);
     }
 
     /// Seconds until the first running sequence will have ended, at the latest.
     fn seconds_to_free_slot(&self) -> f64 {
         let rows = self.running.len().max(1);
-        let rates = self.cost.rates();
-        let step_s = f64::from(rates.decode_step_s) + f64::from(rates.decode_row_s) * (rows - 1) as f64;
+        let step_s = self.cost.decode_seconds(rows);
         let left = |sequence: &Sequence| {
-            self.cost.slice_seconds(sequence.computed(), sequence.prefill_left())
+            self.cost.slice_seconds(sequence.submitted(), sequence.prefill_left())
                 + step_s * f64::from(sequence.output_left())
         };
         self.running.iter().map(left).fold(RETRY_AFTER_MAX_S, f64::min)

@@ -1,15 +1,26 @@
 //! The engine: requests in, token events out, one forward pass per [`Engine::step`].
 //!
-//! Pure: `now` is an argument, tensors are behind [`Model`], and nothing here blocks. [`Engine`] owns the sequences
-//! (`sequence.rs`) and asks the scheduler (`scheduler.rs`) which of them go into a step; the scheduler asks the step-time
-//! model (`cost.rs`) how much fits.
+//! Pure: `now` is an argument, tensors are behind [`Model`], and nothing here waits but for the model. [`Engine`] owns the
+//! sequences (`sequence.rs`). `admission.rs` says which of them run, by what each client has had (`shares.rs`);
+//! `scheduler.rs` says which go into a pass, by how long passes take (`cost.rs`); `memory.rs` has the KV: blocks
+//! (`block_pool.rs`), those worth keeping (`prefix_cache.rs`) and for whom (`sessions.rs`).
 #![warn(missing_docs)]
 
+mod admission;
+mod block_pool;
 mod cost;
 mod engine;
+mod load;
+mod memory;
 mod model;
+mod prefix_cache;
 mod scheduler;
 mod sequence;
+mod sessions;
+mod settings;
+mod shares;
 
-pub use engine::{Engine, EngineSettings, StepSummary};
-pub use model::{Model, ModelError, ModelLimits, RowSampling, SequenceId, Slice};
+pub use engine::Engine;
+pub use engine::StepSummary;
+pub use model::{BlockId, Input, Model, ModelError, ModelLimits, RowSampling, SequenceId, Slice};
+pub use settings::EngineSettings;

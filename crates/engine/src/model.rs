@@ -1,4 +1,8 @@
 //! The seam between scheduling and tensors: what the engine asks of a model, in one forward pass per step.
+//!
+//! A model holds the KV of a fixed number of blocks and knows nothing of who uses which: sequences, sharing and the
+//! prefix cache are the engine's. A pass is asked for with [`Model::submit`] and its tokens are read with
+//! [`Model::collect`], one pass later, so that the device never waits for the host.
 
 use std::fmt;
 use types::{ModelCard, SamplingParams, TokenId};
@@ -7,14 +11,17 @@ use types::{ModelCard, SamplingParams, TokenId};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId(pub u64);
 
+/// A place for the KV of [`types::BLOCK_TOKENS`] consecutive tokens; below [`ModelLimits::blocks`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockId(pub u32);
+
 /// What a model can hold.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ModelLimits {
-    /// Sequences that may be open at once.
+    /// Sequences that may be in one step.
     pub slots: usize,
-    /// Tokens of KV that all open sequences together may hold, each rounded up to a multiple of 256; at least the
-    /// context of the model's card, so that every valid request fits alone.
-    pub kv_tokens: u64,
+    /// Blocks of KV; at least what the context of the model's card takes, so that every valid request fits alone.
+    pub blocks: usize,
     /// Bytes of KV a token takes.
     pub kv_bytes_per_token: u64,
 }
@@ -28,8 +35,28 @@ pub struct RowSampling<'a> {
     pub position: u32,
     /// The whole prompt, for the repetition penalty.
     pub prompt: &'a [TokenId],
-    /// The output so far, for all penalties.
+    /// The output so far, for all penalties; without its last token where that is still being drawn
+    /// ([`Input::Drawn`]).
     pub output: &'a [TokenId],
+}
+
+/// Which tokens a slice appends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Input<'a> {
+    /// These; at least one.
+    Tokens(&'a [TokenId]),
+    /// The one that the step before, not yet collected, draws: the one at this index of what it returns.
+    Drawn(usize),
+}
+
+impl Input<'_> {
+    /// How many tokens.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Tokens(tokens) => tokens.len(),
+            Self::Drawn(_) => 1,
+        }
+    }
 }
 
 /// One sequence's part of a step: tokens appended to its KV, and perhaps a token drawn after the last of them.
@@ -39,10 +66,12 @@ pub struct RowSampling<'a> {
 pub struct Slice<'a> {
     /// Whose.
     pub sequence: SequenceId,
-    /// Tokens of the sequence already in its KV, which is also the position of `tokens[0]`.
+    /// Where its KV lies: position `p` in `blocks[p / BLOCK_TOKENS]`. Room for everything up to the slice's last token.
+    pub blocks: &'a [BlockId],
+    /// Tokens of the sequence whose KV is there already, which is also the position of the first appended one.
     pub start: usize,
-    /// Tokens to append, at least one.
-    pub tokens: &'a [TokenId],
+    /// What to append.
+    pub input: Input<'a>,
     /// Draw the token that follows; none in the middle of a prompt.
     pub sample: Option<RowSampling<'a>>,
 }
@@ -63,10 +92,13 @@ pub enum ModelError {
     Backend(String),
 }
 
-/// A model with the KV of its open sequences. All calls come from one thread.
+/// A model with the KV of its blocks. All calls come from one thread.
 ///
-/// Contract: `open` before the first slice of a sequence, slices of a sequence in order and without gaps
-/// (`start` equals the tokens appended so far), `close` exactly once. A step's slices name different sequences.
+/// Contract: steps are collected in the order in which they were submitted, and at most two are in flight: after
+/// `submit` of one, `submit` of the next may come before its `collect`, and then its `collect` must come. A step's slices
+/// name different sequences, no two of them append to the same block, and every position before a slice's start was
+/// written by an earlier step. Steps take effect in the order of their submission: what one writes the next one reads,
+/// and a block may be given to someone else while a step that wrote to it is still in flight.
 pub trait Model: fmt::Debug {
     /// What this model is.
     fn card(&self) -> &ModelCard;
@@ -74,19 +106,16 @@ pub trait Model: fmt::Debug {
     /// What it can hold.
     fn limits(&self) -> ModelLimits;
 
-    /// Opens an empty sequence that will not exceed `tokens_max` tokens; its KV grows as slices are appended.
-    ///
-    /// # Errors
-    /// [`ModelError::Sequence`] where no slot is left; the engine keeps it from happening.
-    fn open(&mut self, sequence: SequenceId, tokens_max: usize) -> Result<(), ModelError>;
-
-    /// One forward pass over all slices together; returns the drawn token of each slice that samples, in their order.
+    /// Starts one forward pass over all slices together.
     ///
     /// # Errors
     /// [`ModelError::Backend`] where the pass failed; [`ModelError::Sequence`] where one of the sequences made it
-    /// impossible, with nothing appended for any of them: the engine closes that one and goes on with the others.
-    fn step(&mut self, slices: &[Slice<'_>]) -> Result<Vec<TokenId>, ModelError>;
+    /// impossible, with nothing started: the engine ends that one and goes on with the others.
+    fn submit(&mut self, slices: &[Slice<'_>]) -> Result<(), ModelError>;
 
-    /// Frees a sequence's KV at once.
-    fn close(&mut self, sequence: SequenceId);
+    /// Waits for the oldest step in flight; returns the drawn token of each of its slices that samples, in their order.
+    ///
+    /// # Errors
+    /// [`ModelError::Backend`] where the pass failed.
+    fn collect(&mut self) -> Result<Vec<TokenId>, ModelError>;
 }

@@ -5,11 +5,9 @@
 //! as many tokens as the time left allows, 3. the other decode rows. While rows decode, slack is bounded by the TPOT target
 //! plus one smallest slice (see `Sequence::slack_s`), which bounds the pause that any reader sees.
 
-use crate::{
-    cost::{CostModel, StepShape},
-    sequence::Sequence,
-};
-use std::{collections::VecDeque, time::Instant};
+use crate::cost::{CostModel, StepShape};
+use std::{cmp::Reverse, time::Instant};
+use types::Priority;
 
 /// Smallest part of a prompt worth a pass over the weights, and what larger slices are a multiple of, in tokens.
 pub(crate) const SLICE_TOKENS_MIN: usize = 64;
@@ -23,12 +21,14 @@ const _: () = assert!(STEP_PREFILL_TOKENS_MAX.is_multiple_of(SLICE_TOKENS_MIN));
 pub(crate) struct Candidate {
     /// Whether it needs just its next token; else it has a prompt to read.
     pub(crate) decodes: bool,
-    /// Tokens in its KV.
+    /// Tokens in its KV once the steps in flight have run.
     pub(crate) start: usize,
-    /// Tokens known but not in its KV; at least one.
+    /// Tokens that follow, known or being drawn; at least one.
     pub(crate) pending: usize,
     /// Seconds until its next token is due.
     pub(crate) slack_s: f64,
+    /// Prompts of a higher one are read first.
+    pub(crate) priority: Priority,
 }
 
 /// The time a step may take.
@@ -49,25 +49,18 @@ pub(crate) struct Part {
     pub(crate) tokens: usize,
 }
 
-/// A step to run: decode rows in the candidates' order, then slices of prompts, the most urgent first.
-#[derive(Debug, Default)]
-pub(crate) struct Plan {
-    pub(crate) parts: Vec<Part>,
-    pub(crate) shape: StepShape,
-}
-
-/// What is free for sequences that wait.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Room {
-    pub(crate) slots: usize,
-    pub(crate) kv_tokens: u64,
-}
-
-/// Index of the waiting sequence to admit next, if it fits. The one place that knows the order: first come, first
-/// served, and nobody overtakes a large one, so that it cannot starve.
-pub(crate) fn next_admitted(waiting: &VecDeque<Sequence>, room: Room) -> Option<usize> {
-    let first = waiting.front()?;
-    (room.slots > 0 && first.expected() <= room.kv_tokens).then_some(0)
+/// What a step with these parts has to do.
+pub(crate) fn shape_of(candidates: &[Candidate], parts: &[Part]) -> StepShape {
+    let mut shape = StepShape::default();
+    for part in parts {
+        let Candidate { decodes, start, .. } = candidates[part.index];
+        if decodes {
+            shape.add_row(start + 1);
+        } else {
+            shape.add_slice(start, part.tokens);
+        }
+    }
+    shape
 }
 
 /// The scheduler; all it remembers is since when prompts got nothing.
@@ -77,21 +70,22 @@ pub(crate) struct Scheduler {
 }
 
 impl Scheduler {
-    /// Fills the next step.
+    /// Fills the next step: decode rows in the candidates' order, then slices of prompts, the most urgent first.
     pub(crate) fn plan(
         &mut self,
         now: Instant,
         candidates: &[Candidate],
         cost: &CostModel,
         budgets: Budgets,
-    ) -> Plan {
+    ) -> Vec<Part> {
         let by_slack = |decodes: bool| {
             let mut indexes: Vec<usize> =
                 (0..candidates.len()).filter(|&index| candidates[index].decodes == decodes).collect();
             indexes.sort_by(|&a, &b| candidates[a].slack_s.total_cmp(&candidates[b].slack_s));
             indexes
         };
-        let (rows, prompts) = (by_slack(true), by_slack(false));
+        let (rows, mut prompts) = (by_slack(true), by_slack(false));
+        prompts.sort_by_key(|&index| Reverse(candidates[index].priority));
         let budget_s = match rows.first() {
             Some(&least) => candidates[least].slack_s.max(budgets.tpot_s),
             None => budgets.prefill_only_s,
@@ -127,7 +121,7 @@ impl Scheduler {
         }
         decoding.sort_unstable();
         let decoding = decoding.into_iter().map(|index| Part { index, tokens: 1 });
-        Plan { parts: decoding.chain(slices).collect(), shape }
+        decoding.chain(slices).collect()
     }
 
     /// The smallest slice of the most urgent prompt, once decode rows have had as much time to themselves as it takes.
@@ -189,20 +183,20 @@ mod tests {
     const BUDGETS: Budgets = Budgets { tpot_s: 0.1, prefill_only_s: 0.5 };
 
     fn row(slack_s: f64) -> Candidate {
-        Candidate { decodes: true, start: 100, pending: 1, slack_s }
+        Candidate { decodes: true, start: 100, pending: 1, slack_s, priority: Priority::Normal }
     }
 
     fn prompt(pending: usize, slack_s: f64) -> Candidate {
-        Candidate { decodes: false, start: 0, pending, slack_s }
+        Candidate { decodes: false, start: 0, pending, slack_s, priority: Priority::Normal }
     }
 
-    fn parts(plan: &Plan) -> Vec<(usize, usize)> {
-        plan.parts.iter().map(|part| (part.index, part.tokens)).collect()
+    fn parts(plan: &[Part]) -> Vec<(usize, usize)> {
+        plan.iter().map(|part| (part.index, part.tokens)).collect()
     }
 
     #[test]
     fn steps_are_filled_by_urgency_and_time() {
-        let cost = CostModel::new(&RATES, &RATES);
+        let cost = CostModel::new(&RATES, &[], &RATES);
         let check = |what: &str, candidates: &[Candidate], expected: &[(usize, usize)]| {
             let plan = Scheduler::default().plan(Instant::now(), candidates, &cost, BUDGETS);
             assert_eq!(parts(&plan), expected, "{what}");
@@ -218,6 +212,8 @@ mod tests {
         );
         check("an early row leaves its slack", &[row(0.3), prompt(5000, 1.0)], &[(0, 1), (1, 256)]);
         check("by deadline", &[prompt(300, 2.0), prompt(100, 1.0)], &[(1, 100), (0, 300)]);
+        let urgent = Candidate { priority: Priority::High, ..prompt(300, 9.0) };
+        check("by priority", &[prompt(100, 1.0), urgent], &[(1, 300), (0, 100)]);
         check(
             "several at once, and what is left of the time for the last",
             &[prompt(300, 2.0), prompt(100, 1.0), prompt(300, 3.0)],
@@ -232,10 +228,10 @@ mod tests {
             &[row(0.0), row(0.3), prompt(5000, 1.0)],
             &[(0, 1), (1, 1), (2, 64)],
         );
-        let fast = CostModel::new(&NodeRates { prefill_tokens_per_s: 1e6, ..RATES }, &RATES);
+        let fast = CostModel::new(&NodeRates { prefill_tokens_per_s: 1e6, ..RATES }, &[], &RATES);
         let plan = Scheduler::default().plan(Instant::now(), &[prompt(50_000, 1.0)], &fast, BUDGETS);
         assert_eq!(parts(&plan), [(0, STEP_PREFILL_TOKENS_MAX)], "a fast machine is bounded by memory");
-        let slow = CostModel::new(&NodeRates { prefill_tokens_per_s: 10.0, ..RATES }, &RATES);
+        let slow = CostModel::new(&NodeRates { prefill_tokens_per_s: 10.0, ..RATES }, &[], &RATES);
         let plan = Scheduler::default().plan(Instant::now(), &[prompt(500, 1.0)], &slow, BUDGETS);
         assert_eq!(parts(&plan), [(0, SLICE_TOKENS_MIN)], "a slow one still gets on");
     }
@@ -243,18 +239,18 @@ mod tests {
     #[test]
     fn a_full_slice_lets_rows_with_time_wait() {
         // 79.5 ms are left: 64 tokens, then 15 rows of the 20 that could wait.
-        let cost = CostModel::new(&RATES, &RATES);
+        let cost = CostModel::new(&RATES, &[], &RATES);
         let mut candidates = vec![row(0.0), prompt(5000, 1.0)];
         candidates.extend([row(0.4); 20]);
         let budgets = Budgets { tpot_s: 0.1005, ..BUDGETS };
         let plan = Scheduler::default().plan(Instant::now(), &candidates, &cost, budgets);
-        assert_eq!(plan.parts.iter().filter(|part| part.index > 1).count(), 15, "{plan:?}");
-        assert!(plan.parts.contains(&Part { index: 1, tokens: 64 }));
+        assert_eq!(plan.iter().filter(|part| part.index > 1).count(), 15, "{plan:?}");
+        assert!(plan.contains(&Part { index: 1, tokens: 64 }));
     }
 
     #[test]
     fn prompts_get_half_of_the_time_where_rows_need_all_of_it() {
-        let cost = CostModel::new(&RATES, &RATES);
+        let cost = CostModel::new(&RATES, &[], &RATES);
         let mut scheduler = Scheduler::default();
         let mut candidates = vec![row(-1.0); 100];
         candidates.push(prompt(100_000, -1.0));
@@ -262,10 +258,10 @@ mod tests {
         let (mut slices, mut seconds) = (0, 0.0);
         for _ in 0..100 {
             let plan = scheduler.plan(now, &candidates, &cost, BUDGETS);
-            assert!(plan.parts.len() >= 100, "every row is late and in every step");
-            slices += plan.parts.len() - 100;
-            seconds += cost.seconds(plan.shape);
-            now += Duration::from_secs_f64(cost.seconds(plan.shape));
+            assert!(plan.len() >= 100, "every row is late and in every step");
+            slices += plan.len() - 100;
+            seconds += cost.seconds(shape_of(&candidates, &plan));
+            now += Duration::from_secs_f64(cost.seconds(shape_of(&candidates, &plan)));
         }
         // 0.12 s of rows are longer than a slice: every second step holds one.
         assert_eq!(slices, 50);

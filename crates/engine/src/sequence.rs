@@ -1,25 +1,35 @@
 //! [`Sequence`]: everything the engine knows of one request, from its submission to its last event.
 //!
-//! Prompt and output lie in one list of tokens, of which the first `computed` are in the model's KV: a prompt being read,
-//! a row being decoded and a row to be read again are the same thing with more or fewer tokens to go.
+//! Prompt and output lie in one list of tokens. Of these the first `submitted` are in the model's KV once the steps in
+//! flight have run, and the first `computed` are there already. Up to two more tokens are being drawn and not known yet
+//! (`ahead`). A prompt being read, a row being decoded and a row to be read again are the same thing with more or fewer
+//! tokens to go.
 
-use crate::{RowSampling, SequenceId, Slice};
+use crate::{BlockId, Input, RowSampling, SequenceId, Slice, memory::Held, sessions::SessionKey};
 use std::time::{Duration, Instant};
 use types::{
-    Finish, FinishReason, GenerateDraft, GenerateRequest, ModelCard, RequestId, SamplingParams, TokenId,
-    Usage,
+    BLOCK_TOKENS, ClientId, Finish, FinishReason, GenerateDraft, GenerateRequest, ModelCard, Priority,
+    RequestId, SamplingParams, TokenId, Usage,
 };
-
-/// Reserved KV is a multiple of this many tokens, as models allocate it.
-const RESERVE_TOKENS: u64 = 256;
 
 /// Output tokens for which an admitted sequence finds room: most answers end within them, while `max_tokens` is often as
 /// much as the context holds. A sequence that goes on and finds none left is read again later ([`Sequence::restart`]).
-const GROWTH_TOKENS: u64 = 512;
+const GROWTH_TOKENS: usize = 512;
 
-/// KV tokens that a request may come to: its whole prompt and output.
-pub(crate) fn most_tokens(request: &GenerateRequest) -> u64 {
-    (request.prompt.len() as u64 + u64::from(request.max_tokens)).next_multiple_of(RESERVE_TOKENS)
+/// Blocks of KV that a request may come to: its whole prompt and output.
+pub(crate) fn most_blocks(request: &GenerateRequest) -> usize {
+    (request.prompt.len() + request.max_tokens as usize).div_ceil(BLOCK_TOKENS)
+}
+
+/// When a sequence's tokens are due.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Targets {
+    /// When it came.
+    pub(crate) arrived: Instant,
+    /// When its first token is due.
+    pub(crate) first_due: Instant,
+    /// Time from token to token.
+    pub(crate) tpot: Duration,
 }
 
 /// One request inside the engine.
@@ -27,19 +37,31 @@ pub(crate) fn most_tokens(request: &GenerateRequest) -> u64 {
 pub(crate) struct Sequence {
     pub(crate) id: SequenceId,
     pub(crate) request: RequestId,
-    /// Grows with each request; who comes later yields first.
-    pub(crate) arrival: u64,
+    pub(crate) client: ClientId,
+    pub(crate) priority: Priority,
+    pub(crate) session: Option<SessionKey>,
+    pub(crate) targets: Targets,
+    /// Its KV.
+    pub(crate) held: Held,
     /// Prompt, then output.
     tokens: Vec<TokenId>,
     prompt_tokens: usize,
-    /// Tokens in the model's KV.
+    /// Tokens in the KV once all steps in flight have run.
+    submitted: usize,
+    /// Tokens in the KV by steps that were collected.
     computed: usize,
+    /// Tokens being drawn by steps in flight.
+    ahead: u32,
+    /// Index of the last of these among what its step draws.
+    ahead_index: usize,
+    /// Grows with each restart.
+    epoch: u32,
+    /// Prompt tokens that a cache had when it was first admitted; none before.
+    cached: Option<u32>,
     max_tokens: u32,
     sampling: SamplingParams,
     /// Tokens that end the text: the request's own and, unless ignored, the model's.
     ends: Vec<TokenId>,
-    /// Deadline of the first token; that of the others counts from here.
-    first_due: Instant,
     emitted: Emitted,
 }
 
@@ -60,63 +82,109 @@ pub(crate) struct Drawn {
     pub(crate) end: Option<Finish>,
 }
 
+/// A slice that was submitted, to be taken in when its step is collected.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Submitted {
+    pub(crate) id: SequenceId,
+    epoch: u32,
+    end: usize,
+    pub(crate) samples: bool,
+}
+
 impl Sequence {
+    /// `held`: nothing yet, of the prompt.
     pub(crate) fn new(
         id: SequenceId,
         request: GenerateRequest,
         card: &ModelCard,
-        first_due: Instant,
+        held: Held,
+        targets: Targets,
     ) -> Self {
         let draft = GenerateDraft::from(request);
         let mut ends = draft.stop_tokens;
         if !draft.ignore_eos {
             ends.extend_from_slice(&card.eos_tokens);
         }
+        let client = draft.service.client;
         Self {
             id,
             request: draft.id,
-            arrival: id.0,
+            client,
+            priority: draft.service.priority,
+            session: draft.cache.session.map(|session| (client, session)),
+            targets,
+            held,
             prompt_tokens: draft.prompt.len(),
             tokens: draft.prompt,
+            submitted: 0,
             computed: 0,
+            ahead: 0,
+            ahead_index: 0,
+            epoch: 0,
+            cached: None,
             max_tokens: draft.max_tokens,
             sampling: draft.sampling,
             ends,
-            first_due,
             emitted: Emitted::Never,
         }
     }
 
-    /// Tokens that its KV will hold at most.
-    pub(crate) fn tokens_max(&self) -> usize {
-        self.prompt_tokens + self.max_tokens as usize
+    /// Who came before whom.
+    pub(crate) fn arrival(&self) -> u64 {
+        self.id.0
     }
 
-    /// KV tokens that it takes, or will once its prompt is read.
-    pub(crate) fn taken(&self) -> u64 {
-        (self.tokens.len() as u64).next_multiple_of(RESERVE_TOKENS)
+    /// Prompt and output as far as known.
+    pub(crate) fn tokens(&self) -> &[TokenId] {
+        &self.tokens
     }
 
-    /// KV tokens that it is expected to take.
-    pub(crate) fn expected(&self) -> u64 {
-        let growth = u64::from(self.output_left()).min(GROWTH_TOKENS);
-        (self.tokens.len() as u64 + growth).next_multiple_of(RESERVE_TOKENS)
+    /// Its KV, its tokens, and how many of these are in the KV.
+    pub(crate) fn kv(&mut self) -> (&mut Held, &[TokenId], usize) {
+        (&mut self.held, &self.tokens, self.computed)
     }
 
-    /// Forgets its KV: all its tokens are to be read again, as the sequence `id`. What it draws stays the same.
-    pub(crate) fn restart(&mut self, id: SequenceId) {
-        self.id = id;
-        self.computed = 0;
-    }
-
-    /// Tokens in the model's KV.
+    /// Tokens whose KV is there already.
     pub(crate) fn computed(&self) -> usize {
         self.computed
     }
 
-    /// Known tokens that are not in the model's KV yet; at least one.
+    /// Tokens whose KV is there once all steps in flight have run.
+    pub(crate) fn submitted(&self) -> usize {
+        self.submitted
+    }
+
+    /// Blocks that it is expected to take.
+    pub(crate) fn expected_blocks(&self) -> usize {
+        let growth = (self.output_left() as usize).min(GROWTH_TOKENS);
+        (self.total() + growth).div_ceil(BLOCK_TOKENS)
+    }
+
+    /// Whether a token of it is being drawn.
+    pub(crate) fn is_ahead(&self) -> bool {
+        self.ahead > 0
+    }
+
+    /// Begins with what the cache gave it; returns the prompt tokens to pay for, once.
+    pub(crate) fn begin(&mut self, adopted: usize) -> usize {
+        (self.submitted, self.computed) = (adopted, adopted);
+        if self.cached.is_some() {
+            return 0;
+        }
+        let cached = adopted.min(self.prompt_tokens);
+        self.cached = Some(cached as u32);
+        self.prompt_tokens - cached
+    }
+
+    /// Forgets its KV, which was given up: all its tokens are to be read again. What it draws stays the same.
+    pub(crate) fn restart(&mut self) {
+        self.epoch += 1;
+        (self.submitted, self.computed) = (0, 0);
+    }
+
+    /// Tokens that are known, or will be, and not submitted yet.
     pub(crate) fn pending(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.total() - self.submitted
     }
 
     /// Whether all it needs next is the token after its last one.
@@ -124,69 +192,104 @@ impl Sequence {
         self.pending() == 1 && self.output_tokens() > 0
     }
 
-    /// Prompt tokens still to be read.
+    /// Whether a step can do something for it: not where its last token is being drawn.
+    pub(crate) fn is_runnable(&self) -> bool {
+        self.output_left() > 0
+    }
+
+    /// Tokens still to be read.
     pub(crate) fn prefill_left(&self) -> usize {
         if self.decodes() { 0 } else { self.pending() }
     }
 
-    /// Tokens that it may still generate.
+    /// Tokens that it may still generate, beyond those being drawn.
     pub(crate) fn output_left(&self) -> u32 {
         self.max_tokens - self.output_tokens()
     }
 
-    /// Seconds until the next token is due; negative when it is late.
+    /// Seconds until the next token is due, for a step that begins at `at`; negative when it is late.
     ///
     /// Token j is due at `first_due + j·tpot` (FairBatching, arXiv 2510.14392), so time not used by early tokens may be
     /// spent on others' prompts; but never so much that the row pauses for longer than `pause_max`.
-    pub(crate) fn slack_s(&self, now: Instant, tpot: Duration, pause_max: Duration) -> f64 {
-        let due = self.first_due + tpot * self.output_tokens();
-        let due = match self.emitted {
-            Emitted::At(last) => due.min(last + pause_max),
-            Emitted::Never | Emitted::ThisStep => due,
+    pub(crate) fn slack_s(&self, at: Instant, pause_max: Duration) -> f64 {
+        let mut due = self.targets.first_due + self.targets.tpot * self.output_tokens();
+        let last = match self.emitted {
+            // What is being drawn comes out when the step before ends.
+            _ if self.ahead > 0 => Some(at),
+            Emitted::At(last) => Some(last),
+            Emitted::Never | Emitted::ThisStep => None,
         };
+        if let Some(last) = last {
+            due = due.min(last + pause_max);
+        }
+        if due >= at { (due - at).as_secs_f64() } else { -(at - due).as_secs_f64() }
+    }
+
+    /// Seconds until its first token is due at `now`; negative when it is late.
+    pub(crate) fn wait_left_s(&self, now: Instant) -> f64 {
+        let due = self.targets.first_due;
         if due >= now { (due - now).as_secs_f64() } else { -(now - due).as_secs_f64() }
     }
 
-    /// Its part of a step, over its next `tokens` pending tokens.
+    /// Its part of a step, over its next `tokens` pending tokens, for which it has the blocks.
     pub(crate) fn slice(&self, tokens: usize) -> Slice<'_> {
-        let end = self.computed + tokens;
+        let end = self.submitted + tokens;
         let (prompt, output) = self.tokens.split_at(self.prompt_tokens);
-        let position = self.output_tokens();
-        let sample = RowSampling { params: &self.sampling, position, prompt, output };
+        let sample = RowSampling { params: &self.sampling, position: self.output_tokens(), prompt, output };
+        let input = match self.tokens.get(self.submitted..end) {
+            Some(tokens) => Input::Tokens(tokens),
+            None => Input::Drawn(self.ahead_index),
+        };
         Slice {
             sequence: self.id,
-            start: self.computed,
-            tokens: &self.tokens[self.computed..end],
-            sample: (end == self.tokens.len()).then_some(sample),
+            blocks: self.blocks(),
+            start: self.submitted,
+            input,
+            sample: (end == self.total()).then_some(sample),
         }
     }
 
-    /// Notes that `tokens` more are in the KV; says whether that slice drew a token.
-    pub(crate) fn advance(&mut self, tokens: usize) -> bool {
-        self.computed += tokens;
-        self.computed == self.tokens.len()
+    /// Notes that such a slice was submitted; `drawn_index` is that of the next token that the step draws.
+    pub(crate) fn submit(&mut self, tokens: usize, drawn_index: usize) -> Submitted {
+        self.submitted += tokens;
+        let samples = self.submitted == self.total();
+        if samples {
+            self.ahead += 1;
+            self.ahead_index = drawn_index;
+        }
+        Submitted { id: self.id, epoch: self.epoch, end: self.submitted, samples }
+    }
+
+    /// Notes that a submitted slice has been computed; false where its KV was given up since.
+    pub(crate) fn compute(&mut self, part: &Submitted) -> bool {
+        let current = part.epoch == self.epoch;
+        if current {
+            self.computed = part.end;
+        }
+        current
     }
 
     /// Takes the token drawn after its last one.
     pub(crate) fn draw(&mut self, token: TokenId) -> Drawn {
+        self.ahead -= 1;
+        let index = self.known_output();
         if self.ends.contains(&token) {
             let mut end = self.finish(FinishReason::Stop);
             end.usage.completion_tokens += 1;
             return Drawn { token: None, end: Some(end) };
         }
-        let index = self.output_tokens();
         self.tokens.push(token);
         self.emitted = Emitted::ThisStep;
-        let end = (self.output_left() == 0).then(|| self.finish(FinishReason::Length));
+        let end = (self.known_output() == self.max_tokens).then(|| self.finish(FinishReason::Length));
         Drawn { token: Some((index, token)), end }
     }
 
-    /// Tells when the step that just ran ended.
+    /// Tells when the step that was just collected ended.
     pub(crate) fn settle(&mut self, now: Instant) {
         if matches!(self.emitted, Emitted::ThisStep) {
-            if self.output_tokens() == 1 {
+            if self.known_output() == 1 {
                 // A first token that came late is not made up for by hurrying those after it.
-                self.first_due = self.first_due.max(now);
+                self.targets.first_due = self.targets.first_due.max(now);
             }
             self.emitted = Emitted::At(now);
         }
@@ -196,13 +299,26 @@ impl Sequence {
     pub(crate) fn finish(&self, reason: FinishReason) -> Finish {
         let usage = Usage {
             prompt_tokens: self.prompt_tokens as u32,
-            cached_tokens: 0,
-            completion_tokens: self.output_tokens(),
+            cached_tokens: self.cached.unwrap_or(0),
+            completion_tokens: self.known_output(),
         };
         Finish { reason, usage }
     }
 
+    fn blocks(&self) -> &[BlockId] {
+        self.held.blocks()
+    }
+
+    /// Tokens known and being drawn.
+    fn total(&self) -> usize {
+        self.tokens.len() + self.ahead as usize
+    }
+
     fn output_tokens(&self) -> u32 {
+        self.known_output() + self.ahead
+    }
+
+    fn known_output(&self) -> u32 {
         (self.tokens.len() - self.prompt_tokens) as u32
     }
 }

@@ -1,19 +1,21 @@
 //! [`FakeModel`]: a model whose text is a hash, whose seconds are virtual, and which panics when its contract is broken.
 
 use crate::VirtualClock;
-use engine::{Model, ModelError, ModelLimits, SequenceId, Slice};
+use engine::{BlockId, Input, Model, ModelError, ModelLimits, SequenceId, Slice};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     ops::RangeInclusive,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
-use types::{AssetsHash, BlockHash, FinishReason, GenerateRequest, ModelCard, SamplingParams, TokenId};
+use types::{
+    AssetsHash, BLOCK_TOKENS, BlockHash, FinishReason, GenerateRequest, ModelCard, SamplingParams, TokenId,
+};
 
 /// The token that ends a [`FakeModel`]'s text.
 const EOS: TokenId = 0;
-/// KV is allocated in multiples of this many tokens, as the real models do.
-const KV_STEP_TOKENS: u64 = 256;
+/// Steps that may be in flight.
+const FLIGHTS_MAX: usize = 2;
 
 /// How long a step takes.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -51,7 +53,7 @@ impl StepCost {
     fn seconds(&self, slices: &[Slice<'_>], number: u64) -> f64 {
         let mut seconds = self.base.as_secs_f64();
         for slice in slices {
-            let (start, tokens) = (slice.start as f64, slice.tokens.len() as f64);
+            let (start, tokens) = (slice.start as f64, slice.input.count() as f64);
             let (attended, each) = if is_row(slice) {
                 (start + 1.0, self.row)
             } else {
@@ -88,7 +90,7 @@ impl Default for FakeSettings {
             name: "fake".to_owned(),
             context_tokens: 8192,
             vocab_size: 1000,
-            limits: ModelLimits { slots: 4, kv_tokens: 32_768, kv_bytes_per_token: 1024 },
+            limits: ModelLimits { slots: 4, blocks: 1024, kv_bytes_per_token: 1024 },
             cost: StepCost::mac(),
             eos_at: None,
         }
@@ -152,12 +154,12 @@ impl Text {
 /// A failure to inject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The backend fails.
+    /// The backend fails when a step is begun.
     Backend,
+    /// The backend fails while a step runs.
+    Lost,
     /// The step's slice of this index makes it fail (the last one where there are fewer).
     Sequence(usize),
-    /// The next sequence cannot be opened; at the next `open` whatever the step.
-    Open,
 }
 
 /// A step that was run.
@@ -173,11 +175,8 @@ pub struct StepRecord {
 
 #[derive(Debug, Default)]
 struct Shared {
-    open: usize,
-    opened: u64,
     calls: u64,
     faults: BTreeMap<u64, Fault>,
-    fail_open: bool,
     record: Vec<StepRecord>,
 }
 
@@ -186,30 +185,21 @@ struct Shared {
 pub struct FakeHandle(Arc<Mutex<Shared>>);
 
 impl FakeHandle {
-    /// Sequences that are open.
-    pub fn open(&self) -> usize {
-        self.lock().open
-    }
-
-    /// Sequences that were ever opened.
-    pub fn opened(&self) -> u64 {
-        self.lock().opened
-    }
-
     /// Steps that were run, in order.
     pub fn steps(&self) -> Vec<StepRecord> {
         self.lock().record.clone()
     }
 
-    /// Makes the `nth` step from now fail; 0 is the next one. [`Fault::Open`] concerns the next `open` instead.
+    /// Prompt tokens that were computed, in all steps.
+    pub fn prefill_tokens(&self) -> usize {
+        self.lock().record.iter().flat_map(|step| &step.slices).map(|slice| slice.2).sum()
+    }
+
+    /// Makes the `nth` step from now fail; 0 is the next one.
     pub fn inject(&self, nth: u64, fault: Fault) {
         let mut shared = self.lock();
-        if fault == Fault::Open {
-            shared.fail_open = true;
-        } else {
-            let call = shared.calls + nth;
-            shared.faults.insert(call, fault);
-        }
+        let call = shared.calls + nth;
+        shared.faults.insert(call, fault);
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared> {
@@ -217,25 +207,32 @@ impl FakeHandle {
     }
 }
 
+/// A token in a block, with its position in its sequence.
+type Cell = Option<(usize, TokenId)>;
+
 #[derive(Debug)]
-struct Open {
-    tokens_max: usize,
-    /// The KV.
-    tokens: Vec<TokenId>,
+struct Flight {
+    /// What the step draws; none where the backend is lost on the way.
+    drawn: Option<Vec<TokenId>>,
+    end: Instant,
 }
 
 /// A model without weights. Its text depends on prompt and seed only; see [`FakeSettings::output`].
 ///
-/// It panics when the engine breaks the contract of [`Model`]: sequences opened twice, not at all or past the limits, gaps,
-/// steps that name a sequence twice, tokens or sampling state that are not the sequence's, calls after a lost backend.
+/// Steps take virtual time, one after another, beginning when they are submitted. It panics when the engine breaks the
+/// contract of [`Model`]: blocks that are not there, that two slices write to, or that do not hold what they should
+/// when a token is drawn after them; more steps in flight than allowed; steps that name a sequence twice; tokens or
+/// sampling state that are not the sequence's; calls after a lost backend.
 #[derive(Debug)]
 pub struct FakeModel {
     settings: FakeSettings,
     card: ModelCard,
     clock: VirtualClock,
     handle: FakeHandle,
-    open: BTreeMap<SequenceId, Open>,
-    closed: BTreeSet<SequenceId>,
+    blocks: Vec<[Cell; BLOCK_TOKENS]>,
+    flights: VecDeque<Flight>,
+    /// When the last step submitted ends.
+    busy_until: Instant,
     lost: bool,
 }
 
@@ -253,24 +250,68 @@ impl FakeModel {
         };
         let handle = FakeHandle::default();
         let model = Self {
+            blocks: vec![[None; BLOCK_TOKENS]; settings.limits.blocks],
+            busy_until: clock.now(),
             settings,
             card,
             clock,
             handle: handle.clone(),
-            open: BTreeMap::new(),
-            closed: BTreeSet::new(),
+            flights: VecDeque::new(),
             lost: false,
         };
         (model, handle)
     }
 
-    /// The token after what is in the KV of a slice's sequence.
-    fn draw(&self, slice: &Slice<'_>) -> Option<TokenId> {
+    /// The tokens that a slice appends.
+    fn input(&self, slice: &Slice<'_>) -> Vec<TokenId> {
+        match slice.input {
+            Input::Tokens(tokens) => tokens.to_vec(),
+            Input::Drawn(index) => {
+                let before = self.flights.back().unwrap_or_else(|| {
+                    panic!("{:?} goes on from a step that was collected already", slice.sequence)
+                });
+                // A lost step draws nothing that anybody will see.
+                vec![before.drawn.as_ref().map_or(EOS, |drawn| drawn[index])]
+            }
+        }
+    }
+
+    /// Appends a slice's tokens to its blocks; returns those that it wrote to.
+    fn append(&mut self, slice: &Slice<'_>, tokens: &[TokenId]) -> BTreeSet<BlockId> {
+        assert!(!tokens.is_empty(), "{:?}: an empty slice", slice.sequence);
+        let end = slice.start + tokens.len();
+        let context = self.card.context_tokens as usize;
+        assert!(end <= context, "{:?}: {end} tokens in a context of {context}", slice.sequence);
+        let mut written = BTreeSet::new();
+        for (position, &token) in (slice.start..).zip(tokens) {
+            let block = *slice
+                .blocks
+                .get(position / BLOCK_TOKENS)
+                .unwrap_or_else(|| panic!("{:?}: no block for position {position}", slice.sequence));
+            let cells = self.blocks.get_mut(block.0 as usize);
+            let cells = cells.unwrap_or_else(|| panic!("{block:?} does not exist"));
+            cells[position % BLOCK_TOKENS] = Some((position, token));
+            written.insert(block);
+        }
+        written
+    }
+
+    /// The token after what is in the KV of a slice that appended `tokens`.
+    fn draw(&self, slice: &Slice<'_>, tokens: &[TokenId]) -> Option<TokenId> {
         let sampling = slice.sample?;
-        let kv = &self.open[&slice.sequence].tokens;
-        let known = [sampling.prompt, sampling.output].concat();
-        assert_eq!(*kv, known, "{:?}: the KV is not prompt and output", slice.sequence);
-        let position = sampling.output.len() as u32;
+        let late = match slice.input {
+            Input::Tokens(_) => &[][..],
+            Input::Drawn(_) => tokens,
+        };
+        let known = [sampling.prompt, sampling.output, late].concat();
+        assert_eq!(slice.start + tokens.len(), known.len(), "{:?}: tokens are left out", slice.sequence);
+        for (position, &token) in known.iter().enumerate() {
+            let block = slice.blocks[position / BLOCK_TOKENS];
+            let cell = self.blocks[block.0 as usize][position % BLOCK_TOKENS];
+            let at = (slice.sequence, position, block);
+            assert_eq!(cell, Some((position, token)), "{at:?}: the KV is not prompt and output");
+        }
+        let position = (sampling.output.len() + late.len()) as u32;
         assert_eq!(sampling.position, position, "{:?}: wrong sampling position", slice.sequence);
         Some(self.settings.text(sampling.prompt, sampling.params).token(position))
     }
@@ -285,80 +326,68 @@ impl Model for FakeModel {
         self.settings.limits
     }
 
-    fn open(&mut self, sequence: SequenceId, tokens_max: usize) -> Result<(), ModelError> {
-        assert!(!self.lost, "open of {sequence:?} after the backend was lost");
-        assert!(!self.closed.contains(&sequence), "{sequence:?} was used before");
-        if std::mem::take(&mut self.handle.lock().fail_open) {
-            self.closed.insert(sequence);
-            return Err(ModelError::Sequence { sequence, message: "injected into open".to_owned() });
-        }
-        let previous = self.open.insert(sequence, Open { tokens_max, tokens: Vec::new() });
-        assert!(previous.is_none(), "{sequence:?} was opened twice");
-        assert!(tokens_max > 0 && tokens_max <= self.card.context_tokens as usize, "{tokens_max} tokens");
-        let slots = self.settings.limits.slots;
-        assert!(self.open.len() <= slots, "{} sequences in {slots} slots", self.open.len());
-        let mut shared = self.handle.lock();
-        shared.open += 1;
-        shared.opened += 1;
-        Ok(())
-    }
-
-    fn step(&mut self, slices: &[Slice<'_>]) -> Result<Vec<TokenId>, ModelError> {
+    fn submit(&mut self, slices: &[Slice<'_>]) -> Result<(), ModelError> {
         assert!(!self.lost, "a step after the backend was lost");
         assert!(!slices.is_empty(), "a step without slices");
+        let slots = self.settings.limits.slots;
+        assert!(slices.len() <= slots, "{} slices in {slots} slots", slices.len());
+        assert!(self.flights.len() < FLIGHTS_MAX, "more than {FLIGHTS_MAX} steps in flight");
         let distinct: BTreeSet<_> = slices.iter().map(|slice| slice.sequence).collect();
         assert_eq!(distinct.len(), slices.len(), "a step names a sequence twice");
-        let number = {
+        let (number, fault) = {
             let mut shared = self.handle.lock();
             shared.calls += 1;
-            shared.calls - 1
+            let number = shared.calls - 1;
+            (number, shared.faults.remove(&number))
         };
-        let fault = self.handle.lock().faults.remove(&number);
         match fault {
             Some(Fault::Sequence(index)) => {
                 let sequence = slices[index.min(slices.len() - 1)].sequence;
                 return Err(ModelError::Sequence { sequence, message: "injected".to_owned() });
             }
-            Some(Fault::Backend | Fault::Open) => {
+            Some(Fault::Backend) => {
                 self.lost = true;
                 return Err(ModelError::Backend("injected".to_owned()));
             }
-            None => {}
+            Some(Fault::Lost) | None => {}
         }
-        for slice in slices {
-            let open = self.open.get_mut(&slice.sequence);
-            let open = open.unwrap_or_else(|| panic!("a step of {:?}, which is not open", slice.sequence));
-            assert!(!slice.tokens.is_empty(), "{:?}: an empty slice", slice.sequence);
-            assert_eq!(slice.start, open.tokens.len(), "{:?}: a gap or an overlap", slice.sequence);
-            open.tokens.extend_from_slice(slice.tokens);
-            let (tokens, tokens_max) = (open.tokens.len(), open.tokens_max);
-            assert!(tokens <= tokens_max, "{:?}: {tokens} tokens of {tokens_max}", slice.sequence);
+        let inputs: Vec<_> = slices.iter().map(|slice| self.input(slice)).collect();
+        let mut written = BTreeSet::new();
+        for (slice, tokens) in slices.iter().zip(&inputs) {
+            for block in self.append(slice, tokens) {
+                assert!(written.insert(block), "two slices of a step write to {block:?}");
+            }
         }
-        let held = |open: &Open| (open.tokens.len() as u64).next_multiple_of(KV_STEP_TOKENS);
-        let (held, most): (u64, _) = (self.open.values().map(held).sum(), self.settings.limits.kv_tokens);
-        assert!(held <= most, "{held} tokens in a KV of {most}");
-        let drawn = slices.iter().filter_map(|slice| self.draw(slice)).collect();
-        let begin = self.clock.now();
-        self.clock.advance(Duration::from_secs_f64(self.settings.cost.seconds(slices, number)));
+        let drawn =
+            slices.iter().zip(&inputs).filter_map(|(slice, tokens)| self.draw(slice, tokens)).collect();
+        let drawn = (fault != Some(Fault::Lost)).then_some(drawn);
+        let begin = self.busy_until.max(self.clock.now());
+        let end = begin + Duration::from_secs_f64(self.settings.cost.seconds(slices, number));
+        self.busy_until = end;
+        self.flights.push_back(Flight { drawn, end });
         let (rows, prompts): (Vec<Slice<'_>>, Vec<Slice<'_>>) = slices.iter().copied().partition(is_row);
         self.handle.lock().record.push(StepRecord {
-            time: (begin, self.clock.now()),
+            time: (begin, end),
             rows: rows.iter().map(|slice| slice.sequence).collect(),
-            slices: prompts.iter().map(|slice| (slice.sequence, slice.start, slice.tokens.len())).collect(),
+            slices: prompts.iter().map(|slice| (slice.sequence, slice.start, slice.input.count())).collect(),
         });
-        Ok(drawn)
+        Ok(())
     }
 
-    fn close(&mut self, sequence: SequenceId) {
-        assert!(!self.lost, "close of {sequence:?} after the backend was lost");
-        assert!(self.open.remove(&sequence).is_some(), "{sequence:?} was closed without being open");
-        self.closed.insert(sequence);
-        self.handle.lock().open -= 1;
+    fn collect(&mut self) -> Result<Vec<TokenId>, ModelError> {
+        assert!(!self.lost, "a step is collected after the backend was lost");
+        let Some(flight) = self.flights.pop_front() else { panic!("no step is in flight") };
+        self.clock.advance(flight.end.saturating_duration_since(self.clock.now()));
+        flight.drawn.ok_or_else(|| {
+            self.lost = true;
+            ModelError::Backend("injected".to_owned())
+        })
     }
 }
 
 fn is_row(slice: &Slice<'_>) -> bool {
-    slice.sample.is_some_and(|sampling| slice.tokens.len() == 1 && !sampling.output.is_empty())
+    let one = |position| slice.input.count() == 1 && position > 0;
+    slice.sample.is_some_and(|sampling| one(sampling.position))
 }
 
 /// SplitMix64's step and finalizer (Steele, Lea, Flood 2014).

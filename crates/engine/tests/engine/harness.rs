@@ -7,8 +7,8 @@ use std::{
 };
 use testkit::{FakeHandle, FakeModel, FakeSettings, Streams, VirtualClock};
 use types::{
-    Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, NodeRates, RequestId, SamplingDraft,
-    SamplingParams, TokenEvent,
+    CacheScope, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, NodeRates, RequestId,
+    SamplingDraft, SamplingParams, Service, TokenEvent,
 };
 
 /// What [`testkit::StepCost::mac`] comes to.
@@ -25,6 +25,8 @@ pub(crate) fn draft(id: u128, prompt_tokens: usize, max_tokens: u32) -> Generate
         max_tokens,
         stop_tokens: Vec::new(),
         ignore_eos: false,
+        service: Service::default(),
+        cache: CacheScope::default(),
     }
 }
 
@@ -93,6 +95,7 @@ impl Bench {
 
     pub(crate) fn try_step(&mut self) -> Result<StepSummary, ModelError> {
         let mut events = Vec::new();
+        self.clock.advance(self.engine.spare_time(self.clock.now()));
         let result = self.engine.step(self.clock.now(), &mut events);
         self.engine.observe(self.clock.now());
         for (id, event) in &events {
@@ -142,7 +145,7 @@ impl Bench {
     /// What must hold when all is done: every request ended once, with its own text, and nothing is held.
     pub(crate) fn check_end(&self) {
         assert_eq!(self.streams.unfinished(), []);
-        assert_eq!(self.model.open(), 0, "sequences left open");
+        self.engine.check_invariants();
         let load = self.engine.load(self.clock.now());
         let left = [u64::from(load.running), u64::from(load.waiting), load.kv_tokens.0];
         assert_eq!(left, [0; 3], "{load:?}");

@@ -29,7 +29,7 @@ impl Random {
 fn settings(random: &mut Random) -> FakeSettings {
     let limits = ModelLimits {
         slots: 1 + random.below(8) as usize,
-        kv_tokens: 256 * (4 + random.below(40)),
+        blocks: 8 * (4 + random.below(40)) as usize,
         kv_bytes_per_token: 1024,
     };
     FakeSettings {
@@ -74,16 +74,17 @@ fn traffic(seed: u64) -> Vec<(RequestId, TokenEvent)> {
                 bench.cancel(id);
             }
             4 if faults && random.one_in(4) => {
-                let fault = random.pick(&[Fault::Open, Fault::Sequence(0), Fault::Sequence(3)]);
+                let fault = random.pick(&[Fault::Sequence(0), Fault::Sequence(3)]);
                 bench.model.inject(random.below(5), fault);
             }
             _ => {
                 bench.step();
+                bench.engine.check_invariants();
             }
         }
     }
     if random.one_in(4) {
-        bench.model.inject(random.below(20), Fault::Backend);
+        bench.model.inject(random.below(20), random.pick(&[Fault::Backend, Fault::Lost]));
         while !bench.engine.is_idle() {
             if bench.try_step().is_err() {
                 assert!(bench.engine.is_idle());
