@@ -15,6 +15,8 @@ const RATES_UNKNOWN: NodeRates =
     NodeRates { prefill_tokens_per_s: 200.0, decode_step_s: 0.05, decode_row_s: 0.01 };
 /// Assumed of a node that has not told its slots.
 pub(crate) const SLOTS_UNKNOWN: u32 = 1;
+/// The longest backlog believed, in seconds: past it nothing is told apart.
+const BACKLOG_S_MAX: f64 = 86_400.0;
 /// The least prefill rate believed, tokens a second: keeps a cost finite whatever a node reports.
 const PREFILL_RATE_MIN: f64 = 1.0;
 
@@ -47,7 +49,10 @@ pub(crate) struct Work {
     pub(crate) slots: u32,
     /// Requests at the node or on their way to it.
     pub(crate) requests: u32,
-    pub(crate) prefill_tokens: u64,
+    /// Seconds of prefill that the node told of and that should be left now.
+    pub(crate) backlog_s: f64,
+    /// Prompt tokens beyond that.
+    pub(crate) booked_tokens: u64,
     pub(crate) decode_tokens: u64,
     pub(crate) rtt: Duration,
 }
@@ -57,9 +62,17 @@ impl Work {
         load.map_or(RATES_UNKNOWN, |load| load.rates)
     }
 
-    pub(crate) fn prefill_rate(rates: &NodeRates) -> f64 {
+    fn prefill_rate(rates: &NodeRates) -> f64 {
         // `max` also replaces NaN.
         f64::from(rates.prefill_tokens_per_s).max(PREFILL_RATE_MIN)
+    }
+
+    /// What is left of the prefill of a load report after `since`: the node has been working meanwhile.
+    pub(crate) fn backlog_s(load: Option<&NodeLoad>, since: Duration) -> f64 {
+        let told_s = load.map_or(0.0, |load| f64::from(load.prefill_backlog_s));
+        // `max` also replaces NaN.
+        let left_s = (told_s - since.as_secs_f64()).max(0.0);
+        left_s.min(BACKLOG_S_MAX)
     }
 
     fn step_s(&self, rows: u32) -> f64 {
@@ -90,7 +103,7 @@ impl Work {
         let interference = 1.0 + decode_step_s * rate / PREFILL_SLICE_TOKENS;
         let expected = u64::from(max_tokens).min(DECODE_TOKENS_EXPECTED_MAX) as f64;
         Cost {
-            backlog_s: self.prefill_tokens as f64 / rate,
+            backlog_s: self.backlog_s + self.booked_tokens as f64 / rate,
             slot_s: self.slot_s(),
             prefill_s: uncached_tokens as f64 / rate * interference,
             rtt_s: self.rtt.as_secs_f64(),

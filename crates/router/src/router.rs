@@ -159,18 +159,14 @@ impl KnownNode {
 
     fn work(&self, now: Instant) -> Work {
         let load = self.load();
-        let rates = Work::rates(load);
         let since = self.load.map_or(Duration::ZERO, |(_, at)| now.saturating_duration_since(at));
-        // It has been working since it told.
-        let read = (since.as_secs_f64() * Work::prefill_rate(&rates)) as u64;
         let reported = load.map_or(0, |load| load.running.saturating_add(load.waiting));
         Work {
-            rates,
+            rates: Work::rates(load),
             slots: load.map_or(SLOTS_UNKNOWN, |load| load.slots),
             requests: reported.saturating_sub(self.ended).saturating_add(self.booked.requests),
-            prefill_tokens: load
-                .map_or(0, |load| load.prefill_backlog_tokens.saturating_sub(read))
-                .saturating_add(self.booked.prefill_tokens),
+            backlog_s: Work::backlog_s(load, since),
+            booked_tokens: self.booked.prefill_tokens,
             decode_tokens: load
                 .map_or(0, |load| load.decode_backlog_tokens)
                 .saturating_add(self.booked.decode_tokens),

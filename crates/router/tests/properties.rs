@@ -53,6 +53,10 @@ fn load(running: u8, tokens: u16) -> NodeLoad {
         prefill_backlog_tokens: u64::from(tokens),
         decode_backlog_tokens: u64::from(tokens),
         kv_tokens: (0, 1),
+        cached_kv_tokens: 0,
+        prefill_backlog_s: f32::from(tokens) / 100.0,
+        prefill_budget_tokens: 0,
+        decode_step_s: [0.0; 8],
         rates: NodeRates { prefill_tokens_per_s: 100.0, decode_step_s: 0.1, decode_row_s: 0.01 },
     }
 }

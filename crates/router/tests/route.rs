@@ -29,6 +29,10 @@ fn load(prefill_rate: f32, running: u32, prefill_backlog_tokens: u64) -> NodeLoa
         prefill_backlog_tokens,
         decode_backlog_tokens: u64::from(running) * 100,
         kv_tokens: (0, 65_536),
+        cached_kv_tokens: 0,
+        prefill_backlog_s: prefill_backlog_tokens as f32 / prefill_rate,
+        prefill_budget_tokens: 0,
+        decode_step_s: [0.0; 8],
         rates: NodeRates {
             prefill_tokens_per_s: prefill_rate,
             decode_step_s: 40.0 / prefill_rate,
@@ -130,6 +134,19 @@ fn load_wins_over_affinity_where_the_queue_is_long() {
     case.check(&prompt(1, 640), 2, RouteReason::LeastWork);
     case.now += Duration::from_secs(2);
     case.check(&prompt(1, 640), 1, RouteReason::Affinity);
+}
+
+#[test]
+fn what_of_the_backlog_is_cached_does_not_count() {
+    let cached = NodeLoad { prefill_backlog_s: 0.1, ..load(1000.0, 1, 5000) };
+    let mut case = Case::new(&[cached, load(1000.0, 1, 1000)]);
+    case.check(&prompt(1, 100), 1, RouteReason::LeastWork);
+    for untold in [f32::NAN, f32::NEG_INFINITY] {
+        case.load(1, NodeLoad { prefill_backlog_s: untold, ..cached });
+        case.check(&prompt(1, 100), 1, RouteReason::LeastWork);
+    }
+    case.load(1, NodeLoad { prefill_backlog_s: f32::INFINITY, ..cached });
+    case.check(&prompt(1, 100), 2, RouteReason::LeastWork);
 }
 
 #[test]
