@@ -1,4 +1,4 @@
-//! API keys: `Authorization: Bearer <key>`, compared in constant time.
+//! API keys: `Authorization: Bearer <key>`, compared in constant time. What lies behind knows a client by [`ClientId`] only.
 
 use crate::{AppState, error::ApiError};
 use axum::{
@@ -8,19 +8,22 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use subtle::{Choice, ConstantTimeEq};
+use types::ClientId;
 
 /// Paths that need no key: whoever supervises the process has none.
 const OPEN: [&str; 1] = ["/health"];
 
-/// Lets a request pass that has a key, if there are any.
-pub(crate) async fn check(State(state): State<AppState>, request: Request, next: Next) -> Response {
+/// Lets a request pass that has a key, if there are any, and says whose it is, as an extension of the request.
+pub(crate) async fn check(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     let keys = &state.settings.api_keys;
     if keys.is_empty() || OPEN.contains(&request.uri().path()) {
         return next.run(request).await;
     }
     let value = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
     let given = value.and_then(bearer);
-    if given.is_some_and(|given| bool::from(is_one_of(given, keys))) {
+    let known = given.filter(|given| bool::from(is_one_of(given, keys)));
+    if let Some(client) = known.map(ClientId::of_key) {
+        request.extensions_mut().insert(client);
         return next.run(request).await;
     }
     ApiError::Unauthorized { given: given.is_some() }.into_response()

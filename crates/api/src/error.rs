@@ -6,7 +6,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
-use types::{AssetsHash, GenerateError, GenerateRequestError, SamplingError, limits};
+use types::{AssetsHash, GenerateError, GenerateRequestError, SamplingError, SessionId, limits};
 
 /// Why a request gets no answer.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -39,6 +39,12 @@ pub(crate) enum ApiError {
     BodySlow { seconds: u64 },
     #[error("{}", if *given { "the API key is not valid" } else { "an API key is needed, as `Authorization: Bearer …`" })]
     Unauthorized { given: bool },
+    #[error("there is no session {:?}", id.as_str())]
+    NoSession { id: SessionId },
+    #[error(
+        "the session {:?} is not on the nodes that answered, and {} did not answer", id.as_str(), silent.join(", ")
+    )]
+    SessionUnknown { id: SessionId, silent: Vec<String> },
     #[error("there is no {path:?} here")]
     NoRoute { path: String },
     #[error("{path:?} does not take {method}")]
@@ -90,6 +96,10 @@ impl ApiError {
             Self::BodyUnreadable { .. } => invalid(S::BAD_REQUEST, "body_unreadable"),
             Self::BodySlow { .. } => invalid(S::REQUEST_TIMEOUT, "body_timeout"),
             Self::Unauthorized { .. } => invalid(S::UNAUTHORIZED, "invalid_api_key"),
+            Self::NoSession { .. } => invalid(S::NOT_FOUND, "session_not_found").param("session_id"),
+            Self::SessionUnknown { .. } => {
+                Outline { retry_after_s: Some(1), ..server(S::SERVICE_UNAVAILABLE, "nodes_silent") }
+            }
             Self::NoRoute { .. } => invalid(S::NOT_FOUND, "unknown_url"),
             Self::WrongMethod { .. } => invalid(S::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::Cancelled => server(S::SERVICE_UNAVAILABLE, "cancelled"),
@@ -131,6 +141,8 @@ impl ApiError {
             GenerateRequestError::EmptyPrompt | GenerateRequestError::PromptTooLong { .. } => prompt_param,
             GenerateRequestError::MaxTokens { .. } => "max_tokens",
             GenerateRequestError::StopTokens { .. } => "stop_token_ids",
+            GenerateRequestError::Target { name, .. } => name,
+            GenerateRequestError::CacheSaltTooLong { .. } => "cache_salt",
         };
         Self::parameter(param, error.to_string())
     }

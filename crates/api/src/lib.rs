@@ -2,10 +2,11 @@
 //!
 //! `openai` has the JSON as types, `prompt` turns messages into tokens, `text` turns tokens into text, `handlers` has a
 //! file for each route, and `error` is the one place that knows statuses. Nothing here knows nodes or sockets behind the
-//! two traits. A client that goes away drops its [`types::Generation`], which cancels it. There is no CORS: a page of
+//! three traits. A client that goes away drops its [`types::Generation`], which cancels it. There is no CORS: a page of
 //! another origin cannot read what is served here.
 
 mod auth;
+mod caller;
 mod error;
 mod handlers;
 mod openai;
@@ -23,14 +24,14 @@ use axum::{
     Router,
     http::{Method, Uri},
     middleware::{from_fn, from_fn_with_state},
-    routing::{get, post},
+    routing::{delete, get, post},
 };
 use error::ApiError;
-use handlers::{chat, completions, models, status};
+use handlers::{chat, completions, models, sessions, status};
 use prompt::TextCache;
 use std::{fmt, sync::Arc};
 use tag::RequestTag;
-use types::{Directory, Generate};
+use types::{Directory, Generate, Sessions};
 
 /// What the endpoint serves, and with what.
 #[derive(Clone)]
@@ -39,6 +40,8 @@ pub struct ApiState {
     pub generate: Arc<dyn Generate>,
     /// Who knows the models and nodes.
     pub directory: Arc<dyn Directory>,
+    /// Who reaches the sessions.
+    pub sessions: Arc<dyn Sessions>,
     /// How.
     pub settings: ApiSettings,
 }
@@ -50,11 +53,13 @@ pub struct ApiSettings {
     pub api_keys: Vec<String>,
     /// `owned_by` of the models.
     pub owned_by: String,
+    /// No key's requests use what those of another key left in the prefix caches.
+    pub cache_per_key: bool,
 }
 
 impl Default for ApiSettings {
     fn default() -> Self {
-        Self { api_keys: Vec::new(), owned_by: "mlx-cluster".to_owned() }
+        Self { api_keys: Vec::new(), owned_by: "mlx-cluster".to_owned(), cache_per_key: false }
     }
 }
 
@@ -64,6 +69,7 @@ pub fn app(state: ApiState) -> Router {
         texts: TextCache::new(state.directory.clone()),
         generate: state.generate,
         directory: state.directory,
+        sessions: state.sessions,
         settings: state.settings,
     });
     Router::new()
@@ -72,6 +78,9 @@ pub fn app(state: ApiState) -> Router {
         .route("/v1/models", get(models::list))
         // Names of models may have slashes.
         .route("/v1/models/{*id}", get(models::get))
+        .route("/v1/sessions", get(sessions::list))
+        // So may names of sessions.
+        .route("/v1/sessions/{*id}", delete(sessions::delete))
         .route("/v1/cluster", get(status::cluster))
         .route("/health", get(status::health))
         .route("/ready", get(status::ready))
@@ -87,6 +96,7 @@ type AppState = Arc<App>;
 struct App {
     generate: Arc<dyn Generate>,
     directory: Arc<dyn Directory>,
+    sessions: Arc<dyn Sessions>,
     settings: ApiSettings,
     texts: TextCache,
 }
@@ -111,6 +121,7 @@ impl fmt::Debug for ApiSettings {
         f.debug_struct("ApiSettings")
             .field("api_keys", &self.api_keys.len())
             .field("owned_by", &self.owned_by)
+            .field("cache_per_key", &self.cache_per_key)
             .finish()
     }
 }

@@ -6,17 +6,18 @@ use super::{
     start::{Job, PromptKind, resolve, start},
 };
 use crate::{
-    AppState, RequestTag,
+    AppState,
+    caller::Caller,
     error::ApiError,
     openai::{request::ChatCompletionRequest, values::Object},
     prompt::{ModelText, TemplateError, TemplateInput, TemplateMessage},
 };
-use axum::{Extension, body::Body, extract::State, response::Response};
+use axum::{body::Body, extract::State, response::Response};
 use types::{ModelCard, TokenId};
 
 pub(crate) async fn create(
     State(state): State<AppState>,
-    Extension(RequestTag(id)): Extension<RequestTag>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
     let body = body::read(body).await?;
@@ -24,13 +25,14 @@ pub(crate) async fn create(
     let mut request = ChatCompletionRequest::parse(&body)?;
     drop(body);
     let card = resolve(&state, request.model.as_deref())?;
-    let parameters = request.take_parameters().check(&card)?;
+    let parameters = request.take_parameters().check(&card, &caller)?;
     let text = state.texts.get(&card).await?;
     let model = card.clone();
     let prompt = state.texts.run(&text, bytes, move |text| encode(text, &model, request)).await?;
     let (stream, include_usage) = (parameters.stream, parameters.include_usage);
-    let format = ChatFormat::new(id, &card);
-    let job = Job { id, card, text, prompts: vec![prompt], kind: PromptKind::Messages, parameters };
+    let format = ChatFormat::new(caller.id, &card);
+    let job =
+        Job { id: caller.id, card, text, prompts: vec![prompt], kind: PromptKind::Messages, parameters };
     let started = start(&state, job).await?;
     if stream {
         Ok(answer::stream(started, format, include_usage))

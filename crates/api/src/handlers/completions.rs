@@ -6,18 +6,19 @@ use super::{
     start::{Job, PromptKind, resolve, start},
 };
 use crate::{
-    AppState, RequestTag,
+    AppState,
+    caller::Caller,
     error::ApiError,
     openai::{parameters::check_tokens, request::CompletionRequest, values::Prompts},
 };
-use axum::{Extension, body::Body, extract::State, response::Response};
+use axum::{body::Body, extract::State, response::Response};
 
 /// Tokens generated where the client does not say: OpenAI's default for this endpoint.
 const MAX_TOKENS_DEFAULT: u32 = 16;
 
 pub(crate) async fn create(
     State(state): State<AppState>,
-    Extension(RequestTag(id)): Extension<RequestTag>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
     let body = body::read(body).await?;
@@ -25,7 +26,7 @@ pub(crate) async fn create(
     let mut request = CompletionRequest::parse(&body)?;
     drop(body);
     let card = resolve(&state, request.model.as_deref())?;
-    let parameters = request.take_parameters().check(&card)?;
+    let parameters = request.take_parameters().check(&card, &caller)?;
     let text = state.texts.get(&card).await?;
     let prompts = match request.prompt {
         Prompts::Tokens(prompts) => {
@@ -41,9 +42,10 @@ pub(crate) async fn create(
         }
     };
     let (stream, include_usage) = (parameters.stream, parameters.include_usage);
-    let format = TextFormat::new(id, &card);
+    let format = TextFormat::new(caller.id, &card);
     let kind = PromptKind::Text { max_tokens_default: MAX_TOKENS_DEFAULT };
-    let started = start(&state, Job { id, card, text, prompts, kind, parameters }).await?;
+    let job = Job { id: caller.id, card, text, prompts, kind, parameters };
+    let started = start(&state, job).await?;
     if stream {
         Ok(answer::stream(started, format, include_usage))
     } else {

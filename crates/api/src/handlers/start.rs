@@ -91,6 +91,10 @@ pub(crate) fn why_not_ready(view: &ClusterView) -> String {
 /// Starts all generations of a job, or none.
 pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiError> {
     let mut starting = Vec::with_capacity(job.prompts.len());
+    let (service, mut cache) = (job.parameters.service, job.parameters.cache.clone());
+    if state.settings.cache_per_key {
+        cache = cache.of_client(service.client);
+    }
     for (index, prompt) in job.prompts.into_iter().enumerate() {
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         let max_tokens = max_tokens(&job.card, prompt_tokens, job.parameters.max_tokens, job.kind)?;
@@ -109,6 +113,8 @@ pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiErro
             max_tokens,
             stop_tokens: job.parameters.stop_tokens.clone(),
             ignore_eos: job.parameters.ignore_eos,
+            service,
+            cache: cache.clone(),
         };
         let prompt_param = if job.kind == PromptKind::Messages { "messages" } else { "prompt" };
         let request =

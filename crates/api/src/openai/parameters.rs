@@ -1,8 +1,14 @@
 //! The parameters that both completion requests share, checked.
 
-use super::values::{LogitBias, Seed, Strings};
-use crate::error::ApiError;
-use types::{ModelCard, SamplingDraft, SamplingParams, TokenId, limits};
+use super::values::{LogitBias, PriorityValue, Seed, Strings};
+use crate::{
+    caller::{Caller, SESSION_HEADER},
+    error::ApiError,
+};
+use types::{
+    CacheScope, GenerateRequestError, ModelCard, SamplingDraft, SamplingParams, Service, SessionId, TokenId,
+    limits,
+};
 
 /// The fields as a client gives them.
 #[derive(Debug, Clone)]
@@ -21,6 +27,11 @@ pub(crate) struct RawParameters {
     pub(crate) ignore_eos: bool,
     pub(crate) max_tokens: Option<i64>,
     pub(crate) max_completion_tokens: Option<i64>,
+    pub(crate) session_id: Option<String>,
+    pub(crate) cache_salt: Option<String>,
+    pub(crate) priority: Option<PriorityValue>,
+    pub(crate) ttft_target_ms: Option<i64>,
+    pub(crate) tpot_target_ms: Option<i64>,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
 }
@@ -36,13 +47,15 @@ pub(crate) struct Parameters {
     pub(crate) stop_strings: Vec<String>,
     pub(crate) stop_tokens: Vec<TokenId>,
     pub(crate) ignore_eos: bool,
+    pub(crate) service: Service,
+    pub(crate) cache: CacheScope,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
 }
 
 impl RawParameters {
-    /// Checks every range. Temperature is 1 unless given, as at OpenAI.
-    pub(crate) fn check(self, card: &ModelCard) -> Result<Parameters, ApiError> {
+    /// Checks every range. Temperature is 1 unless given, as at OpenAI; a session in the body counts before one in a header.
+    pub(crate) fn check(self, card: &ModelCard, caller: &Caller) -> Result<Parameters, ApiError> {
         let stop_strings = check_stop_strings(self.stop.0)?;
         if self.stop_token_ids.len() > limits::STOP_TOKENS_MAX {
             let (count, max) = (self.stop_token_ids.len(), limits::STOP_TOKENS_MAX);
@@ -57,6 +70,20 @@ impl RawParameters {
             (Some(value), _) => Some(check_max_tokens("max_completion_tokens", value)?),
             (None, Some(value)) => Some(check_max_tokens("max_tokens", value)?),
             (None, None) => None,
+        };
+        let service = Service {
+            client: caller.client,
+            priority: self.priority.map(|value| value.0).unwrap_or_default(),
+            ttft_target_ms: check_target("ttft_target_ms", self.ttft_target_ms)?,
+            tpot_target_ms: check_target("tpot_target_ms", self.tpot_target_ms)?,
+        };
+        let cache = CacheScope {
+            salt: check_salt(self.cache_salt)?,
+            session: match (self.session_id, &caller.session) {
+                (Some(name), _) => Some(check_session("session_id", name)?),
+                (None, Some(name)) => Some(check_session(SESSION_HEADER, name.clone())?),
+                (None, None) => None,
+            },
         };
         let defaults = SamplingDraft::default();
         let draft = SamplingDraft {
@@ -80,6 +107,8 @@ impl RawParameters {
             stop_strings,
             stop_tokens: self.stop_token_ids,
             ignore_eos: self.ignore_eos,
+            service,
+            cache,
             stream: self.stream,
             include_usage: self.include_usage,
         })
@@ -118,6 +147,29 @@ fn check_max_tokens(param: &'static str, value: i64) -> Result<u32, ApiError> {
     let in_range = u32::try_from(value).ok().filter(|value| (1..=max).contains(value));
     in_range
         .ok_or_else(|| ApiError::parameter(param, format!("{param} is {value}; it must be from 1 to {max}")))
+}
+
+fn check_target(param: &'static str, value: Option<i64>) -> Result<Option<u32>, ApiError> {
+    let Some(value) = value else { return Ok(None) };
+    let max = limits::TARGET_MS_MAX;
+    match u32::try_from(value).ok().filter(|value| (1..=max).contains(value)) {
+        Some(value) => Ok(Some(value)),
+        None => Err(ApiError::parameter(param, format!("{param} is {value}; it must be from 1 to {max}"))),
+    }
+}
+
+/// Checked here and not only with the whole request, since it may be replaced by then.
+fn check_salt(salt: Option<String>) -> Result<Option<String>, ApiError> {
+    let bytes = salt.as_ref().map_or(0, String::len);
+    if bytes > limits::CACHE_SALT_BYTES_MAX {
+        let error = GenerateRequestError::CacheSaltTooLong { bytes };
+        return Err(ApiError::parameter("cache_salt", error.to_string()));
+    }
+    Ok(salt)
+}
+
+fn check_session(param: &'static str, name: String) -> Result<SessionId, ApiError> {
+    name.try_into().map_err(|error: types::SessionIdError| ApiError::parameter(param, error.to_string()))
 }
 
 /// 0 and -1 both keep all tokens.

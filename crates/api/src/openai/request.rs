@@ -6,7 +6,7 @@
 use super::{
     given::Given,
     parameters::RawParameters,
-    values::{Content, LogitBias, Object, Prompts, Seed, Strings},
+    values::{Content, LogitBias, Object, PriorityValue, Prompts, Seed, Strings},
 };
 use crate::error::ApiError;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -109,6 +109,16 @@ macro_rules! generation_request {
             #[serde(default)]
             max_completion_tokens: Option<i64>,
             #[serde(default)]
+            session_id: Option<String>,
+            #[serde(default)]
+            cache_salt: Option<String>,
+            #[serde(default)]
+            priority: Option<PriorityValue>,
+            #[serde(default)]
+            ttft_target_ms: Option<i64>,
+            #[serde(default)]
+            tpot_target_ms: Option<i64>,
+            #[serde(default)]
             stream: Option<bool>,
             #[serde(default)]
             stream_options: Option<Object<StreamOptions>>,
@@ -145,6 +155,11 @@ macro_rules! generation_request {
                     ignore_eos: self.ignore_eos.unwrap_or(false),
                     max_tokens: self.max_tokens,
                     max_completion_tokens: self.max_completion_tokens,
+                    session_id: self.session_id.take(),
+                    cache_salt: self.cache_salt.take(),
+                    priority: self.priority,
+                    ttft_target_ms: self.ttft_target_ms,
+                    tpot_target_ms: self.tpot_target_ms,
                     stream: self.stream.unwrap_or(false),
                     include_usage: self
                         .stream_options
@@ -199,7 +214,6 @@ generation_request! {
         include_stop_str_in_output: Given::is_off,
         skip_special_tokens: Given::is_on,
         truncate_prompt_tokens: Given::is_nothing,
-        cache_salt: Given::is_nothing,
     }
 }
 
@@ -232,7 +246,6 @@ generation_request! {
         include_stop_str_in_output: Given::is_off,
         skip_special_tokens: Given::is_on,
         truncate_prompt_tokens: Given::is_nothing,
-        cache_salt: Given::is_nothing,
     }
 }
 

@@ -85,6 +85,39 @@ pub(crate) struct PromptTokensDetails {
     pub(crate) cached_tokens: u32,
 }
 
+/// `GET /v1/sessions`.
+#[derive(Debug, Serialize)]
+pub(crate) struct SessionList<'a> {
+    pub(crate) object: &'static str,
+    pub(crate) data: Vec<Session<'a>>,
+    /// Nodes that did not answer in time.
+    pub(crate) incomplete: &'a [String],
+}
+
+/// `DELETE /v1/sessions/{id}`.
+#[derive(Debug, Serialize)]
+pub(crate) struct SessionDeletion<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) object: &'static str,
+    pub(crate) deleted: bool,
+    /// What was deleted.
+    pub(crate) data: Vec<Session<'a>>,
+    /// Nodes that did not answer in time, and may have it still.
+    pub(crate) incomplete: &'a [String],
+}
+
+/// A session on one node.
+#[derive(Debug, Serialize)]
+pub(crate) struct Session<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) object: &'static str,
+    /// The node's name.
+    pub(crate) node: &'a str,
+    pub(crate) tokens: u32,
+    pub(crate) idle_s: f32,
+    pub(crate) expires_in_s: f32,
+}
+
 /// `GET /v1/models`.
 #[derive(Debug, Serialize)]
 pub(crate) struct ModelList<'a> {

@@ -1,11 +1,11 @@
 //! Values that OpenAI's API writes in more than one way, each parsed into one type.
 
 use serde::de::{
-    Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor,
+    Deserialize, Deserializer, Error, MapAccess, SeqAccess, Unexpected, Visitor,
     value::{MapAccessDeserializer, SeqAccessDeserializer},
 };
 use std::{fmt, marker::PhantomData};
-use types::{TokenId, limits};
+use types::{Priority, TokenId, limits};
 
 /// Prompts of one request; each takes a place in the queue.
 pub(crate) const PROMPTS_MAX: usize = 64;
@@ -248,6 +248,47 @@ impl<'de> Deserialize<'de> for Seed {
     }
 }
 
+/// A priority: a word, or vLLM's integer, of which lower ones come earlier and 0 is usual.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct PriorityValue(pub(crate) Priority);
+
+impl<'de> Deserialize<'de> for PriorityValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PriorityVisitor;
+        impl Visitor<'_> for PriorityVisitor {
+            type Value = PriorityValue;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(
+                    "\"low\", \"normal\", \"high\" or an integer (negative: earlier, positive: later)",
+                )
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<PriorityValue, E> {
+                match text {
+                    "low" => Ok(PriorityValue(Priority::Low)),
+                    "normal" => Ok(PriorityValue(Priority::Normal)),
+                    "high" => Ok(PriorityValue(Priority::High)),
+                    _ => Err(E::invalid_value(Unexpected::Str(text), &self)),
+                }
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<PriorityValue, E> {
+                Ok(PriorityValue(match value {
+                    ..0 => Priority::High,
+                    0 => Priority::Normal,
+                    1.. => Priority::Low,
+                }))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<PriorityValue, E> {
+                Ok(PriorityValue(if value == 0 { Priority::Normal } else { Priority::Low }))
+            }
+        }
+        deserializer.deserialize_any(PriorityVisitor)
+    }
+}
+
 /// A message's content as one text. Text parts are joined with a line break, which keeps what were separate blocks apart.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Content(pub(crate) String);
@@ -323,6 +364,25 @@ mod tests {
         }
         let many = serde_json::to_string(&vec!["a"; PROMPTS_MAX + 1]).unwrap();
         assert!(serde_json::from_str::<Prompts>(&many).is_err());
+    }
+
+    #[test]
+    fn priorities_are_words_or_numbers() {
+        let check = |json: &str, expected: Option<Priority>| {
+            let parsed = serde_json::from_str::<PriorityValue>(json).ok();
+            assert_eq!(parsed, expected.map(PriorityValue), "{json}");
+        };
+        check("\"low\"", Some(Priority::Low));
+        check("\"normal\"", Some(Priority::Normal));
+        check("\"high\"", Some(Priority::High));
+        check("-1", Some(Priority::High));
+        check("-9223372036854775808", Some(Priority::High));
+        check("0", Some(Priority::Normal));
+        check("1", Some(Priority::Low));
+        check("18446744073709551615", Some(Priority::Low));
+        for bad in ["\"urgent\"", "\"0\"", "1.5", "true", "[]", "null"] {
+            check(bad, None);
+        }
     }
 
     #[test]

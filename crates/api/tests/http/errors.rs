@@ -89,6 +89,7 @@ async fn bodies() {
 
 #[tokio::test]
 async fn parameters() {
+    let long_salt = format!(r#""cache_salt": "{}""#, "x".repeat(limits::CACHE_SALT_BYTES_MAX + 1));
     let cluster = Cluster::new(&["tiny"], Some("{{ messages[0].content }}"), ok());
     for (fields, code, param, message) in [
         (r#""temperature": 3"#, "invalid_value", "temperature", "temperature is 3"),
@@ -121,6 +122,17 @@ async fn parameters() {
             "17",
         ),
         (r#""stop_token_ids": [259]"#, "invalid_value", "stop_token_ids", "259"),
+        (r#""session_id": 1"#, "invalid_type", "session_id", "1"),
+        (r#""session_id": """#, "invalid_value", "session_id", "\"\" is no session id"),
+        (r#""session_id": "two words""#, "invalid_value", "session_id", "\"two words\""),
+        (r#""cache_salt": 1"#, "invalid_type", "cache_salt", "1"),
+        (&long_salt, "invalid_value", "cache_salt", "cache_salt has 257 bytes; at most 256 are allowed"),
+        (r#""priority": "urgent""#, "invalid_type", "priority", "\"urgent\", expected \"low\", \"normal\""),
+        (r#""priority": 1.5"#, "invalid_type", "priority", "1.5"),
+        (r#""ttft_target_ms": 0"#, "invalid_value", "ttft_target_ms", "is 0; it must be from 1 to 3600000"),
+        (r#""ttft_target_ms": 1.5"#, "invalid_type", "ttft_target_ms", "1.5"),
+        (r#""tpot_target_ms": -5"#, "invalid_value", "tpot_target_ms", "tpot_target_ms is -5"),
+        (r#""tpot_target_ms": 3600001"#, "invalid_value", "tpot_target_ms", "tpot_target_ms is 3600001"),
         (r#""stream": 1"#, "invalid_type", "stream", "1"),
         (r#""stream_options": {"include_usage": 1}"#, "invalid_type", "stream_options.include_usage", "1"),
         (r#""n": 2"#, "unsupported_parameter", "n", "n = 2 is not supported yet"),

@@ -3,5 +3,6 @@
 
 mod disconnect;
 mod errors;
+mod sessions;
 mod streams;
 mod support;

@@ -75,6 +75,7 @@ async fn chat_whole() {
         serde_json::json!({"index": 0, "message": message, "logprobs": null, "finish_reason": "stop"});
     assert_eq!(json["choices"], serde_json::json!([choice]));
     assert_eq!(json["usage"]["total_tokens"], 25);
+    assert_eq!(json["usage"]["prompt_tokens_details"]["cached_tokens"], 8);
     assert_eq!(json["id"], format!("chatcmpl-{}", answer.header("x-request-id")));
     assert_eq!(answer.header("x-mlx-route"), "mini ?n?code; affinity; matched=32");
 }

@@ -42,6 +42,10 @@ pub(crate) struct Cluster {
     pub(crate) view: ClusterView,
     pub(crate) script: Script,
     pub(crate) asked: Mutex<Vec<GenerateRequest>>,
+    /// What there is to be told of sessions.
+    pub(crate) sessions: Mutex<SessionAnswers>,
+    /// What was asked of them.
+    pub(crate) asked_sessions: Mutex<Vec<SessionRequest>>,
     /// Assets handed out.
     pub(crate) loads: AtomicUsize,
     /// Streams dropped before they had ended.
@@ -86,6 +90,8 @@ impl Cluster {
             view,
             script,
             asked: Mutex::default(),
+            sessions: Mutex::default(),
+            asked_sessions: Mutex::default(),
             loads: AtomicUsize::default(),
             cancelled: watch::channel(0).0,
         })
@@ -96,7 +102,8 @@ impl Cluster {
     }
 
     pub(crate) fn app_with(self: &Arc<Self>, settings: ApiSettings) -> Router {
-        api::app(ApiState { generate: self.clone(), directory: self.clone(), settings })
+        let (generate, directory, sessions) = (self.clone(), self.clone(), self.clone());
+        api::app(ApiState { generate, directory, sessions, settings })
     }
 
     /// The only request that was generated.
@@ -166,6 +173,19 @@ impl Directory for Cluster {
 
     fn view(&self) -> ClusterView {
         self.view.clone()
+    }
+}
+
+/// As a node would, among the sessions that were written down.
+impl Sessions for Cluster {
+    fn sessions(&self, request: SessionRequest) -> BoxFuture<'_, SessionAnswers> {
+        let mut answers = self.sessions.lock().unwrap().clone();
+        answers.sessions.retain(|NodeSession { session, .. }| match &request {
+            SessionRequest::List { client } => session.client == *client,
+            SessionRequest::End { client, id } => session.client == *client && session.id == *id,
+        });
+        self.asked_sessions.lock().unwrap().push(request);
+        Box::pin(std::future::ready(answers))
     }
 }
 
