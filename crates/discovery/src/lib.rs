@@ -10,7 +10,10 @@ mod mdns;
 mod peers;
 
 use mdns::{Heard, Mdns};
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 use tokio::{sync::mpsc, task::JoinSet};
 use types::{NodeId, Role};
 
@@ -42,12 +45,20 @@ pub struct DiscoverySettings {
 pub enum PeerEvent {
     /// A peer is there, or its addresses or roles changed.
     Found {
-        /// Its id; unknown for configured addresses.
-        id: Option<NodeId>,
+        /// Its id.
+        id: NodeId,
         /// Where it may be reached, the most promising first.
         addresses: Vec<SocketAddr>,
-        /// What it does; both roles for configured addresses, as nobody knows.
+        /// What it does.
         roles: Vec<Role>,
+    },
+    /// A configured entry leads to these addresses now, and to no others any more. Who is there, and what they do, nobody
+    /// knows before they are asked.
+    Configured {
+        /// The entry, `host:port`.
+        entry: String,
+        /// The most promising first.
+        addresses: Vec<SocketAddr>,
     },
     /// A peer said goodbye, or its announcement ran out.
     Lost {
@@ -97,7 +108,7 @@ pub struct Discovery {
 
 /// Starts to announce and to look. Needs a tokio runtime.
 pub fn start(settings: DiscoverySettings) -> Result<Discovery, DiscoveryError> {
-    let names = settings.peers.iter().map(|entry| peers::parse(entry)).collect::<Result<Vec<_>, _>>()?;
+    let names = settings.peers.iter().map(|entry| peers::parse(entry)).collect::<Result<BTreeSet<_>, _>>()?;
     let (sender, events) = mpsc::channel(EVENTS_MAX);
     let mut tasks = JoinSet::new();
     let mdns = if settings.mdns {

@@ -271,7 +271,7 @@ impl Heard {
         self.strangers.remove(fullname);
         let before = self.peers.insert(fullname.clone(), known);
         let lost = before.filter(|before| before.id != id).map(|before| PeerEvent::Lost { id: before.id });
-        let found = PeerEvent::Found { id: Some(id), addresses: addresses.clone(), roles };
+        let found = PeerEvent::Found { id, addresses: addresses.clone(), roles };
         lost.into_iter().chain([found]).collect()
     }
 

@@ -6,7 +6,6 @@ use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval, timeout},
 };
-use types::Role;
 
 /// How often names are looked up again: machines move, and name servers come back.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -16,8 +15,10 @@ const RESOLVE_TIME_MAX: Duration = Duration::from_secs(10);
 const ADDRESSES_MAX: usize = 16;
 
 /// A checked entry of `peers`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct PeerName {
+    /// As it was given.
+    entry: String,
     host: String,
     port: u16,
 }
@@ -48,7 +49,7 @@ pub(crate) fn parse(entry: &str) -> Result<PeerName, DiscoveryError> {
     if host.contains(odd) {
         return Err(wrong("the host holds a character that no host's name has"));
     }
-    Ok(PeerName { host: host.to_owned(), port })
+    Ok(PeerName { entry: entry.to_owned(), host: host.to_owned(), port })
 }
 
 /// Looks `name` up for as long as anyone listens, and tells what changed.
@@ -70,8 +71,8 @@ pub(crate) async fn resolve(name: PeerName, events: mpsc::Sender<PeerEvent>) {
                     failing = false;
                     if addresses != known {
                         known.clone_from(&addresses);
-                        let roles = vec![Role::Node, Role::Router];
-                        if events.send(PeerEvent::Found { id: None, addresses, roles }).await.is_err() {
+                        let entry = name.entry.clone();
+                        if events.send(PeerEvent::Configured { entry, addresses }).await.is_err() {
                             return;
                         }
                     }
@@ -99,7 +100,8 @@ mod tests {
     #[test]
     fn entries_are_checked() {
         let good = |entry: &str, host: &str, port| {
-            assert_eq!(parse(entry).expect("valid"), PeerName { host: host.to_owned(), port });
+            let expected = PeerName { entry: entry.to_owned(), host: host.to_owned(), port };
+            assert_eq!(parse(entry).expect("valid"), expected);
         };
         good("studio.local:7800", "studio.local", 7800);
         good("10.0.0.7:1", "10.0.0.7", 1);
@@ -126,8 +128,8 @@ mod tests {
         let (sender, mut events) = mpsc::channel(4);
         let task = tokio::spawn(resolve(parse("127.0.0.1:7800").expect("valid"), sender));
         let addresses = vec!["127.0.0.1:7800".parse().expect("an address")];
-        let roles = vec![Role::Node, Role::Router];
-        assert_eq!(events.recv().await, Some(PeerEvent::Found { id: None, addresses, roles }));
+        let entry = "127.0.0.1:7800".to_owned();
+        assert_eq!(events.recv().await, Some(PeerEvent::Configured { entry, addresses }));
         let again = timeout(RESOLVE_INTERVAL * 4, events.recv()).await;
         assert!(again.is_err(), "nothing changed, so nothing is told: {again:?}");
         drop(events);

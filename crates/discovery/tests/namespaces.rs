@@ -69,9 +69,10 @@ fn machine() {
                     PeerEvent::Found { id, addresses, roles } => {
                         // Link-local IPv6 addresses come and go at first; the first IPv4 one is what counts.
                         if addresses[0].is_ipv4() {
-                            println!("event: found {} {roles:?}: {}", id.expect("announced"), addresses[0]);
+                            println!("event: found {} {roles:?}: {}", id, addresses[0]);
                         }
                     }
+                    PeerEvent::Configured { .. } => {}
                     PeerEvent::Lost { id } => println!("event: lost {id}"),
                 },
             }

@@ -28,7 +28,7 @@ fn announced(settings: &DiscoverySettings, addresses: &[&str]) -> Announcement {
 
 fn found(id: u128, addresses: &[&str], roles: &[Role]) -> PeerEvent {
     let addresses = addresses.iter().map(|text| address(text)).collect();
-    PeerEvent::Found { id: Some(NodeId(id)), addresses, roles: roles.to_vec() }
+    PeerEvent::Found { id: NodeId(id), addresses, roles: roles.to_vec() }
 }
 
 #[test]
