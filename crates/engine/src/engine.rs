@@ -15,7 +15,7 @@ use crate::{
 use std::time::{Duration, Instant};
 use types::{
     BLOCK_TOKENS, CacheEvent, ClientId, FinishReason, GenerateError, GenerateRequest, NodeLoad, NodeRates,
-    RequestId, SessionId, SessionInfo, TokenEvent, limits,
+    Priority, RequestId, SessionId, SessionInfo, TokenEvent, limits,
 };
 
 /// A prompt's first token is due after the TTFT target plus this many times the seconds that reading it alone takes: long
@@ -79,6 +79,7 @@ pub struct Engine {
     /// When the last pass ended: the next one begins then, if it was submitted before.
     last_end: Option<Instant>,
     next_id: u64,
+    admissions: u64,
     state: State,
 }
 
@@ -115,6 +116,7 @@ impl Engine {
             passed: None,
             last_end: None,
             next_id: 0,
+            admissions: 0,
             state: State::Serving,
             model,
             settings,
@@ -363,6 +365,7 @@ impl Engine {
                 memory: &self.memory,
                 shares: &self.shares,
                 slots,
+                admissions: self.admissions,
             };
             let full = self.running.len() >= slots;
             if full && !may_yield {
@@ -373,7 +376,12 @@ impl Engine {
             if full && yielding.is_none() {
                 break;
             }
+            let aged = admission.is_aged(&self.waiting[index]);
             let mut sequence = self.waiting.remove(index);
+            if aged {
+                sequence.priority = Priority::High;
+            }
+            self.admissions += 1;
             if let Some(yielding) = yielding {
                 may_yield = false;
                 self.preempt(yielding, summary);

@@ -221,3 +221,7 @@ impl Memory {
         self.pool.take()
     }
 }
+
+#[cfg(test)]
+#[path = "memory_tests.rs"]
+mod tests;

@@ -1,5 +1,7 @@
 //! The engine against a model without weights, in virtual time: what a request may meet, who runs when, and random traffic.
 
+mod cache;
+mod fairness;
 mod harness;
 mod life;
 mod random;
