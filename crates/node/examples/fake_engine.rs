@@ -8,22 +8,29 @@
     reason = "a program, which shows that printing does no harm"
 )]
 
-use engine::{EngineSettings, Model, ModelError, ModelLimits, SequenceId, Slice};
+use engine::{EngineSettings, Input, Model, ModelError, ModelLimits, Slice};
 use node::engine_process::{self, LoadedModel};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use testkit::{FakeModel, FakeSettings, StepCost, VirtualClock};
 use types::{ModelAssets, ModelCard, TokenId};
 
 const PANIC_TOKEN: TokenId = 990;
 const BACKEND_TOKEN: TokenId = 991;
 
-/// A [`FakeModel`] whose steps take real time.
+/// A [`FakeModel`] whose clock is the real one: steps are over when they would be.
 #[derive(Debug)]
 struct PacedModel {
     model: FakeModel,
     card: ModelCard,
     clock: VirtualClock,
+}
+
+impl PacedModel {
+    /// Lets the model's time pass that has passed.
+    fn catch_up(&self) {
+        self.clock.advance(Instant::now().saturating_duration_since(self.clock.now()));
+    }
 }
 
 impl Model for PacedModel {
@@ -35,24 +42,25 @@ impl Model for PacedModel {
         self.model.limits()
     }
 
-    fn open(&mut self, sequence: SequenceId, tokens_max: usize) -> Result<(), ModelError> {
-        self.model.open(sequence, tokens_max)
-    }
-
-    fn step(&mut self, slices: &[Slice<'_>]) -> Result<Vec<TokenId>, ModelError> {
-        let asked = |token| slices.iter().any(|slice| slice.start == 0 && slice.tokens[0] == token);
+    fn submit(&mut self, slices: &[Slice<'_>]) -> Result<(), ModelError> {
+        let asked = |token| {
+            slices.iter().any(|slice| {
+                slice.start == 0 && matches!(slice.input, Input::Tokens(tokens) if tokens[0] == token)
+            })
+        };
         assert!(!asked(PANIC_TOKEN), "as asked");
         if asked(BACKEND_TOKEN) {
             return Err(ModelError::Backend("as asked".to_owned()));
         }
-        let begin = self.clock.now();
-        let drawn = self.model.step(slices);
-        std::thread::sleep(self.clock.now() - begin);
-        drawn
+        self.catch_up();
+        self.model.submit(slices)
     }
 
-    fn close(&mut self, sequence: SequenceId) {
-        self.model.close(sequence);
+    fn collect(&mut self) -> Result<Vec<TokenId>, ModelError> {
+        self.catch_up();
+        let drawn = self.model.collect();
+        std::thread::sleep(self.clock.now().saturating_duration_since(Instant::now()));
+        drawn
     }
 }
 
@@ -97,5 +105,5 @@ fn load(name: &str, step: Duration, slots: usize) -> LoadedModel {
         eos_token: Some("</s>".to_owned()),
     };
     let card = ModelCard { assets: assets.hash(), ..model.card().clone() };
-    LoadedModel { model: Box::new(PacedModel { model, card, clock }), assets, rates: None }
+    LoadedModel { model: Box::new(PacedModel { model, card, clock }), assets }
 }

@@ -1,13 +1,14 @@
 //! Discovery: turns what is found into one [`UplinkActor`] per router, and announces this process.
 //!
-//! [`DiscoveryActor`] owns the uplinks by the router's id, or by address where only that is known. The watcher task hands
-//! over one event at a time and waits until it has been dealt with.
+//! [`DiscoveryActor`] owns the uplinks by the router's id, or by address where only that is known; those of addresses that
+//! no configured entry leads to any more end. The watcher task hands over one event at a time and waits until it has been
+//! dealt with.
 
 use crate::settings::{GOODBYE_TIME_MAX, UPLINKS_MAX};
 use crate::uplink::{UplinkActor, UplinkMsg, UplinkSettings};
 use discovery::{Discovery, PeerEvent};
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -37,6 +38,7 @@ pub(crate) struct DiscoveryActorState {
     id: NodeId,
     settings: Option<UplinkSettings>,
     uplinks: BTreeMap<Key, ActorRef<UplinkMsg>>,
+    configured: Configured,
     watcher: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
 }
 
@@ -56,6 +58,7 @@ impl Actor for DiscoveryActor {
             id: settings.id,
             settings: settings.uplinks,
             uplinks: BTreeMap::new(),
+            configured: Configured::default(),
             watcher: Some((stop, watcher)),
         })
     }
@@ -68,23 +71,21 @@ impl Actor for DiscoveryActor {
     ) -> Result<(), ActorProcessingErr> {
         let DiscoveryMsg::Event { event, taken } = message;
         match event {
-            PeerEvent::Found { id: Some(id), addresses, roles } => {
+            PeerEvent::Found { id, addresses, roles } => {
                 if id != state.id && roles.contains(&Role::Router) {
                     state.found(&myself, Key::Id(id), addresses).await?;
                 }
             }
-            PeerEvent::Found { id: None, addresses, roles: _ } => {
+            PeerEvent::Configured { entry, addresses } => {
+                for address in state.configured.leads_to(entry, &addresses) {
+                    state.lost(&Key::Address(address));
+                }
                 // Which of them is the same router shows when they are connected.
                 for address in addresses {
                     state.found(&myself, Key::Address(address), vec![address]).await?;
                 }
             }
-            PeerEvent::Lost { id } => {
-                if let Some(uplink) = state.uplinks.get(&Key::Id(id)) {
-                    // Fails only where it has stopped by itself.
-                    let _ = uplink.send_message(UplinkMsg::Lost);
-                }
-            }
+            PeerEvent::Lost { id } => state.lost(&Key::Id(id)),
         }
         drop(taken);
         Ok(())
@@ -148,8 +149,31 @@ impl DiscoveryActorState {
         Ok(())
     }
 
+    fn lost(&self, key: &Key) {
+        if let Some(uplink) = self.uplinks.get(key) {
+            // Fails only where it has stopped by itself.
+            let _ = uplink.send_message(UplinkMsg::Lost);
+        }
+    }
+
     fn forget(&mut self, actor: ActorId) {
         self.uplinks.retain(|_, uplink| uplink.get_id() != actor);
+    }
+}
+
+/// Where the configured entries lead. As many as there are entries, each with a few addresses.
+#[derive(Default)]
+struct Configured {
+    entries: BTreeMap<String, BTreeSet<SocketAddr>>,
+}
+
+impl Configured {
+    /// An entry leads to these addresses now; gives those that nothing leads to any more.
+    fn leads_to(&mut self, entry: String, addresses: &[SocketAddr]) -> Vec<SocketAddr> {
+        let now = addresses.iter().copied().collect();
+        let before = self.entries.insert(entry, now).unwrap_or_default();
+        let led_to = |address: &SocketAddr| self.entries.values().any(|entry| entry.contains(address));
+        before.into_iter().filter(|address| !led_to(address)).collect()
     }
 }
 
@@ -168,4 +192,27 @@ async fn watch(mut discovery: Discovery, actor: ActorRef<DiscoveryMsg>, mut stop
         let _ = done.await;
     }
     discovery.shutdown().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_that_nothing_leads_to_any_more_are_lost() {
+        let mut configured = Configured::default();
+        let mut check = |entry: &str, addresses: &[u16], lost: &[u16]| {
+            let address = |&port: &u16| SocketAddr::from(([10, 0, 0, 1], port));
+            let addresses: Vec<SocketAddr> = addresses.iter().map(address).collect();
+            let expected: Vec<SocketAddr> = lost.iter().map(address).collect();
+            assert_eq!(configured.leads_to(entry.to_owned(), &addresses), expected, "{entry}");
+        };
+        check("a:1", &[1, 2], &[]);
+        check("b:1", &[2, 3], &[]);
+        check("a:1", &[1, 2], &[]);
+        check("a:1", &[4], &[1]);
+        check("b:1", &[4], &[2, 3]);
+        check("a:1", &[], &[]);
+        check("b:1", &[], &[4]);
+    }
 }

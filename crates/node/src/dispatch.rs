@@ -15,7 +15,8 @@ use tokio::sync::oneshot;
 use transport::Peer;
 use types::{
     AssetsHash, BlockHash, BoxFuture, ClusterView, EngineState, GenerateError, GenerateRequest, ModelAssets,
-    ModelCard, NodeId, NodeLoad, NodeView, RouteInfo, TokenStream, block_hashes, limits,
+    ModelCard, NodeId, NodeLoad, NodeView, RouteInfo, SessionInfo, SessionRequest, TokenStream, block_hashes,
+    limits,
 };
 use wire::Hello;
 
@@ -50,6 +51,14 @@ impl Target {
                 reason: "the node does not have these assets any more".to_owned(),
             }),
             Self::Remote(peer) => peer.assets(hash).await.map(Arc::new),
+        }
+    }
+
+    /// The sessions that `request` is about, or why the node did not say.
+    pub(crate) async fn sessions(&self, request: SessionRequest) -> Result<Vec<SessionInfo>, String> {
+        match self {
+            Self::Local(engine) => engine.sessions(request).await.map_err(|error| error.to_string()),
+            Self::Remote(peer) => peer.sessions(request).await.map_err(|error| error.to_string()),
         }
     }
 }
@@ -197,7 +206,9 @@ impl Dispatch {
         let root = self.lock().router.card(&request.model).map(|card| card.root);
         Ask {
             model: request.model.clone(),
-            hashes: root.map(|root| block_hashes(root, &request.prompt)).unwrap_or_default(),
+            hashes: root
+                .map(|root| block_hashes(request.cache.root(root), &request.prompt))
+                .unwrap_or_default(),
             prompt_tokens: request.prompt.len() as u32,
             max_tokens: request.max_tokens,
         }
@@ -280,6 +291,16 @@ impl Dispatch {
         holders.sort_by_key(|target| matches!(target, Target::Remote(_)));
         holders.truncate(TRIES_MAX);
         holders
+    }
+
+    /// Nodes whose engine has a cache, and so may have sessions; with their names.
+    pub(crate) fn session_holders(&self) -> Vec<(NodeId, String, Target)> {
+        let state = self.lock();
+        let holders = state.nodes.iter().filter(|(node, _)| {
+            let known = state.router.node(**node).map(router::KnownNode::state);
+            matches!(known, Some(EngineState::Ready | EngineState::Draining))
+        });
+        holders.map(|(&node, entry)| (node, entry.hello.name.clone(), entry.target.clone())).collect()
     }
 
     pub(crate) fn view(&self) -> ClusterView {

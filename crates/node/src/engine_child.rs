@@ -163,10 +163,13 @@ impl Life<'_> {
                 }
                 tracing::info!(model = %card.name, slots, ?rates, "engine ready");
                 self.ready = Some(Instant::now());
-                self.engine.child_ready(card, assets, rates, slots);
+                self.engine.child_ready(card, assets, slots);
             }
             EngineReport::Failed { message } => self.failed = Some(message),
-            EngineReport::Rejected { .. } | EngineReport::Event { .. } | EngineReport::Load(_)
+            EngineReport::Rejected { .. }
+            | EngineReport::Event { .. }
+            | EngineReport::Load(_)
+            | EngineReport::Sessions { .. }
                 if self.ready.is_none() =>
             {
                 return error("a report before it was ready");
@@ -174,6 +177,7 @@ impl Life<'_> {
             EngineReport::Rejected { id, error } => self.engine.child_rejected(id, error)?,
             EngineReport::Event { id, event } => self.engine.child_event(id, event)?,
             EngineReport::Load(load) => self.engine.child_load(load),
+            EngineReport::Sessions { call, sessions } => self.engine.child_sessions(call, sessions)?,
         }
         Ok(())
     }

@@ -4,19 +4,21 @@
 //! table is the admission permit: it is made before anything is sent to the child and goes when the child reported the
 //! request's end, or died. There are never more entries than the engine has slots and waiting places.
 
-use crate::settings::{ENGINE_SLOTS_MAX, NODE_RETRY_AFTER};
+use crate::settings::{ENGINE_SLOTS_MAX, NODE_RETRY_AFTER, SESSION_CALLS_MAX};
 use crate::sink::{TokenSink, TokenSource, token_channel};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use types::{
-    AssetsHash, EngineState, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeLoad, NodeRates,
-    RequestId, TokenEvent, limits,
+    AssetsHash, EngineState, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeLoad, RequestId,
+    SessionInfo, SessionRequest, TokenEvent, limits,
 };
 use wire::EngineCommand;
 
-/// Commands on their way to a child: each request is at most one `Submit` and one `Cancel`, so this is never full.
-const COMMANDS_MAX: usize = 2 * (ENGINE_SLOTS_MAX as usize + limits::ENGINE_WAITING_MAX) + 1;
+/// Commands on their way to a child: each request is at most one `Submit` and one `Cancel`, each question about sessions
+/// one command, so this is never full.
+const COMMANDS_MAX: usize =
+    2 * (ENGINE_SLOTS_MAX as usize + limits::ENGINE_WAITING_MAX) + SESSION_CALLS_MAX + 1;
 
 /// What the cluster is told of this node.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,6 +48,11 @@ struct Table {
     failure: Option<String>,
     requests: BTreeMap<RequestId, Open>,
     submitted: u64,
+    /// Questions about sessions that the child has not answered, by their number.
+    calls: BTreeMap<u64, oneshot::Sender<Vec<SessionInfo>>>,
+    called: u64,
+    /// Answers that are on their way to other machines.
+    deliveries: usize,
     commands: Option<mpsc::Sender<EngineCommand>>,
     /// All requests have been ended here; what the child still says of them is of no use.
     abandoned: bool,
@@ -78,6 +85,9 @@ impl EngineHandle {
             failure: None,
             requests: BTreeMap::new(),
             submitted: 0,
+            calls: BTreeMap::new(),
+            called: 0,
+            deliveries: 0,
             commands: None,
             abandoned: false,
         };
@@ -111,6 +121,35 @@ impl EngineHandle {
         self.lock().assets.as_ref().filter(|(known, _)| *known == hash).map(|(_, assets)| assets.clone())
     }
 
+    /// Names or ends sessions, and gives those that this was about; waits for the engine, which looks between two steps.
+    /// One that is not ready has none.
+    pub(crate) async fn sessions(&self, request: SessionRequest) -> Result<Vec<SessionInfo>, GenerateError> {
+        let answer = {
+            let mut table = self.lock();
+            let Some(commands) = table.commands.as_ref().filter(|_| table.state == EngineState::Ready) else {
+                return Ok(Vec::new());
+            };
+            if table.calls.len() >= SESSION_CALLS_MAX {
+                return Err(GenerateError::Busy { retry_after_ms: NODE_RETRY_AFTER.as_millis() as u64 });
+            }
+            let call = table.called;
+            // Where this fails the child is going, which drops the sender below as well.
+            let _ = commands.try_send(EngineCommand::Sessions { call, request });
+            let (sender, answer) = oneshot::channel();
+            table.calls.insert(call, sender);
+            table.called += 1;
+            answer
+        };
+        let gone = |_| GenerateError::Engine { message: "it ended before it answered".to_owned() };
+        answer.await.map_err(gone)
+    }
+
+    /// Counts an answer to another machine until the guard is dropped: the node must not leave before.
+    pub(crate) fn delivery(&self) -> Delivery {
+        self.lock().deliveries += 1;
+        Delivery { engine: self.clone() }
+    }
+
     /// The state now, with everything accepted so far counted in, also what the engine has not reported yet.
     pub(crate) fn report(&self) -> NodeReport {
         let table = self.lock();
@@ -138,9 +177,10 @@ impl EngineHandle {
         self.changed.send_replace(());
     }
 
-    /// Requests that have not ended.
+    /// Requests that have not ended, and answers that have not arrived where they were asked for.
     pub(crate) fn open_requests(&self) -> usize {
-        self.lock().requests.len()
+        let table = self.lock();
+        table.requests.len().max(table.deliveries)
     }
 
     /// Told of every change.
@@ -173,23 +213,14 @@ impl EngineHandle {
         commands
     }
 
-    pub(crate) fn child_ready(&self, card: ModelCard, assets: ModelAssets, rates: NodeRates, slots: u32) {
-        let slots = slots.clamp(1, ENGINE_SLOTS_MAX);
+    /// Its load is known with its first report of it, which comes with this one.
+    pub(crate) fn child_ready(&self, card: ModelCard, assets: ModelAssets, slots: u32) {
         let mut table = self.lock();
         table.state = EngineState::Ready;
         table.assets = Some((card.assets, Arc::new(assets)));
         table.card = Some(card);
-        table.slots = slots;
-        let load = NodeLoad {
-            running: 0,
-            waiting: 0,
-            slots,
-            prefill_backlog_tokens: 0,
-            decode_backlog_tokens: 0,
-            kv_tokens: (0, 0),
-            rates,
-        };
-        table.load = Some(load);
+        table.slots = slots.clamp(1, ENGINE_SLOTS_MAX);
+        table.load = None;
         drop(table);
         self.changed.send_replace(());
     }
@@ -237,6 +268,20 @@ impl EngineHandle {
         Ok(())
     }
 
+    /// Passes the answer to a question about sessions on.
+    pub(crate) fn child_sessions(&self, call: u64, sessions: Vec<SessionInfo>) -> Result<(), ProtocolError> {
+        let mut table = self.lock();
+        let asked = table.calls.remove(&call);
+        if asked.is_none() && table.abandoned {
+            return Ok(());
+        }
+        let asked =
+            asked.ok_or_else(|| ProtocolError { message: format!("answers the unknown call {call}") })?;
+        // Whoever asked may have waited long enough.
+        let _ = asked.send(sessions);
+        Ok(())
+    }
+
     /// The child is gone: whatever it had ends here, once.
     pub(crate) fn child_ended(&self, reason: &str) {
         let mut table = self.lock();
@@ -244,6 +289,7 @@ impl EngineHandle {
         table.commands = None;
         table.load = None;
         table.failure = Some(reason.to_owned());
+        table.calls.clear();
         let open = std::mem::take(&mut table.requests);
         drop(table);
         end_all(open, reason);
@@ -255,6 +301,7 @@ impl EngineHandle {
         let mut table = self.lock();
         table.draining = true;
         table.abandoned = true;
+        table.calls.clear();
         let open = std::mem::take(&mut table.requests);
         if let Some(commands) = table.commands.take() {
             for &id in open.keys() {
@@ -266,6 +313,17 @@ impl EngineHandle {
         drop(table);
         end_all(open, "the node has left");
         self.changed.send_replace(());
+    }
+}
+
+/// An answer on its way to another machine.
+pub(crate) struct Delivery {
+    engine: EngineHandle,
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        self.engine.lock().deliveries -= 1;
     }
 }
 
@@ -338,6 +396,9 @@ impl Table {
             load.waiting += 1;
             load.prefill_backlog_tokens += u64::from(open.prompt_tokens);
             load.decode_backlog_tokens += u64::from(open.max_tokens);
+            load.prefill_backlog_s += open.prompt_tokens as f32 / load.rates.prefill_tokens_per_s.max(1.0);
+            load.prefill_budget_tokens =
+                load.prefill_budget_tokens.saturating_sub(u64::from(open.prompt_tokens));
         }
         load
     }

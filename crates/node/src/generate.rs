@@ -1,14 +1,16 @@
 //! A request through the router: placed, tried elsewhere while no token has come, and streamed straight to its consumer.
+//! And what a router asks all nodes at once: their sessions.
 
 use crate::assets::AssetsCache;
 use crate::dispatch::{Ask, Dispatch, Place};
-use crate::settings::{ROUTER_WAIT_MAX, TRIES_MAX};
-use futures_util::{StreamExt, stream};
+use crate::settings::{ENGINE_FAILURES_MAX, ROUTER_WAIT_MAX, TRIES_MAX};
+use futures_util::{StreamExt, future::join_all, stream};
 use std::sync::Arc;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use types::{
     AssetsHash, BoxFuture, ClusterView, Directory, Finish, FinishReason, Generate, GenerateError,
-    GenerateRequest, Generation, ModelAssets, ModelCard, NodeId, TokenEvent, TokenStream, Usage,
+    GenerateRequest, Generation, ModelAssets, ModelCard, NodeId, NodeSession, SessionAnswers, SessionRequest,
+    Sessions, TokenEvent, TokenStream, Usage, limits,
 };
 
 /// The router as its process uses it. Clones share it.
@@ -43,19 +45,68 @@ impl Directory for RouterHandle {
     }
 }
 
+impl Sessions for RouterHandle {
+    fn sessions(&self, request: SessionRequest) -> BoxFuture<'_, SessionAnswers> {
+        let asked = self.dispatch.session_holders().into_iter().map(|(node, node_name, target)| {
+            let request = request.clone();
+            async move {
+                let answer = timeout(limits::SESSIONS_TIME_MAX, target.sessions(request)).await;
+                let late = |_| Err(format!("no answer within {} s", limits::SESSIONS_TIME_MAX.as_secs()));
+                (node, node_name, answer.unwrap_or_else(late))
+            }
+        });
+        let asked = join_all(asked);
+        Box::pin(async move {
+            let mut answers = SessionAnswers::default();
+            for (node, node_name, answer) in asked.await {
+                match answer {
+                    Ok(sessions) => {
+                        answers.sessions.extend(sessions.into_iter().map(|session| NodeSession {
+                            node,
+                            node_name: node_name.clone(),
+                            session,
+                        }))
+                    }
+                    Err(reason) => {
+                        tracing::info!(node = %node_name, reason, "did not tell of its sessions");
+                        answers.incomplete.push(node_name);
+                    }
+                }
+            }
+            answers.sessions.sort_by(|one, two| {
+                (&one.session.id, &one.node_name, one.node).cmp(&(&two.session.id, &two.node_name, two.node))
+            });
+            answers.incomplete.sort();
+            answers
+        })
+    }
+}
+
 /// What is needed to try a request again, and what has been tried.
 struct Tries {
     dispatch: Arc<Dispatch>,
     request: GenerateRequest,
     ask: Arc<Ask>,
     tried: Vec<NodeId>,
+    /// Engines, or whole nodes, that failed while they had it.
+    failures: usize,
     deadline: Instant,
 }
 
 impl Tries {
     fn new(dispatch: Arc<Dispatch>, request: GenerateRequest) -> Self {
         let ask = Arc::new(dispatch.ask(&request));
-        Self { dispatch, request, ask, tried: Vec::new(), deadline: Instant::now() + ROUTER_WAIT_MAX }
+        let deadline = Instant::now() + ROUTER_WAIT_MAX;
+        Self { dispatch, request, ask, tried: Vec::new(), failures: 0, deadline }
+    }
+
+    /// A node that had accepted it failed with `error`: whether it is worth another try.
+    fn failed(&mut self, node: NodeId, error: &GenerateError) -> bool {
+        self.tried.push(node);
+        if matches!(error, GenerateError::NodeLost { .. } | GenerateError::Engine { .. }) {
+            self.failures += 1;
+        }
+        error.is_retryable() && self.failures < ENGINE_FAILURES_MAX
     }
 
     /// Has the next node accept the request; `failed` is what the last one failed with.
@@ -118,11 +169,10 @@ async fn next_event(stage: Stage) -> Option<(TokenEvent, Stage)> {
                     TokenEvent::Finished(finish) => finish,
                 };
                 let error = match &finish.reason {
-                    FinishReason::Failed(error) if error.is_retryable() => error.clone(),
+                    FinishReason::Failed(error) if tries.failed(place.info.node, error) => error.clone(),
                     _ => return Some((TokenEvent::Finished(finish), Stage::Ended)),
                 };
                 tracing::info!(request = %tries.request.id, node = %place.info.node_name, %error, "trying elsewhere");
-                tries.tried.push(place.info.node);
                 drop(place);
                 match tries.next(Some(error)).await {
                     Ok(next) => (place, events) = next,

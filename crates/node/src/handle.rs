@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use transport::Endpoint;
 use types::{
     AssetsHash, BoxFuture, ClusterView, Directory, Generate, GenerateError, GenerateRequest, Generation,
-    ModelAssets, ModelCard, NodeId, Role,
+    ModelAssets, ModelCard, NodeId, Role, SessionAnswers, SessionRequest, Sessions,
 };
 use wire::Hello;
 
@@ -216,8 +216,8 @@ impl NodeHandle {
         }
     }
 
-    /// Takes nothing new, tells all routers, and waits until what runs here has ended; false if that was not by
-    /// `deadline`. What waits at this router is given half of the time to find a node, this one included.
+    /// Takes nothing new, tells all routers, and waits until what runs here has ended and arrived; false if that was not
+    /// by `deadline`. What waits at this router is given half of the time to find a node, this one included.
     pub async fn drain(&self, deadline: Duration) -> bool {
         let end = Instant::now() + deadline;
         if let Some((router, _)) = &self.router {
@@ -295,5 +295,14 @@ impl Directory for NodeHandle {
         let empty =
             || ClusterView { cluster: self.cluster.clone(), nodes: Vec::new(), in_flight: 0, waiting: 0 };
         self.router.as_ref().map_or_else(empty, |(router, _)| router.view())
+    }
+}
+
+impl Sessions for NodeHandle {
+    fn sessions(&self, request: SessionRequest) -> BoxFuture<'_, SessionAnswers> {
+        match &self.router {
+            Some((router, _)) => router.sessions(request),
+            None => Box::pin(std::future::ready(SessionAnswers::default())),
+        }
     }
 }

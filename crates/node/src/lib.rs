@@ -1,7 +1,7 @@
 //! One `mlx-node` process: its actors, its engine child, and the way of a request through both.
 //!
 //! [`start`] makes the parts that the roles ask for and gives a [`NodeHandle`], which is the router to its process
-//! ([`types::Generate`], [`types::Directory`]). The actors:
+//! ([`types::Generate`], [`types::Directory`], [`types::Sessions`]). The actors:
 //!
 //! - the node actor (`node_actor.rs`) hosts the engine supervisor and reports the engine's state and load;
 //! - the engine supervisor (`engine_actor.rs`) starts the engine child (`engine_child.rs`) again and again;

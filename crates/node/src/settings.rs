@@ -36,6 +36,11 @@ pub(crate) const UPLINKS_MAX: usize = 256;
 pub(crate) const ROUTER_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Nodes that a request without a first token is tried on.
 pub(crate) const TRIES_MAX: usize = 3;
+/// Engines that may fail under a request without a first token before it is not tried again: it may be what they fail of,
+/// and every failure ends the texts of all others there.
+pub(crate) const ENGINE_FAILURES_MAX: usize = 2;
+/// Questions about sessions that an engine has not answered yet; past it a node refuses.
+pub(crate) const SESSION_CALLS_MAX: usize = 64;
 /// Tokenizers that a router keeps; each has at most 64 MiB and commonly 2 to 17.
 pub(crate) const ASSETS_CACHED_MAX: usize = 8;
 /// How long an actor may take to stop, before it is left behind.

@@ -70,13 +70,23 @@ pub(crate) struct UplinkActor;
 pub(crate) enum UplinkMsg {
     /// Where the router is now.
     Found(Vec<SocketAddr>),
-    /// It said goodbye: when the connection ends it is not dialled again.
+    /// It said goodbye, or nothing leads to it any more: when the connection ends it is not dialled again.
     Lost,
     /// The dialling task is over.
-    Ended,
+    Ended(DialEnd),
+}
+
+/// Why a router is not dialled any more.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum DialEnd {
+    /// There was no address left.
+    NoAddress,
+    /// It is this process.
+    Itself,
 }
 
 pub(crate) struct UplinkState {
+    settings: UplinkSettings,
     addresses: watch::Sender<Vec<SocketAddr>>,
     task: JoinHandle<()>,
 }
@@ -92,13 +102,8 @@ impl Actor for UplinkActor {
         (settings, addresses): Self::Arguments,
     ) -> Result<UplinkState, ActorProcessingErr> {
         let addresses = watch::Sender::new(addresses);
-        let watched = addresses.subscribe();
-        let task = tokio::spawn(async move {
-            dial(settings, watched).await;
-            // Fails only where the actor has stopped.
-            let _ = myself.send_message(UplinkMsg::Ended);
-        });
-        Ok(UplinkState { addresses, task })
+        let task = start_dialling(myself, &settings, &addresses);
+        Ok(UplinkState { settings, addresses, task })
     }
 
     async fn handle(
@@ -108,9 +113,13 @@ impl Actor for UplinkActor {
         state: &mut UplinkState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            UplinkMsg::Found(addresses) => drop(state.addresses.send_replace(addresses)),
-            UplinkMsg::Lost => drop(state.addresses.send_replace(Vec::new())),
-            UplinkMsg::Ended => myself.stop(None),
+            UplinkMsg::Found(addresses) => lead_to(&state.addresses, addresses),
+            UplinkMsg::Lost => lead_to(&state.addresses, Vec::new()),
+            UplinkMsg::Ended(DialEnd::NoAddress) if !state.addresses.borrow().is_empty() => {
+                // Found again as the task was ending.
+                state.task = start_dialling(myself, &state.settings, &state.addresses);
+            }
+            UplinkMsg::Ended(_) => myself.stop(None),
         }
         Ok(())
     }
@@ -125,14 +134,36 @@ impl Actor for UplinkActor {
     }
 }
 
+/// Tells the dialling task, unless that is where it dials already.
+fn lead_to(addresses: &watch::Sender<Vec<SocketAddr>>, now: Vec<SocketAddr>) {
+    addresses.send_if_modified(|before| {
+        let differs = *before != now;
+        *before = now;
+        differs
+    });
+}
+
+fn start_dialling(
+    actor: ActorRef<UplinkMsg>,
+    settings: &UplinkSettings,
+    addresses: &watch::Sender<Vec<SocketAddr>>,
+) -> JoinHandle<()> {
+    let (settings, addresses) = (settings.clone(), addresses.subscribe());
+    tokio::spawn(async move {
+        let end = dial(settings, addresses).await;
+        // Fails only where the actor has stopped.
+        let _ = actor.send_message(UplinkMsg::Ended(end));
+    })
+}
+
 /// Dials until there is no address left, or the address turns out to be this process.
-async fn dial(settings: UplinkSettings, mut addresses: watch::Receiver<Vec<SocketAddr>>) {
+async fn dial(settings: UplinkSettings, mut addresses: watch::Receiver<Vec<SocketAddr>>) -> DialEnd {
     let mut delay = REDIAL_DELAY;
     let mut told = None;
-    loop {
+    'dial: loop {
         let now = addresses.borrow_and_update().clone();
         if now.is_empty() {
-            return;
+            return DialEnd::NoAddress;
         }
         let mut wait = None;
         for address in now {
@@ -141,12 +172,19 @@ async fn dial(settings: UplinkSettings, mut addresses: watch::Receiver<Vec<Socke
                     (told, wait) = (None, None);
                     match serve(&settings, link).await {
                         Served::Joined => delay = REDIAL_DELAY,
-                        Served::Itself => return,
-                        Served::Duplicate(router) => settings.claims.released(router).await,
+                        Served::Itself => return DialEnd::Itself,
+                        Served::Duplicate(router) => tokio::select! {
+                            () = settings.claims.released(router) => {}
+                            changed = addresses.changed() => match changed {
+                                // Somebody else may be there.
+                                Ok(()) => continue 'dial,
+                                Err(_) => return DialEnd::NoAddress,
+                            },
+                        },
                     }
                     break;
                 }
-                Err(JoinError::Itself { .. }) => return,
+                Err(JoinError::Itself { .. }) => return DialEnd::Itself,
                 Err(error) => {
                     if matches!(error, JoinError::Refused { .. } | JoinError::Key { .. }) {
                         wait = Some(REDIAL_DELAY_REFUSED);
@@ -166,7 +204,7 @@ async fn dial(settings: UplinkSettings, mut addresses: watch::Receiver<Vec<Socke
         let wait = wait.unwrap_or(delay);
         delay = (delay * 2).min(REDIAL_DELAY_MAX);
         if let Ok(Err(_)) = tokio::time::timeout(wait, addresses.changed()).await {
-            return;
+            return DialEnd::NoAddress;
         }
     }
 }
@@ -230,28 +268,44 @@ async fn serve_requests(link: &RouterLink, engine: &EngineHandle) {
         while running.try_join_next().is_some() {}
         match request {
             IncomingRequest::Generate { request, replies } => {
-                running.spawn(serve_generate(engine.clone(), request, replies));
+                running.spawn(serve_generate(engine.clone(), *request, replies));
             }
-            IncomingRequest::Assets { hash, mut replies } => {
-                let assets = engine.assets(hash);
-                running.spawn(async move {
-                    let reply = match assets {
-                        Some(assets) => Reply::Assets((*assets).clone()),
-                        None => Reply::Rejected(GenerateError::Unavailable {
-                            model: hash.to_string(),
-                            reason: "this node does not have these assets".to_owned(),
-                        }),
-                    };
-                    // A router that is gone needs no answer.
-                    let _ = replies.send(reply).await;
-                });
+            IncomingRequest::Assets { hash, replies } => {
+                let reply = match engine.assets(hash) {
+                    Some(assets) => Reply::Assets((*assets).clone()),
+                    None => Reply::Rejected(GenerateError::Unavailable {
+                        model: hash.to_string(),
+                        reason: "this node does not have these assets".to_owned(),
+                    }),
+                };
+                running.spawn(serve_once(replies, std::future::ready(reply)));
+            }
+            IncomingRequest::Sessions { request, replies } => {
+                let engine = engine.clone();
+                running.spawn(serve_once(replies, async move {
+                    engine.sessions(request).await.map_or_else(Reply::Rejected, Reply::Sessions)
+                }));
             }
         }
     }
 }
 
+/// One reply, unless the router does not wait for it.
+async fn serve_once(mut replies: ReplySender, reply: impl Future<Output = Reply>) {
+    let cancelled = replies.cancelled();
+    let answer = async {
+        // A router that is gone needs no answer.
+        let _ = replies.send(reply.await).await;
+    };
+    tokio::select! {
+        () = answer => {}
+        () = cancelled => {}
+    }
+}
+
 async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut replies: ReplySender) {
     let id = request.id;
+    let _delivery = engine.delivery();
     let mut events = match engine.generate(request) {
         Ok(events) => events,
         Err(error) => {
@@ -259,7 +313,7 @@ async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut repl
             return;
         }
     };
-    let cancelled = replies.cancelled();
+    let (cancelled, arrived) = (replies.cancelled(), replies.cancelled());
     let stream = async {
         replies.send(Reply::Accepted).await?;
         while let Some(event) = events.next().await {
@@ -273,8 +327,10 @@ async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut repl
     };
     // Dropping `events` before their end cancels the request in the engine.
     tokio::select! {
-        sent = stream => if let Err(error) = sent {
-            tracing::debug!(request = %id, %error, "the answer is not read to its end");
+        sent = stream => match sent {
+            // Bounded by the silence after which a connection ends.
+            Ok(()) => arrived.await,
+            Err(error) => tracing::debug!(request = %id, %error, "the answer is not read to its end"),
         },
         () = cancelled => tracing::debug!(request = %id, "cancelled by the router"),
     }

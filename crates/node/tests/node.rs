@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use testkit::{FakeSettings, check_stream};
 use transport::ClusterKey;
 use types::{
-    Directory, EngineState, FinishReason, Generate, GenerateDraft, GenerateError, GenerateRequest,
-    Generation, NodeId, RequestId, Role, SamplingParams, TokenEvent,
+    CacheScope, Directory, EngineState, FinishReason, Generate, GenerateDraft, GenerateError,
+    GenerateRequest, Generation, NodeId, RequestId, Role, SamplingParams, Service, TokenEvent,
 };
 
 const MODEL: &str = "fake";
@@ -127,6 +127,8 @@ fn request(id: u128, max_tokens: u32) -> GenerateRequest {
         max_tokens,
         stop_tokens: Vec::new(),
         ignore_eos: false,
+        service: Service::default(),
+        cache: CacheScope::default(),
     };
     GenerateRequest::try_from(draft).expect("a valid request")
 }

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
-use types::{GenerateError, ModelAssets, NodeLoad, NodeRates, limits};
+use types::{GenerateError, ModelAssets, NodeLoad, SessionInfo, SessionRequest, limits};
 use wire::{Decoder, EngineCommand, EngineReport, FrameClass};
 
 /// Commands read and not yet taken; the pipe holds the rest back.
@@ -38,8 +38,6 @@ pub struct LoadedModel {
     pub model: Box<dyn Model>,
     /// Its tokenizer and template; their hash must be that of the model's card.
     pub assets: ModelAssets,
-    /// How fast it is; measured here where that is not known.
-    pub rates: Option<NodeRates>,
 }
 
 /// Loads a model and runs its engine on the calling thread, until told to shut down or until the parent is gone.
@@ -121,14 +119,12 @@ fn serve(
         }
     };
     let mut loaded = load(&mut progress).map_err(Failure)?;
-    let rates = match loaded.rates {
-        Some(rates) => rates,
-        None => {
-            progress("measuring", 0.0);
-            probe::measure(&mut *loaded.model, Instant::now).map_err(|error| Failure(error.to_string()))?
-        }
-    };
-    settings.rates = rates;
+    progress("measuring", 0.0);
+    let measured =
+        probe::measure(&mut *loaded.model, Instant::now).map_err(|error| Failure(error.to_string()))?;
+    tracing::debug!(?measured, "measured");
+    let rates = measured.rates;
+    (settings.rates, settings.decode_step_s) = (rates, measured.decode_step_s);
     let slots = loaded.model.limits().slots as u32;
     let card = loaded.model.card().clone();
     let engine = Engine::new(loaded.model, settings);
@@ -171,18 +167,18 @@ impl EngineLoop<'_> {
         }
     }
 
-    /// Takes all commands that are there; while there is nothing else to do, waits for one. True: the parent is gone.
+    /// Takes all commands that come until the engine has to step; while there is nothing else to do, waits for one.
+    /// True: the parent is gone.
     fn take_commands(&mut self, reports: &mut Vec<EngineReport>) -> bool {
-        let mut wait = self.engine.is_idle() && !self.leaving;
+        let mut idle = self.engine.is_idle() && !self.leaving;
         loop {
-            // Without a wait, only what is there already.
-            let wait_time = if wait { limits::LOAD_INTERVAL_MAX } else { Duration::ZERO };
-            match self.link.commands.recv_timeout(wait_time) {
+            let wait = if idle { limits::LOAD_INTERVAL_MAX } else { self.engine.spare_time(Instant::now()) };
+            match self.link.commands.recv_timeout(wait) {
                 Ok(command) => self.take(command, reports),
                 Err(RecvTimeoutError::Timeout) => return false,
                 Err(RecvTimeoutError::Disconnected) => return true,
             }
-            wait = false;
+            idle = false;
         }
     }
 
@@ -200,11 +196,28 @@ impl EngineLoop<'_> {
                 }
             }
             EngineCommand::Cancel(id) => self.engine.cancel(id),
+            EngineCommand::Sessions { call, request } => {
+                let sessions = self.sessions(&request);
+                reports.push(EngineReport::Sessions { call, sessions });
+            }
             EngineCommand::Shutdown => {
                 self.leaving = true;
                 self.engine.drain();
             }
         }
+    }
+
+    /// The sessions that a request is about, which end if it says so.
+    fn sessions(&mut self, request: &SessionRequest) -> Vec<SessionInfo> {
+        let mut sessions = self.engine.sessions(Instant::now());
+        match request {
+            SessionRequest::List { client } => sessions.retain(|session| session.client == *client),
+            SessionRequest::End { client, id } => {
+                sessions.retain(|session| session.client == *client && session.id == *id);
+                self.engine.end_session(*client, id);
+            }
+        }
+        sessions
     }
 
     fn tell_load(&mut self, now: Instant, reports: &mut Vec<EngineReport>) {

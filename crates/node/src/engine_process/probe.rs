@@ -1,10 +1,14 @@
 //! How fast a model is, measured with dummy tokens before it serves: a seed for the engine's and the routers' estimates.
+//!
+//! The probe writes to blocks from the first one on and counts its sequences down from the largest id. The engine that
+//! comes after it takes every block for free and counts up, so neither has to know of the other. Steps of decoding overlap
+//! as the engine's do: what is measured is the time from one step's tokens to the next one's.
 
-use engine::{Model, ModelError, RowSampling, SequenceId, Slice};
+use engine::{BlockId, Input, Model, ModelError, RowSampling, SequenceId, Slice};
 use std::time::{Duration, Instant};
-use types::{NodeRates, SamplingParams, TokenId};
+use types::{BLOCK_TOKENS, NodeRates, SamplingParams, TokenId};
 
-/// Where measuring stops, whatever has been measured by then.
+/// Where measuring stops, whatever has been measured by then; a step that has begun is finished.
 const PROBE_TIME_MAX: Duration = Duration::from_secs(2);
 /// Tokens of the measured prompt: long enough to be like prompts, short enough for a slow machine.
 const PREFILL_TOKENS: usize = 128;
@@ -12,133 +16,247 @@ const PREFILL_TOKENS: usize = 128;
 const WARM_UP_TOKENS: usize = 16;
 /// Decode steps measured with each number of rows, after one that only warms up.
 const DECODE_STEPS: usize = 6;
-/// Rows of the second measurement of decode steps.
-const ROWS: usize = 4;
-/// Tokens that a row of the measurement may come to have.
-const TOKENS_MAX: usize = PREFILL_TOKENS + 4 * (DECODE_STEPS + 1);
-/// Models round what a sequence takes up to at most a multiple of this.
-const KV_STEP_TOKENS: usize = 256;
+/// Blocks of a row of decode steps: with 1, 2, 4 and so on up to 1024 rows the first one comes to have 88 tokens.
+const ROW_BLOCKS: usize = 3;
 /// Share of a decode step's time that a further row is taken to cost where only one row could be measured.
 const ROW_SHARE_UNKNOWN: f64 = 0.1;
 
-/// Measures a model without open sequences; leaves it without.
-pub(super) fn measure(model: &mut dyn Model, clock: impl Fn() -> Instant) -> Result<NodeRates, ModelError> {
-    let begin = clock();
+/// What was measured.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Measured {
+    pub(super) rates: NodeRates,
+    /// Seconds of a decode step, by rows: 1, 2, 4 and so on, as far as there was time.
+    pub(super) decode_step_s: Vec<(u32, f32)>,
+}
+
+/// Measures a model before anybody else uses it.
+pub(super) fn measure(model: &mut dyn Model, clock: impl Fn() -> Instant) -> Result<Measured, ModelError> {
     let mut probe = Probe::new(model, clock);
-    probe.row(WARM_UP_TOKENS)?;
-    probe.close();
-    let prefill_tokens = PREFILL_TOKENS.min(probe.tokens_max.saturating_sub(2 * DECODE_STEPS + 2)).max(1);
-    let prefill = probe.row(prefill_tokens)?;
-    let one = probe.decode(1, begin)?;
-    let mut rows = probe.rows.len();
-    while rows < probe.rows_max() && probe.clock_left(begin) {
-        probe.row(WARM_UP_TOKENS)?;
-        rows += 1;
+    probe.read(WARM_UP_TOKENS)?;
+    let prefill_tokens_per_s = probe.read(PREFILL_TOKENS)?;
+    let mut decode_step_s = vec![(1, probe.decode(1)?)];
+    for rows in row_counts(probe.rows_max()).skip(1) {
+        if !probe.has_time() {
+            break;
+        }
+        decode_step_s.push((rows as u32, probe.decode(rows)?));
     }
-    let many = probe.decode(rows, begin)?;
-    probe.close();
-    let one_s = one.as_secs_f64();
-    let row_s = match rows {
-        0 | 1 => one_s * ROW_SHARE_UNKNOWN,
-        _ => ((many.as_secs_f64() - one_s) / (rows - 1) as f64).max(0.0),
+    let (_, one_s) = decode_step_s[0];
+    let row_s = match decode_step_s.last() {
+        Some(&(rows, many_s)) if rows > 1 => ((many_s - one_s) / f64::from(rows - 1)).max(0.0),
+        _ => one_s * ROW_SHARE_UNKNOWN,
     };
-    Ok(NodeRates {
-        prefill_tokens_per_s: (prefill_tokens as f64 / prefill.as_secs_f64().max(1e-6)) as f32,
+    let rates = NodeRates {
+        prefill_tokens_per_s: prefill_tokens_per_s as f32,
         decode_step_s: one_s as f32,
         decode_row_s: row_s as f32,
-    })
+    };
+    let decode_step_s = decode_step_s.into_iter().map(|(rows, seconds)| (rows, seconds as f32)).collect();
+    Ok(Measured { rates, decode_step_s })
+}
+
+/// 1, 2, 4 and so on, `most` last.
+fn row_counts(most: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(1), move |&rows| (rows < most).then(|| (rows * 2).min(most)))
 }
 
 struct Probe<'a, C> {
     model: &'a mut dyn Model,
     clock: C,
+    begin: Instant,
     sampling: SamplingParams,
-    tokens_max: usize,
+    /// Blocks of each row, and what they and the model's context hold.
+    row_blocks: usize,
+    row_tokens: usize,
     rows: Vec<Row>,
-    opened: u64,
+    sequences: u64,
 }
 
+/// A sequence of a prompt of one token and what follows it.
 struct Row {
     id: SequenceId,
-    /// All tokens so far: the prompt, and what was drawn.
+    blocks: Vec<BlockId>,
+    /// As far as they are known.
     tokens: Vec<TokenId>,
-    prompt: usize,
-    computed: usize,
+    /// Of these, and perhaps one more that is being drawn, whose KV a step writes or wrote.
+    submitted: usize,
 }
 
 impl<'a, C: Fn() -> Instant> Probe<'a, C> {
     fn new(model: &'a mut dyn Model, clock: C) -> Self {
-        let context = model.card().context_tokens as usize;
-        // A share of the memory, so that several rows fit.
-        let memory = (model.limits().kv_tokens / (ROWS as u64 + 1)) as usize;
-        let tokens_max = context.min(memory).min(TOKENS_MAX);
-        Self { model, clock, sampling: SamplingParams::greedy(), tokens_max, rows: Vec::new(), opened: 0 }
+        let row_blocks = ROW_BLOCKS.min(model.limits().blocks).max(1);
+        let row_tokens = (row_blocks * BLOCK_TOKENS).min(model.card().context_tokens as usize);
+        let (begin, sampling) = (clock(), SamplingParams::greedy());
+        Self { model, clock, begin, sampling, row_blocks, row_tokens, rows: Vec::new(), sequences: 0 }
     }
 
-    /// Rows that fit at once, each with memory to spare for rounding.
     fn rows_max(&self) -> usize {
         let limits = self.model.limits();
-        let row_tokens = self.tokens_max.next_multiple_of(KV_STEP_TOKENS) as u64;
-        ROWS.min(limits.slots).min((limits.kv_tokens / row_tokens) as usize)
+        limits.slots.min(limits.blocks / self.row_blocks).max(1)
     }
 
-    fn clock_left(&self, begin: Instant) -> bool {
-        (self.clock)().saturating_duration_since(begin) < PROBE_TIME_MAX
+    fn has_time(&self) -> bool {
+        (self.clock)().saturating_duration_since(self.begin) < PROBE_TIME_MAX
     }
 
-    /// Opens a row, reads a prompt of that many tokens, and says how long that took.
-    fn row(&mut self, tokens: usize) -> Result<Duration, ModelError> {
-        // From the other end than the engine, which counts from 0.
-        let id = SequenceId(u64::MAX - self.opened);
-        self.opened += 1;
+    fn sequence(&mut self) -> SequenceId {
+        self.sequences += 1;
+        SequenceId(u64::MAX - self.sequences)
+    }
+
+    /// Reads a prompt of so many tokens, or as many as fit, and gives tokens a second.
+    fn read(&mut self, tokens: usize) -> Result<f64, ModelError> {
+        let room = self.model.limits().blocks * BLOCK_TOKENS;
+        let tokens = tokens.min(room).min(self.model.card().context_tokens as usize).max(1);
         let vocab = self.model.card().vocab_size.max(1);
-        let tokens: Vec<TokenId> = (0..tokens as u32).map(|index| (index * 7 + 1) % vocab).collect();
-        self.model.open(id, self.tokens_max.max(tokens.len() + 1))?;
-        self.rows.push(Row { id, prompt: tokens.len(), tokens, computed: 0 });
-        let last = self.rows.len() - 1;
-        self.step(last..last + 1)
-    }
-
-    /// Decodes with the newest `rows` rows; gives the shortest time of a step. A start-up on a busy machine must not make
-    /// a node look slow: routers would send it nothing, and it could not correct itself.
-    fn decode(&mut self, rows: usize, begin: Instant) -> Result<Duration, ModelError> {
-        let range = self.rows.len().saturating_sub(rows)..self.rows.len();
-        let warm_up = self.step(range.clone())?;
-        let mut times = Vec::new();
-        while times.len() < DECODE_STEPS && self.clock_left(begin) && self.fits(range.clone()) {
-            times.push(self.step(range.clone())?);
-        }
-        Ok(times.into_iter().min().unwrap_or(warm_up))
-    }
-
-    fn fits(&self, range: std::ops::Range<usize>) -> bool {
-        self.rows[range].iter().all(|row| row.tokens.len() < self.tokens_max)
-    }
-
-    fn step(&mut self, range: std::ops::Range<usize>) -> Result<Duration, ModelError> {
-        let slices: Vec<Slice<'_>> =
-            self.rows[range.clone()].iter().map(|row| row.slice(&self.sampling)).collect();
+        let prompt: Vec<TokenId> = (0..tokens as u32).map(|index| (index * 7 + 1) % vocab).collect();
+        let blocks: Vec<BlockId> = (0..tokens.div_ceil(BLOCK_TOKENS) as u32).map(BlockId).collect();
+        let sample =
+            RowSampling { params: &self.sampling.clone(), position: 0, prompt: &prompt, output: &[] };
+        let slice = Slice {
+            sequence: self.sequence(),
+            blocks: &blocks,
+            start: 0,
+            input: Input::Tokens(&prompt),
+            sample: Some(sample),
+        };
         let begin = (self.clock)();
-        let drawn = self.model.step(&slices)?;
+        self.model.submit(&[slice])?;
+        self.model.collect()?;
         let time = (self.clock)().saturating_duration_since(begin);
-        for (row, token) in self.rows[range].iter_mut().zip(drawn) {
-            row.computed = row.tokens.len();
+        Ok(tokens as f64 / time.as_secs_f64().max(1e-6))
+    }
+
+    /// Decodes with so many rows; gives the shortest seconds of a step. A start-up on a busy machine must not make a node
+    /// look slow: routers would send it nothing, and it could not correct itself.
+    fn decode(&mut self, rows: usize) -> Result<f64, ModelError> {
+        while self.rows.len() < rows {
+            let id = self.sequence();
+            let first = (self.rows.len() * self.row_blocks) as u32;
+            let blocks = (first..first + self.row_blocks as u32).map(BlockId).collect();
+            self.rows.push(Row { id, blocks, tokens: vec![0], submitted: 0 });
+        }
+        let mut last = (self.clock)();
+        self.submit()?;
+        let mut times: Vec<f64> = Vec::new();
+        while times.len() <= DECODE_STEPS && (times.is_empty() || self.has_time()) && self.fits() {
+            self.submit()?;
+            self.collect()?;
+            let now = (self.clock)();
+            times.push(now.saturating_duration_since(last).as_secs_f64());
+            last = now;
+        }
+        self.collect()?;
+        times.push((self.clock)().saturating_duration_since(last).as_secs_f64());
+        // The first one warms up, the last one had nothing behind it; either counts only where there is no other.
+        let counted = if times.len() > 2 { &times[1..times.len() - 1] } else { &times[..] };
+        Ok(counted.iter().copied().fold(f64::INFINITY, f64::min))
+    }
+
+    fn fits(&self) -> bool {
+        self.rows.iter().all(|row| row.submitted < self.row_tokens)
+    }
+
+    fn submit(&mut self) -> Result<(), ModelError> {
+        let rows = self.rows.iter().enumerate();
+        let slices: Vec<Slice<'_>> = rows.map(|(index, row)| row.slice(index, &self.sampling)).collect();
+        self.model.submit(&slices)?;
+        for row in &mut self.rows {
+            row.submitted = row.tokens.len().max(row.submitted + 1);
+        }
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<(), ModelError> {
+        let drawn = self.model.collect()?;
+        for (row, token) in self.rows.iter_mut().zip(drawn) {
             row.tokens.push(token);
         }
-        Ok(time)
-    }
-
-    fn close(&mut self) {
-        for row in self.rows.drain(..) {
-            self.model.close(row.id);
-        }
+        Ok(())
     }
 }
 
 impl Row {
-    fn slice<'a>(&'a self, params: &'a SamplingParams) -> Slice<'a> {
-        let (prompt, output) = self.tokens.split_at(self.prompt);
-        let sample = Some(RowSampling { params, position: output.len() as u32, prompt, output });
-        Slice { sequence: self.id, start: self.computed, tokens: &self.tokens[self.computed..], sample }
+    /// Its next token, known or not; `index` is its place in every step.
+    fn slice<'a>(&'a self, index: usize, params: &'a SamplingParams) -> Slice<'a> {
+        let (prompt, output) = self.tokens.split_at(1);
+        let known = self.submitted < self.tokens.len();
+        let (input, late) =
+            if known { (Input::Tokens(&self.tokens[self.submitted..]), 0) } else { (Input::Drawn(index), 1) };
+        let position = (output.len() + late) as u32;
+        let sample = Some(RowSampling { params, position, prompt, output });
+        Slice { sequence: self.id, blocks: &self.blocks, start: self.submitted, input, sample }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::ModelLimits;
+    use testkit::{FakeModel, FakeSettings, StepCost, VirtualClock};
+
+    /// The fake model panics where the contract of models is broken.
+    fn measured(slots: usize, blocks: usize, context_tokens: u32, base_ms: u64) -> (Measured, Duration) {
+        let ms = Duration::from_millis;
+        let limits = ModelLimits { slots, blocks, kv_bytes_per_token: 1 };
+        let cost = StepCost {
+            base: ms(base_ms),
+            row: ms(1),
+            prefill_token: ms(1),
+            kv_1024: Duration::ZERO,
+            ..StepCost::none()
+        };
+        let settings = FakeSettings { context_tokens, limits, cost, ..FakeSettings::default() };
+        let clock = VirtualClock::new();
+        let (mut model, _) = FakeModel::new(settings, clock.clone());
+        let measured = measure(&mut model, || clock.now()).expect("nothing fails");
+        (measured, clock.elapsed())
+    }
+
+    #[test]
+    fn rates_and_table_are_what_steps_take() {
+        let check = |slots: usize, blocks: usize, context_tokens: u32, rows: &[u32]| {
+            let (measured, elapsed) = measured(slots, blocks, context_tokens, 4);
+            let counts: Vec<u32> = measured.decode_step_s.iter().map(|entry| entry.0).collect();
+            assert_eq!(counts, rows);
+            for (rows, seconds) in &measured.decode_step_s {
+                assert!(
+                    (f64::from(*seconds) - 0.004 - 0.001 * f64::from(*rows)).abs() < 1e-5,
+                    "{measured:?}"
+                );
+            }
+            let rates = measured.rates;
+            let prefill_tokens = context_tokens.min(128) as f32;
+            let expected = prefill_tokens / (0.004 + prefill_tokens * 0.001);
+            assert!((rates.prefill_tokens_per_s - expected).abs() < 0.1, "{rates:?}");
+            assert!((rates.decode_step_s - 0.005).abs() < 1e-5, "{rates:?}");
+            let row_s = if rows.len() == 1 { 0.0005 } else { 0.001 };
+            assert!((rates.decode_row_s - row_s).abs() < 1e-5, "{rates:?}");
+            assert!(elapsed < PROBE_TIME_MAX, "{elapsed:?}");
+        };
+        check(4, 1024, 8192, &[1, 2, 4]);
+        check(12, 1024, 8192, &[1, 2, 4, 8, 12]);
+        check(1, 1024, 8192, &[1]);
+        // Few blocks for many slots, and a context that one block holds.
+        check(64, 16, 512, &[1, 2, 4, 5]);
+        check(4, 1, 32, &[1]);
+    }
+
+    #[test]
+    fn slow_machines_measure_less() {
+        let (measured, elapsed) = measured(64, 1024, 8192, 100);
+        let counts: Vec<u32> = measured.decode_step_s.iter().map(|entry| entry.0).collect();
+        assert_eq!(counts, [1, 2, 4]);
+        assert!(
+            elapsed < PROBE_TIME_MAX + Duration::from_millis(350),
+            "three steps more at most: {elapsed:?}"
+        );
+        let (measured, elapsed) = self::measured(64, 1024, 8192, 3000);
+        assert_eq!(measured.decode_step_s.len(), 1);
+        assert!((measured.rates.decode_step_s - 3.001).abs() < 0.01, "{measured:?}");
+        assert!(
+            elapsed < Duration::from_secs(16),
+            "two prompts and the fewest steps there can be: {elapsed:?}"
+        );
     }
 }
