@@ -335,3 +335,141 @@ async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut repl
         () = cancelled => tracing::debug!(request = %id, "cancelled by the router"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use tokio::time::timeout;
+    use transport::{ClusterKey, Peer};
+    use types::{
+        CacheScope, Finish, FinishReason, GenerateDraft, ModelAssets, ModelCard, RequestId, SamplingParams,
+        Service, Usage,
+    };
+    use wire::EngineCommand;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn hello(node: u128) -> Hello {
+        Hello {
+            program: "0".to_owned(),
+            node: NodeId(node),
+            name: format!("node {node}"),
+            cluster: "test".to_owned(),
+            roles: Vec::new(),
+            hardware: "none".to_owned(),
+        }
+    }
+
+    /// A node whose engine is played by the test, and a router that it has joined.
+    async fn joined() -> (EngineHandle, watch::Sender<NodeReport>, Peer) {
+        let key = ClusterKey::generate().expect("random numbers");
+        let bind = || Endpoint::bind(([127, 0, 0, 1], 0).into(), &key).expect("binds");
+        let (endpoint, router) = (bind(), bind());
+        let engine = EngineHandle::new();
+        let (reports, watched) = watch::channel(engine.report());
+        let (to, hello_router) = (router.local_address(), hello(2));
+        let (accepted, link) = tokio::join!(router.accept(&hello_router), endpoint.join(to, hello(1)));
+        let (served, claims) = (engine.clone(), Claims::default());
+        let settings = UplinkSettings { endpoint, hello: hello(1), engine: served, reports: watched, claims };
+        let link = link.expect("joined");
+        tokio::spawn(async move { serve(&settings, link).await });
+        (engine, reports, accepted.expect("open").0)
+    }
+
+    /// More tokens than fit the way to the router: some wait at the node until the router reads.
+    #[tokio::test]
+    async fn an_answer_counts_until_it_has_arrived() {
+        const TOKENS: u32 = 100_000;
+        let (engine, _reports, peer) = joined().await;
+        let mut commands = engine.child_started();
+        let assets = ModelAssets {
+            tokenizer_json: String::new(),
+            chat_template: None,
+            bos_token: None,
+            eos_token: None,
+        };
+        let card = ModelCard {
+            name: "m".to_owned(),
+            root: types::BlockHash(0),
+            context_tokens: 2 * TOKENS,
+            vocab_size: u32::MAX,
+            eos_tokens: Vec::new(),
+            assets: assets.hash(),
+            created_s: 0,
+        };
+        engine.child_ready(card, assets, 1);
+        let draft = GenerateDraft {
+            id: RequestId(1),
+            model: "m".to_owned(),
+            prompt: vec![1],
+            sampling: SamplingParams::greedy(),
+            max_tokens: TOKENS,
+            stop_tokens: Vec::new(),
+            ignore_eos: false,
+            service: Service::default(),
+            cache: CacheScope::default(),
+        };
+        let answer = peer.generate(draft.try_into().expect("valid")).await.expect("accepted");
+        assert!(matches!(commands.recv().await, Some(EngineCommand::Submit(_))));
+        let tokens = vec![u32::MAX - 1; TOKENS as usize];
+        let finish = Finish { reason: FinishReason::Length, usage: Usage::default() };
+        let events = [TokenEvent::Tokens { index: 0, tokens }, TokenEvent::Finished(finish)];
+        for event in events {
+            engine.child_event(RequestId(1), event).expect("in order");
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(engine.open_requests(), 1, "nobody has read it");
+        let read: usize =
+            timeout(PATIENCE, answer.collect::<Vec<_>>()).await.expect("ends").iter().map(tokens_of).sum();
+        assert_eq!(read, TOKENS as usize);
+        let arrived = async {
+            while engine.open_requests() > 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, arrived).await.expect("arrived");
+    }
+
+    fn tokens_of(event: &TokenEvent) -> usize {
+        match event {
+            TokenEvent::Tokens { tokens, .. } => tokens.len(),
+            TokenEvent::Finished(_) => 0,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_parked_duplicate_goes_where_its_address_leads_now_and_ends_without_one() {
+        let key = ClusterKey::generate().expect("random numbers");
+        let bind = || Endpoint::bind(([127, 0, 0, 1], 0).into(), &key).expect("binds");
+        let (node, known, other) = (bind(), bind(), bind());
+        let engine = EngineHandle::new();
+        let (reports, watched) = watch::channel(engine.report());
+        let claims = Claims::default();
+        let claim = claims.claim(NodeId(2)).expect("the first");
+        let settings = UplinkSettings { endpoint: node, hello: hello(1), engine, reports: watched, claims };
+        let addresses = watch::Sender::new(vec![known.local_address()]);
+        let dialling = tokio::spawn(dial(settings, addresses.subscribe()));
+        let joined = async |router: &Endpoint, id: u128| {
+            let (peer, _reports) =
+                timeout(PATIENCE, router.accept(&hello(id))).await.expect("dialled").expect("open");
+            peer
+        };
+        let duplicate = joined(&known, 2).await;
+        assert_eq!(duplicate.closed().await, "there is a connection already");
+        // The same address again is no news.
+        lead_to(&addresses, vec![known.local_address()]);
+        let again = timeout(Duration::from_millis(500), known.accept(&hello(2))).await;
+        assert!(again.is_err(), "dialled again");
+        lead_to(&addresses, vec![other.local_address()]);
+        let moved = joined(&other, 3).await;
+        lead_to(&addresses, Vec::new());
+        assert!(
+            timeout(Duration::from_millis(300), moved.closed()).await.is_err(),
+            "what is connected stays"
+        );
+        moved.close("over");
+        assert_eq!(timeout(PATIENCE, dialling).await.expect("ends").expect("no panic"), DialEnd::NoAddress);
+        drop((claim, reports));
+    }
+}
