@@ -6,6 +6,8 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -18,6 +20,8 @@
 
 #include "mlx/c/array.h"
 #include "mlx/c/stream.h"
+
+#include "parallel.h"
 
 // One copy of each loop for each instruction set, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -152,7 +156,318 @@ WIDE void rope(
   }
 }
 
-enum class Kind { SwiGlu, MaskedSoftmax, RmsNorm, Rope };
+// KV pools: keys [blocks, kv_heads, dim, BLOCK], values [blocks, kv_heads, BLOCK, dim]; a block holds BLOCK tokens.
+constexpr int64_t BLOCK = 32;
+
+struct Pool {
+  float* data;
+  int64_t kv_heads, dim;
+
+  // The part of one head in one block.
+  float* at(int64_t block, int64_t head) const {
+    return data + (block * kv_heads + head) * BLOCK * dim;
+  }
+};
+
+void write_key(const Pool& pool, int64_t block, int64_t head, int64_t offset, const float* from) {
+  float* to = pool.at(block, head) + offset;
+  for (int64_t d = 0; d < pool.dim; d++) {
+    to[d * BLOCK] = from[d];
+  }
+}
+
+void write_value(const Pool& pool, int64_t block, int64_t head, int64_t offset, const float* from) {
+  std::memcpy(pool.at(block, head) + offset * pool.dim, from, pool.dim * sizeof(float));
+}
+
+// One group of query heads of one row over its whole context: q and out [group, dim], scores [group, blocks * BLOCK].
+WIDE void attend(
+    const float* q, const Pool& keys, const Pool& values, int64_t head, const int32_t* table, int64_t length,
+    int64_t group, float scale, float* scores, float* out) {
+  typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+  const int64_t dim = keys.dim, blocks = (length + BLOCK - 1) / BLOCK, padded = blocks * BLOCK;
+  for (int64_t b = 0; b < blocks; b++) {
+    const float* block = keys.at(table[b], head);
+    for (int64_t g = 0; g < group; g++) {
+      Lanes low = {}, high = {};
+      const float* query = q + g * dim;
+      for (int64_t d = 0; d < dim; d++) {
+        low += query[d] * *reinterpret_cast<const Lanes*>(block + d * BLOCK);
+        high += query[d] * *reinterpret_cast<const Lanes*>(block + d * BLOCK + LANES);
+      }
+      *reinterpret_cast<Lanes*>(scores + g * padded + b * BLOCK) = low;
+      *reinterpret_cast<Lanes*>(scores + g * padded + b * BLOCK + LANES) = high;
+    }
+  }
+  for (int64_t g = 0; g < group; g++) {
+    float* row = scores + g * padded;
+    std::fill(row + length, row + padded, -std::numeric_limits<float>::infinity());
+    float lanes[LANES];
+    std::copy(row, row + LANES, lanes);
+    for (int64_t i = LANES; i < padded; i += LANES) {
+      for (int lane = 0; lane < LANES; lane++) {
+        lanes[lane] = lanes[lane] > row[i + lane] ? lanes[lane] : row[i + lane];
+      }
+    }
+    const float largest = *std::max_element(lanes, lanes + LANES);
+    std::fill(lanes, lanes + LANES, 0.0f);
+    for (int64_t i = 0; i < padded; i += LANES) {
+      for (int lane = 0; lane < LANES; lane++) {
+        row[i + lane] = exponential((row[i + lane] - largest) * scale);
+      }
+    }
+    std::fill(row + length, row + padded, 0.0f);
+    for (int64_t i = 0; i < padded; i += LANES) {
+      for (int lane = 0; lane < LANES; lane++) {
+        lanes[lane] += row[i + lane];
+      }
+    }
+    float sum = 0.0f;
+    for (int lane = 0; lane < LANES; lane++) {
+      sum += lanes[lane];
+    }
+    const float inverse = 1.0f / sum;
+    for (int64_t i = 0; i < padded; i++) {
+      row[i] *= inverse;
+    }
+  }
+  std::fill(out, out + group * dim, 0.0f);
+  for (int64_t b = 0; b < blocks; b++) {
+    const float* block = values.at(table[b], head);
+    const int64_t seen = std::min(length - b * BLOCK, BLOCK);
+    for (int64_t g = 0; g < group; g++) {
+      const float* weights = scores + g * padded + b * BLOCK;
+      float* to = out + g * dim;
+      int64_t t = 0;
+      for (; t + 4 <= seen; t += 4) {
+        const float* v = block + t * dim;
+        const float w0 = weights[t], w1 = weights[t + 1], w2 = weights[t + 2], w3 = weights[t + 3];
+        for (int64_t d = 0; d < dim; d++) {
+          to[d] += (w0 * v[d] + w1 * v[dim + d]) + (w2 * v[2 * dim + d] + w3 * v[3 * dim + d]);
+        }
+      }
+      for (; t < seen; t++) {
+        const float* v = block + t * dim;
+        for (int64_t d = 0; d < dim; d++) {
+          to[d] += weights[t] * v[d];
+        }
+      }
+    }
+  }
+}
+
+struct Attention {
+  const float *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride; // of a token
+  Pool keys, values;
+  const int32_t* rows; // [rows, columns]: position, then the block table
+  int64_t count, columns, heads;
+  float scale;
+  float* out; // [rows, heads * dim]
+};
+
+// Appends each row's key and value to its last block and attends to everything before and itself.
+void attend_rows(const Attention& a) {
+  const int64_t kv_heads = a.keys.kv_heads, dim = a.keys.dim, group = a.heads / kv_heads;
+  int64_t work = 0;
+  for (int64_t row = 0; row < a.count; row++) {
+    work += (a.rows[row * a.columns] + 1) * a.heads * dim;
+  }
+  parallel(a.count * kv_heads, work, [&](int64_t unit) {
+    const int64_t row = unit / kv_heads, head = unit % kv_heads;
+    const int64_t position = a.rows[row * a.columns];
+    const int32_t* table = a.rows + row * a.columns + 1;
+    float* out = a.out + (row * a.heads + head * group) * dim;
+    write_key(a.keys, table[position / BLOCK], head, position % BLOCK, a.k + row * a.k_stride + head * dim);
+    write_value(a.values, table[position / BLOCK], head, position % BLOCK, a.v + row * a.v_stride + head * dim);
+    static thread_local std::vector<float> scores;
+    scores.resize(group * (position / BLOCK + 1) * BLOCK);
+    attend(a.q + row * a.q_stride + head * group * dim, a.keys, a.values, head, table, position + 1, group, a.scale,
+           scores.data(), out);
+  });
+}
+
+// Appends a run of `count` tokens, [count, kv_heads, dim], from `start` on; copies everything up to its end to `out`:
+// keys [kv_heads, dim, start + count], values [kv_heads, start + count, dim].
+void append_run(
+    const float* from, int64_t stride, const Pool& pool, bool is_keys, const int32_t* table, int64_t start,
+    int64_t count, float* out) {
+  const int64_t dim = pool.dim, length = start + count;
+  parallel(pool.kv_heads, length * dim * pool.kv_heads, [&](int64_t head) {
+    for (int64_t token = 0; token < count; token++) {
+      const int64_t position = start + token;
+      const auto write = is_keys ? write_key : write_value;
+      write(pool, table[position / BLOCK], head, position % BLOCK, from + token * stride + head * dim);
+    }
+    float* to = out + head * length * dim;
+    for (int64_t first = 0; first < length; first += BLOCK) {
+      const float* block = pool.at(table[first / BLOCK], head);
+      const int64_t tokens = std::min(BLOCK, length - first);
+      if (is_keys) {
+        for (int64_t d = 0; d < dim; d++) {
+          std::memcpy(to + d * length + first, block + d * BLOCK, tokens * sizeof(float));
+        }
+      } else {
+        std::memcpy(to + first * dim, block, tokens * dim * sizeof(float));
+      }
+    }
+  });
+}
+
+// How one row draws. The layout is that of sampler.rs.
+struct Draw {
+  int32_t late; // a token drawn after the penalties were counted, or -1
+  float temperature; // 0: the most probable token
+  float top_p, min_p;
+  int32_t top_k; // 0: all
+  float uniform;
+  float repetition, presence, frequency;
+};
+static_assert(sizeof(Draw) == 9 * 4);
+
+// A token's logit is divided by `factor` if positive, else multiplied, then `offset` is added.
+struct Change {
+  int32_t token; // -1: none
+  float factor, offset;
+  int32_t seen; // 1: the repetition penalty is in `factor`; 2: the presence penalty is in `offset`
+};
+static_assert(sizeof(Change) == 4 * 4);
+
+float penalized(float logit, float factor, float offset) {
+  return (logit > 0 ? logit / factor : logit * factor) + offset;
+}
+
+void apply_changes(float* logits, int64_t vocabulary, const Draw& draw, const Change* changes, int64_t count) {
+  int32_t seen = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Change& change = changes[i];
+    if (change.token >= 0 && change.token < vocabulary) {
+      logits[change.token] = penalized(logits[change.token], change.factor, change.offset);
+      seen = change.token == draw.late ? change.seen : seen;
+    }
+  }
+  if (draw.late >= 0 && draw.late < vocabulary) {
+    const float factor = (seen & 1) ? 1.0f : draw.repetition;
+    const float offset = -draw.frequency - ((seen & 2) ? 0.0f : draw.presence);
+    logits[draw.late] = penalized(logits[draw.late], factor, offset);
+  }
+}
+
+WIDE float largest_of(const float* x, int64_t count) {
+  float lanes[LANES];
+  std::fill(lanes, lanes + LANES, -std::numeric_limits<float>::infinity());
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    for (int lane = 0; lane < LANES; lane++) {
+      lanes[lane] = lanes[lane] > x[i + lane] ? lanes[lane] : x[i + lane];
+    }
+  }
+  for (; i < count; i++) {
+    lanes[0] = std::max(lanes[0], x[i]);
+  }
+  return *std::max_element(lanes, lanes + LANES);
+}
+
+// Weights relative to the most probable token, in place; returns their sum.
+WIDE float weigh(float* x, int64_t count, float largest, float inverse_temperature) {
+  float lanes[LANES] = {};
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    for (int lane = 0; lane < LANES; lane++) {
+      const float scaled = (x[i + lane] - largest) * inverse_temperature;
+      const float weight = scaled < -87.0f ? 0.0f : exponential(scaled);
+      x[i + lane] = weight;
+      lanes[lane] += weight;
+    }
+  }
+  float sum = 0.0f;
+  for (; i < count; i++) {
+    const float scaled = (x[i] - largest) * inverse_temperature;
+    x[i] = scaled < -87.0f ? 0.0f : exponential(scaled);
+    sum += x[i];
+  }
+  for (int lane = 0; lane < LANES; lane++) {
+    sum += lanes[lane];
+  }
+  return sum;
+}
+
+// How many weights are above `bound`, and their sum.
+WIDE void above(const float* x, int64_t count, float bound, int64_t& number, float& mass) {
+  int32_t numbers[LANES] = {};
+  float masses[LANES] = {};
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    for (int lane = 0; lane < LANES; lane++) {
+      const bool in = x[i + lane] > bound;
+      numbers[lane] += in;
+      masses[lane] += in ? x[i + lane] : 0.0f;
+    }
+  }
+  number = 0;
+  mass = 0.0f;
+  for (; i < count; i++) {
+    number += x[i] > bound;
+    mass += x[i] > bound ? x[i] : 0.0f;
+  }
+  for (int lane = 0; lane < LANES; lane++) {
+    number += numbers[lane];
+    mass += masses[lane];
+  }
+}
+
+int32_t draw_token(const float* logits, int64_t vocabulary, const Draw& draw, const Change* changes, int64_t count) {
+  static thread_local std::vector<float> row;
+  row.assign(logits, logits + vocabulary);
+  float* x = row.data();
+  apply_changes(x, vocabulary, draw, changes, count);
+  const float largest = largest_of(x, vocabulary);
+  if (draw.temperature <= 0.0f) {
+    return static_cast<int32_t>(std::find(x, x + vocabulary, largest) - x);
+  }
+  const float total = weigh(x, vocabulary, largest, 1.0f / draw.temperature);
+  // The least weight kept. A bound is raised by one float at a time in the search, so the cut is exact.
+  float least = std::numeric_limits<float>::min();
+  if (draw.min_p > 0.0f) {
+    least = std::max(least, draw.min_p);
+  }
+  const bool truncates = draw.top_k > 0 || draw.top_p < 1.0f;
+  if (truncates) {
+    // The smallest weight w with fewer than top_k weights above it and less than top_p of the mass above it.
+    uint32_t low = 0, high = std::bit_cast<uint32_t>(1.0f);
+    while (low < high) {
+      const uint32_t middle = low + (high - low) / 2;
+      int64_t number;
+      float mass;
+      above(x, vocabulary, std::bit_cast<float>(middle), number, mass);
+      const bool keeps = (draw.top_k == 0 || number < draw.top_k) && (draw.top_p >= 1.0f || mass < draw.top_p * total);
+      if (keeps) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    least = std::max(least, std::bit_cast<float>(low));
+  }
+  int64_t number;
+  float kept;
+  above(x, vocabulary, std::nextafter(least, 0.0f), number, kept);
+  const float target = draw.uniform * kept;
+  float sum = 0.0f;
+  int32_t last = 0;
+  for (int64_t i = 0; i < vocabulary; i++) {
+    if (x[i] >= least) {
+      sum += x[i];
+      last = static_cast<int32_t>(i);
+      if (sum > target) {
+        break;
+      }
+    }
+  }
+  return last;
+}
+
+enum class Kind { SwiGlu, MaskedSoftmax, RmsNorm, Rope, AttendRows, AppendKeys, AppendValues, Sample, Reserve };
 
 class Native : public mx::UnaryPrimitive {
  public:
@@ -168,13 +483,22 @@ class Native : public mx::UnaryPrimitive {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
+    // Pages that are never touched take no memory, so that a large pool costs what is used of it.
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    if (kind_ == Kind::Reserve) {
+      return;
+    }
     const auto& x = inputs[0];
-    for (size_t i = kind_ == Kind::Rope ? 1 : 0; i < inputs.size(); i++) {
+    for (size_t i = by_token(); i < inputs.size(); i++) {
       if (!inputs[i].flags().row_contiguous) {
         throw std::runtime_error("an input is not row-contiguous");
       }
     }
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    for (size_t i = 0; i < by_token(); i++) {
+      if (inputs[i].strides(2) != 1 || inputs[i].strides(1) != inputs[i].shape(2)) {
+        throw std::runtime_error("the heads of a token must be adjacent");
+      }
+    }
     auto& encoder = mx::cpu::get_command_encoder(stream());
     for (const auto& input : inputs) {
       encoder.set_input_array(input);
@@ -202,19 +526,70 @@ class Native : public mx::UnaryPrimitive {
         break;
       }
       case Kind::Rope: {
-        if (x.strides(2) != 1 || x.strides(1) != x.shape(2)) {
-          throw std::runtime_error("the heads of a token must be adjacent");
-        }
         const float* cos = inputs[1].data<float>();
         const float* sin = inputs[2].data<float>();
         const int64_t tokens = x.shape(0), heads = x.shape(1), half = inputs[1].shape(-1), stride = x.strides(0);
         encoder.dispatch([=] { rope(from, cos, sin, to, tokens, heads, width, half, stride); });
         break;
       }
+      case Kind::AttendRows: {
+        const auto &k = inputs[1], &v = inputs[2], &rows = inputs[5];
+        const Attention attention = {
+            from, k.data<float>(), v.data<float>(), x.strides(0), k.strides(0), v.strides(0), pool(inputs[3], k),
+            pool(inputs[4], k), rows.data<int32_t>(), rows.shape(0), rows.shape(1), x.shape(1), number_, to};
+        encoder.dispatch([=] { attend_rows(attention); });
+        break;
+      }
+      case Kind::AppendKeys:
+      case Kind::AppendValues: {
+        const auto target = pool(inputs[1], x);
+        const int32_t* table = inputs[2].data<int32_t>() + 1;
+        const int64_t stride = x.strides(0), count = x.shape(0);
+        encoder.dispatch([=, is_keys = kind_ == Kind::AppendKeys, start = step_] {
+          append_run(from, stride, target, is_keys, table, start, count, to);
+        });
+        break;
+      }
+      case Kind::Sample: {
+        const auto* draws = reinterpret_cast<const Draw*>(inputs[1].data<int32_t>());
+        const auto* changes = reinterpret_cast<const Change*>(inputs[2].data<int32_t>());
+        const int64_t vocabulary = x.shape(1), each = inputs[2].shape(1) / 4;
+        const int32_t* late = inputs[3].data<int32_t>();
+        int32_t* tokens = out.data<int32_t>();
+        encoder.dispatch([=, count = x.shape(0)] {
+          parallel(count, count * vocabulary * LANES, [&](int64_t row) {
+            Draw draw = draws[row];
+            draw.late = draw.late >= 0 ? late[draw.late] : -1;
+            tokens[row] = draw_token(from + row * vocabulary, vocabulary, draw, changes + row * each, each);
+          });
+        });
+        break;
+      }
+      case Kind::Reserve:
+        break;
     }
   }
 
  private:
+  // Leading inputs [tokens, heads, dim] whose tokens need not be adjacent, only the heads of one.
+  size_t by_token() const {
+    switch (kind_) {
+      case Kind::Rope:
+      case Kind::AppendKeys:
+      case Kind::AppendValues:
+        return 1;
+      case Kind::AttendRows:
+        return 3;
+      default:
+        return 0;
+    }
+  }
+
+  // The pool is written in place: it is an input, and nothing but these operations reads it, in the stream's order.
+  static Pool pool(const mx::array& pool, const mx::array& rows) {
+    return {const_cast<float*>(pool.data<float>()), rows.shape(1), rows.shape(2)};
+  }
+
   Kind kind_;
   float number_;
   int64_t step_;
@@ -225,7 +600,7 @@ mx::array& get(mlx_array handle) {
 }
 
 int make(mlx_array* res, mx::Shape shape, mlx_stream stream, Kind kind, float number, int64_t step,
-         std::vector<mx::array> inputs) {
+         std::vector<mx::array> inputs, mx::Dtype dtype = mx::float32) {
   try {
     for (const auto& input : inputs) {
       if (input.dtype() != mx::float32 && input.dtype() != mx::int32) {
@@ -233,7 +608,7 @@ int make(mlx_array* res, mx::Shape shape, mlx_stream stream, Kind kind, float nu
       }
     }
     auto primitive = std::make_shared<Native>(*static_cast<mx::Stream*>(stream.ctx), kind, number, step);
-    auto result = mx::array(std::move(shape), mx::float32, std::move(primitive), std::move(inputs));
+    auto result = mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
     if (res->ctx) {
       get(*res) = std::move(result);
     } else {
@@ -269,5 +644,44 @@ int mlx_node_rms_norm(mlx_array* res, mlx_array x, mlx_array weight, float eps, 
 
 int mlx_node_rope(mlx_array* res, mlx_array x, mlx_array cos, mlx_array sin, mlx_stream stream) {
   return make(res, get(x).shape(), stream, Kind::Rope, 0, 0, {get(x), get(cos), get(sin)});
+}
+
+// q [rows, heads, dim], k and v [rows, kv_heads, dim], rows [rows, 1 + blocks]: position and block table.
+int mlx_node_attend_rows(
+    mlx_array* res, mlx_array q, mlx_array k, mlx_array v, mlx_array keys, mlx_array values, mlx_array rows,
+    float scale, mlx_stream stream) {
+  const auto& shape = get(q).shape();
+  return make(res, {shape[0], shape[1] * shape[2]}, stream, Kind::AttendRows, scale, 0,
+              {get(q), get(k), get(v), get(keys), get(values), get(rows)});
+}
+
+// x [count, kv_heads, dim] at positions from `start` on; gives keys [kv_heads, dim, start + count].
+int mlx_node_append_keys(
+    mlx_array* res, mlx_array x, mlx_array pool, mlx_array table, int64_t start, mlx_stream stream) {
+  const auto& shape = get(x).shape();
+  const int length = static_cast<int>(start) + shape[0];
+  return make(res, {shape[1], shape[2], length}, stream, Kind::AppendKeys, 0, start,
+              {get(x), get(pool), get(table)});
+}
+
+// The same for values [kv_heads, start + count, dim].
+int mlx_node_append_values(
+    mlx_array* res, mlx_array x, mlx_array pool, mlx_array table, int64_t start, mlx_stream stream) {
+  const auto& shape = get(x).shape();
+  const int length = static_cast<int>(start) + shape[0];
+  return make(res, {shape[1], length, shape[2]}, stream, Kind::AppendValues, 0, start,
+              {get(x), get(pool), get(table)});
+}
+
+// logits [rows, vocabulary], draws [rows, 9], changes [rows, 4 * n], late [m]: tokens that `draws` names by index.
+int mlx_node_sample(
+    mlx_array* res, mlx_array logits, mlx_array draws, mlx_array changes, mlx_array late, mlx_stream stream) {
+  return make(res, {get(logits).shape(0)}, stream, Kind::Sample, 0, 0,
+              {get(logits), get(draws), get(changes), get(late)}, mx::int32);
+}
+
+// Memory that is not written until it is used.
+int mlx_node_reserve(mlx_array* res, const int* shape, size_t rank, mlx_stream stream) {
+  return make(res, mx::Shape(shape, shape + rank), stream, Kind::Reserve, 0, 0, {});
 }
 }

@@ -1,50 +1,58 @@
-//! Attention of one step: single-token rows against their slabs, longer runs each against its own slot.
+//! Attention of one step: rows that append a single token together, longer runs each by itself.
+//!
+//! Three paths compute the same: [`crate::native`] on a CPU, [`crate::kernels`] on a GPU, and MLX's operations alone.
+//! The first two read blocks where they lie and write new ones in place; the last copies a row's blocks together first.
 
 use crate::{
-    kv::{KvSlabs, Place},
+    kernels,
+    kv::{BLOCK, KvPool},
     layers::Path,
-    native,
+    native, raw,
+    rope::StepRope,
 };
-use mlx_rs::{
-    Array, Dtype,
-    error::Result,
-    fast,
-    ops::{concatenate, softmax_axis},
-};
+use mlx_rs::{Array, error::Result, fast, ops::concatenate};
 
-/// Rows of one slab that each append a single token.
+/// Bytes of scores that a run's attention on a CPU holds at once; longer runs are computed in parts.
+const SCORE_BYTES_MAX: usize = 64 << 20;
+
+/// Rows that each append one token: the first rows of the step.
 #[derive(Debug)]
 pub(crate) struct RowGroup {
-    pub(crate) capacity: usize,
-    /// Rows of the step's tokens, first and past the last, in the order of their slots.
-    pub(crate) rows: (i32, i32),
-    /// Slots `0..slots` are computed; where that is more than there are rows, `spread` says which row stands in each.
-    pub(crate) slots: usize,
-    /// For each slot the row computed in it, and for each row its slot; none where slots and rows coincide.
-    pub(crate) spread: Option<(Array, Array)>,
-    /// Positions attended: at least every row's length after this step.
-    pub(crate) length: usize,
-    pub(crate) mask: RowMask,
+    /// How many.
+    pub(crate) count: i32,
+    /// `[count, 1 + blocks]`: position, then the block table; -1 as position marks a row that is only there to fill.
+    pub(crate) table: Array,
+    /// For the pure path.
+    pub(crate) gathered: Option<Gathered>,
 }
 
-/// Which positions the rows of a group see.
+/// Consecutive tokens of one sequence.
 #[derive(Debug)]
-pub(crate) enum RowMask {
-    /// How many, for each slot `[slots]`: for our own softmax.
-    Visible(Array),
-    /// `[slots, 1, 1, length]`: booleans for kernels, numbers to be added to the scores for plain operations.
-    Array(Array),
+pub(crate) struct Run {
+    /// Rows of the step's tokens, first and past the last.
+    pub(crate) rows: (i32, i32),
+    /// Tokens in the KV before them.
+    pub(crate) start: usize,
+    /// `[1 + blocks]`: start, then the block table.
+    pub(crate) table: Array,
+    /// For the pure path.
+    pub(crate) gathered: Option<Gathered>,
 }
 
-/// A run of tokens of one sequence.
+/// Which blocks to copy together, for rows of equal numbers of blocks.
 #[derive(Debug)]
-pub(crate) struct RunGroup {
-    pub(crate) place: Place,
-    pub(crate) rows: (i32, i32),
-    /// Tokens in the slot after this step.
-    pub(crate) length: usize,
-    /// Positions that the first token sees, itself included, `[1]`.
-    pub(crate) visible: Array,
+pub(crate) struct Gathered {
+    /// Blocks of all rows, one row after another.
+    pub(crate) blocks: Array,
+    /// `[rows, 1, 1, tokens]`: the positions that each row sees; none where the run's own order says it.
+    pub(crate) mask: Option<Array>,
+}
+
+/// Where the pure path writes: block and offset of each of the step's tokens.
+#[derive(Debug)]
+pub(crate) struct Targets {
+    pub(crate) blocks: Array,
+    pub(crate) offsets: Array,
 }
 
 /// What to attend to, for every layer of a step.
@@ -52,93 +60,204 @@ pub(crate) struct RunGroup {
 pub(crate) struct Attention {
     pub(crate) path: Path,
     pub(crate) scale: f32,
-    pub(crate) row_groups: Vec<RowGroup>,
-    pub(crate) run_groups: Vec<RunGroup>,
+    pub(crate) rows: Option<RowGroup>,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) targets: Option<Targets>,
+}
+
+/// One layer's queries `[tokens, heads, head_dim]`, keys and values `[tokens, kv_heads, head_dim]`, not yet rotated;
+/// the heads of a token are adjacent.
+#[derive(Debug)]
+pub(crate) struct Qkv {
+    pub(crate) queries: Array,
+    pub(crate) keys: Array,
+    pub(crate) values: Array,
 }
 
 impl Attention {
-    /// `queries [tokens, heads, head_dim] → [tokens, heads · head_dim]`, this step's keys and values being written.
-    pub(crate) fn forward(&self, layer: usize, queries: &Array, kv: &KvSlabs) -> Result<Array> {
-        let mut parts = Vec::with_capacity(self.row_groups.len() + self.run_groups.len());
-        for group in &self.row_groups {
-            parts.push(self.rows(layer, queries, kv, group)?);
-        }
-        for group in &self.run_groups {
-            parts.push(self.run(layer, queries, kv, group)?);
-        }
-        if parts.len() == 1 { Ok(parts.remove(0)) } else { concatenate(&parts, 0) }
-    }
-
-    fn rows(&self, layer: usize, queries: &Array, kv: &KvSlabs, group: &RowGroup) -> Result<Array> {
-        let (heads, head_dim) = (queries.dim(1), queries.dim(2));
-        let count = group.rows.1 - group.rows.0;
-        let slots = group.slots as i32;
-        let mut queries = rows_of(queries, group.rows)?;
-        if let Some((row_of_slot, _)) = &group.spread {
-            queries = queries.take_axis(row_of_slot, 0)?;
-        }
-        let (keys, values) = kv.view(layer, group.capacity, (0, group.slots), group.length)?;
-        let kv_heads = kv.shape().heads;
-        let attended = match &group.mask {
-            RowMask::Array(mask) if self.path == Path::Kernel => {
-                let queries = queries.reshape(&[slots, heads, 1, head_dim])?;
-                fast::scaled_dot_product_attention(queries, keys, values, self.scale, mask, None)?
-            }
-            // Products over each key-value head with its group of query heads, the keys read once for the group.
-            mask => {
-                let grouped = queries.reshape(&[slots, kv_heads, heads / kv_heads, head_dim])?;
-                let scores = grouped.matmul(keys.swap_axes(2, 3)?)?;
-                let weights = match mask {
-                    RowMask::Visible(visible) => native::masked_softmax(&scores, visible, self.scale, 0)?,
-                    RowMask::Array(mask) => softmax_axis(
-                        scores.multiply(scalar(self.scale, scores.dtype())?)?.add(mask)?,
-                        -1,
-                        true,
-                    )?,
-                };
-                weights.matmul(values)?
-            }
+    /// Rotates, appends the step's keys and values to layer `layer` of `kv`, and attends:
+    /// `[tokens, heads · head_dim]`; nothing where only the KV is `wanted`.
+    pub(crate) fn forward(
+        &self,
+        layer: usize,
+        rope: &StepRope<'_>,
+        qkv: Qkv,
+        kv: &mut KvPool,
+        wanted: bool,
+    ) -> Result<Option<Array>> {
+        let qkv = match rope {
+            StepRope::Fused { .. } => qkv,
+            rope => Qkv { queries: rope.apply(&qkv.queries)?, keys: rope.apply(&qkv.keys)?, ..qkv },
         };
-        let attended = attended.reshape(&[slots, heads * head_dim])?;
-        match &group.spread {
-            Some((_, slot_of_row)) => attended.take_axis(slot_of_row, 0)?.reshape(&[count, heads * head_dim]),
-            None => Ok(attended),
+        if self.path == Path::Pure {
+            self.write(layer, &qkv, kv)?;
+            if !wanted {
+                return Ok(None);
+            }
         }
+        let mut parts = Vec::with_capacity(1 + self.runs.len());
+        if let Some(group) = &self.rows {
+            let part = qkv.rows((0, group.count))?;
+            parts.push(match (self.path, rope) {
+                (Path::Native, _) => {
+                    let layer = &kv.layers[layer];
+                    let Qkv { queries, keys, values } = &part;
+                    let (pool_keys, pool_values) = (&layer.keys, &layer.values);
+                    native::attend_rows(
+                        queries,
+                        keys,
+                        values,
+                        pool_keys,
+                        pool_values,
+                        &group.table,
+                        self.scale,
+                    )?
+                }
+                (Path::Kernel, StepRope::Fused { wavelengths, half }) => {
+                    kernels::attend_rows(&part, kv, layer, group, (wavelengths, *half))?
+                }
+                _ => self.gathered_rows(layer, &part, kv, group)?,
+            });
+        }
+        for run in &self.runs {
+            let part = qkv.rows(run.rows)?;
+            parts.extend(match (self.path, rope) {
+                (Path::Native, _) => self.native_run(layer, &part, kv, run, wanted)?,
+                (Path::Kernel, StepRope::Fused { wavelengths, half }) => {
+                    let (queries, keys, values) =
+                        kernels::append_run(&part, kv, layer, run, (wavelengths, *half))?;
+                    wanted.then(|| self.causal(queries, keys, values)).transpose()?
+                }
+                _ => Some(self.gathered_run(layer, &part, kv, run)?),
+            });
+        }
+        if !wanted {
+            // Nobody reads what attends; the writes alone must happen.
+            kv.pending.append(&mut parts);
+        }
+        Ok(match parts.len() {
+            0 => None,
+            1 => parts.pop(),
+            _ => Some(concatenate(&parts, 0)?),
+        })
     }
 
-    fn run(&self, layer: usize, queries: &Array, kv: &KvSlabs, group: &RunGroup) -> Result<Array> {
-        let (heads, head_dim) = (queries.dim(1), queries.dim(2));
-        let count = group.rows.1 - group.rows.0;
-        let slot = group.place.slot;
-        let (keys, values) = kv.view(layer, group.place.capacity, (slot, slot + 1), group.length)?;
-        let queries = rows_of(queries, group.rows)?.swap_axes(0, 1)?;
-        let attended = if self.path == Path::Native {
-            let kv_heads = kv.shape().heads;
+    /// `queries [1, heads, count, dim]` at the end of `keys`, `values` `[1, kv_heads, length, dim]`.
+    fn causal(&self, queries: Array, keys: Array, values: Array) -> Result<Array> {
+        let (heads, count, dim) = (queries.dim(1), queries.dim(2), queries.dim(3));
+        let causal = fast::ScaledDotProductAttentionMask::Causal;
+        let attended = fast::scaled_dot_product_attention(queries, keys, values, self.scale, causal, None)?;
+        attended.swap_axes(1, 2)?.reshape(&[count, heads * dim])
+    }
+
+    fn native_run(
+        &self,
+        layer: usize,
+        part: &Qkv,
+        kv: &mut KvPool,
+        run: &Run,
+        wanted: bool,
+    ) -> Result<Option<Array>> {
+        let pool = &kv.layers[layer];
+        let start = run.start as i64;
+        let keys = native::append_keys(&part.keys, &pool.keys, &run.table, start)?;
+        let values = native::append_values(&part.values, &pool.values, &run.table, start)?;
+        if !wanted {
+            kv.pending.extend([keys, values]);
+            return Ok(None);
+        }
+        let (count, heads, dim) = (part.queries.dim(0), part.queries.dim(1), part.queries.dim(2));
+        let (kv_heads, length) = (keys.dim(0), keys.dim(2));
+        let group = heads / kv_heads;
+        let at_once =
+            (SCORE_BYTES_MAX / (4 * heads as usize * length as usize)).clamp(1, count as usize) as i32;
+        let mut parts = Vec::new();
+        for first in (0..count).step_by(at_once as usize) {
+            let rows = at_once.min(count - first);
+            let queries = rows_of(&part.queries, (first, first + rows))?;
             // Query heads of a group below each other: one product for each key-value head.
-            let stacked = queries.reshape(&[1, kv_heads, heads / kv_heads * count, head_dim])?;
-            let scores = stacked.matmul(keys.swap_axes(2, 3)?)?;
-            let scores = scores.reshape(&[1, heads, count, group.length as i32])?;
-            let weights = native::masked_softmax(&scores, &group.visible, self.scale, 1)?;
-            let stacked = weights.reshape(&[1, kv_heads, heads / kv_heads * count, group.length as i32])?;
-            stacked.matmul(values)?.reshape(&[heads, count, head_dim])?
-        } else {
-            let causal = fast::ScaledDotProductAttentionMask::Causal;
-            let queries = queries.expand_dims(0)?;
-            fast::scaled_dot_product_attention(queries, keys, values, self.scale, causal, None)?
-                .squeeze_axes(&[0])?
-        };
-        attended.swap_axes(0, 1)?.reshape(&[count, heads * head_dim])
+            let stacked = queries.swap_axes(0, 1)?.reshape(&[kv_heads, group * rows, dim])?;
+            let scores = stacked.matmul(&keys)?.reshape(&[1, heads, rows, length])?;
+            let visible = Array::from_slice(&[run.start as i32 + first + 1], &[1]);
+            let weights = native::masked_softmax(&scores, &visible, self.scale, 1)?;
+            let attended = weights.reshape(&[kv_heads, group * rows, length])?.matmul(&values)?;
+            let attended = attended.reshape(&[heads, rows, dim])?;
+            parts.push(attended.swap_axes(0, 1)?.reshape(&[rows, heads * dim])?);
+        }
+        Ok(if parts.len() == 1 { parts.pop() } else { Some(concatenate(&parts, 0)?) })
     }
+
+    /// Writes all tokens of the step into their blocks, by MLX's own operations.
+    fn write(&self, layer: usize, qkv: &Qkv, kv: &mut KvPool) -> Result<()> {
+        let Some(Targets { blocks, offsets }) = &self.targets else { return Ok(()) };
+        let shape = [qkv.keys.dim(0), 1, qkv.keys.dim(1), 1, qkv.keys.dim(2)];
+        let pool = &mut kv.layers[layer];
+        for (pool, new) in [(&mut pool.keys, &qkv.keys), (&mut pool.values, &qkv.values)] {
+            // Out of its place, so that nothing else holds its buffer when the write is evaluated.
+            let old = std::mem::replace(pool, Array::from_int(0));
+            *pool = raw::scatter(&old, &[blocks, offsets], &new.reshape(&shape)?, &[0, 2])?;
+        }
+        Ok(())
+    }
+
+    fn gathered_rows(&self, layer: usize, part: &Qkv, kv: &KvPool, group: &RowGroup) -> Result<Array> {
+        let Some(gathered) = &group.gathered else { unreachable!("the pure path gathers") };
+        let (heads, dim) = (part.queries.dim(1), part.queries.dim(2));
+        let (keys, values) = gather(kv, layer, &gathered.blocks, group.count)?;
+        let queries = part.queries.reshape(&[group.count, heads, 1, dim])?;
+        let attended = match &gathered.mask {
+            Some(mask) => fast::scaled_dot_product_attention(queries, keys, values, self.scale, mask, None)?,
+            None => fast::scaled_dot_product_attention(queries, keys, values, self.scale, None, None)?,
+        };
+        attended.reshape(&[group.count, heads * dim])
+    }
+
+    fn gathered_run(&self, layer: usize, part: &Qkv, kv: &KvPool, run: &Run) -> Result<Array> {
+        let Some(gathered) = &run.gathered else { unreachable!("the pure path gathers") };
+        let (keys, values) = gather(kv, layer, &gathered.blocks, 1)?;
+        let length = run.start as i32 + run.rows.1 - run.rows.0;
+        let last = [1, keys.dim(1), length, keys.dim(3)];
+        let (keys, values) = (raw::slice(&keys, &[0; 4], &last)?, raw::slice(&values, &[0; 4], &last)?);
+        self.causal(part.queries.swap_axes(0, 1)?.expand_dims(0)?, keys, values)
+    }
+}
+
+impl Qkv {
+    /// Of one layer's product `[tokens, heads + 2 · kv_heads, head_dim]`.
+    pub(crate) fn of(product: &Array, heads: i32, kv_heads: i32) -> Result<Self> {
+        let (count, dim) = (product.dim(0), product.dim(2));
+        let part = |from: i32, to: i32| raw::slice(product, &[0, from, 0], &[count, to, dim]);
+        Ok(Self {
+            queries: part(0, heads)?,
+            keys: part(heads, heads + kv_heads)?,
+            values: part(heads + kv_heads, heads + 2 * kv_heads)?,
+        })
+    }
+
+    fn rows(&self, range: (i32, i32)) -> Result<Self> {
+        Ok(Self {
+            queries: rows_of(&self.queries, range)?,
+            keys: rows_of(&self.keys, range)?,
+            values: rows_of(&self.values, range)?,
+        })
+    }
+}
+
+/// Keys and values `[rows, heads, tokens, head_dim]` of `rows` rows with the same number of blocks.
+fn gather(kv: &KvPool, layer: usize, blocks: &Array, rows: i32) -> Result<(Array, Array)> {
+    let each = blocks.dim(0) / rows;
+    let pool = &kv.layers[layer];
+    let together = |pool: &Array| {
+        let (heads, dim) = (pool.dim(1), pool.dim(3));
+        let taken = pool.take_axis(blocks, 0)?.reshape(&[rows, each, heads, BLOCK, dim])?;
+        taken.swap_axes(1, 2)?.reshape(&[rows, heads, each * BLOCK, dim])
+    };
+    Ok((together(&pool.keys)?, together(&pool.values)?))
 }
 
 fn rows_of(array: &Array, (from, to): (i32, i32)) -> Result<Array> {
     if from == 0 && to == array.dim(0) {
         return Ok(array.clone());
     }
-    crate::raw::slice(array, &[from, 0, 0], &[to, array.dim(1), array.dim(2)])
-}
-
-fn scalar(value: f32, dtype: Dtype) -> Result<Array> {
-    let array = Array::from_f32(value);
-    if dtype == Dtype::Float32 { Ok(array) } else { array.as_dtype(dtype) }
+    raw::slice(array, &[from, 0, 0], &[to, array.dim(1), array.dim(2)])
 }

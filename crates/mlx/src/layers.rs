@@ -2,13 +2,13 @@
 
 use crate::{
     checkpoint::{LoadError, Tensors, Weight},
-    native,
+    kernels, native,
 };
 use mlx_rs::{
     Array, Dtype,
     error::Result,
     fast,
-    ops::{concatenate, dequantize, indexing::TryIndexOp, quantized_matmul},
+    ops::{concatenate, dequantize, quantized_matmul},
 };
 
 /// A matrix `[out, in]` as the forward pass uses it.
@@ -17,7 +17,16 @@ pub(crate) enum Linear {
     /// Stored transposed as a view, so that `x @ weight` is one call.
     Dense { transposed: Array, bias: Option<Array> },
     /// MLX's affine quantization.
-    Quantized { words: Array, scales: Array, biases: Array, group_size: i32, bits: i32, bias: Option<Array> },
+    Quantized {
+        words: Array,
+        scales: Array,
+        biases: Array,
+        group_size: i32,
+        bits: i32,
+        bias: Option<Array>,
+        /// From this many rows on, the weight is turned into a dense one for the product.
+        dense_from: i32,
+    },
 }
 
 impl Linear {
@@ -25,8 +34,13 @@ impl Linear {
     pub(crate) fn forward(&self, x: &Array) -> Result<Array> {
         let (product, bias) = match self {
             Self::Dense { transposed, bias } => (x.matmul(transposed)?, bias),
-            Self::Quantized { words, scales, biases, group_size, bits, bias } => {
-                (quantized_matmul(x, words, scales, biases, true, *group_size, *bits)?, bias)
+            Self::Quantized { words, scales, biases, group_size, bits, bias, dense_from } => {
+                let product = if x.dim(0) >= *dense_from {
+                    x.matmul(dequantize(words, scales, biases, *group_size, *bits)?.t())?
+                } else {
+                    quantized_matmul(x, words, scales, biases, true, *group_size, *bits)?
+                };
+                (product, bias)
             }
         };
         match bias {
@@ -77,7 +91,8 @@ impl Linear {
             }
             let [words, scales, biases] = parts.map(|arrays| concatenate(&arrays, 0));
             let (words, scales, biases) = (words?, scales?, biases?);
-            return Ok(Self::Quantized { words, scales, biases, group_size, bits, bias });
+            let dense_from = compute.dense_from;
+            return Ok(Self::Quantized { words, scales, biases, group_size, bits, bias, dense_from });
         }
         // Layers quantized differently side by side cannot be one product; they are dense ones then.
         let dense: Vec<_> =
@@ -99,14 +114,14 @@ impl Linear {
     }
 }
 
-/// Which operations compute what MLX has no fused CPU operation for.
+/// Which operations compute what MLX has none for: above all attention over blocks, and writing to them in place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Path {
-    /// MLX's kernels: on a GPU.
+    /// Our GPU kernels ([`crate::kernels`]), where they work.
     Kernel,
     /// Our CPU operations ([`crate::native`]), where they work.
     Native,
-    /// MLX's basic operations: correct everywhere.
+    /// MLX's operations alone: correct everywhere.
     Pure,
 }
 
@@ -118,6 +133,8 @@ pub(crate) struct Compute {
     pub(crate) activations: Dtype,
     /// Whether quantized weights are turned into dense ones at load.
     pub(crate) dequantize: bool,
+    /// From how many rows on a quantized product is slower than turning its weight into a dense one first.
+    pub(crate) dense_from: i32,
 }
 
 impl Compute {
@@ -234,7 +251,8 @@ impl RmsNorm {
 pub(crate) fn swiglu(gate_up: &Array, path: Path) -> Result<Array> {
     match path {
         Path::Native => native::swiglu(gate_up),
-        Path::Kernel | Path::Pure => swiglu_of_parts(gate_up),
+        Path::Kernel => kernels::swiglu(gate_up),
+        Path::Pure => swiglu_of_parts(gate_up),
     }
 }
 
@@ -245,8 +263,27 @@ pub(crate) fn swiglu_of_parts(gate_up: &Array) -> Result<Array> {
     gate.multiply(mlx_rs::ops::sigmoid(gate)?)?.multiply(&parts[1])
 }
 
-/// Rows `at` of `x [n, ..]`; `x` itself where that is all of them in order.
-pub(crate) fn take_rows(x: &Array, at: &[i32]) -> Result<Array> {
-    let all = at.len() as i32 == x.dim(0) && at.iter().enumerate().all(|(index, &row)| index as i32 == row);
-    if all { Ok(x.clone()) } else { x.try_index(Array::from_slice(at, &[at.len() as i32])) }
+/// Which rows of a step are wanted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Wanted<'a> {
+    /// Every one.
+    All,
+    /// These.
+    Rows(&'a [i32]),
+}
+
+impl Wanted<'_> {
+    pub(crate) fn is_empty(self) -> bool {
+        matches!(self, Self::Rows([]))
+    }
+
+    /// The wanted rows of `x [n, ..]`; `x` itself where that is all of them in order.
+    pub(crate) fn of(self, x: &Array) -> Result<Array> {
+        match self {
+            Self::Rows(at) if !at.iter().copied().eq(0..x.dim(0)) => {
+                x.take_axis(Array::from_slice(at, &[at.len() as i32]), 0)
+            }
+            _ => Ok(x.clone()),
+        }
+    }
 }

@@ -6,6 +6,7 @@
 mod attention;
 pub mod checkpoint;
 pub mod hub;
+mod kernels;
 mod kv;
 mod layers;
 mod load;
@@ -15,6 +16,8 @@ mod raw;
 mod rope;
 mod runner;
 mod sampler;
+mod selftest;
+mod step;
 
 pub use checkpoint::LoadError;
 pub use load::{Dequantize, DeviceChoice, LoadSettings, load};

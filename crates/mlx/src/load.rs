@@ -2,15 +2,16 @@
 
 use crate::{
     checkpoint::{self, Checkpoint, LoadError},
-    kv::CAPACITY_MIN,
+    kernels,
     layers::{Compute, Path},
     models, native,
     runner::Runner,
+    selftest,
 };
 use engine::{Model, ModelLimits};
 use mlx_rs::{Device, DeviceType, Dtype, transforms::eval};
 use std::path::PathBuf;
-use types::{ModelAssets, ModelCard};
+use types::{BLOCK_TOKENS, ModelAssets, ModelCard};
 
 /// Whether quantized weights are turned into dense ones at load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -57,8 +58,9 @@ pub struct LoadSettings {
 
 /// Of the memory that the weights leave, the share that KV may take: activations and the system need the rest.
 const KV_SHARE: f64 = 0.6;
-/// Slabs double as they grow and slots are at least half full, so what is held can exceed what is promised.
-const KV_OVERHEAD: u64 = 2;
+/// From how many rows on CUDA's quantized products are slower than turning the weight into a dense one first (measured on
+/// an H100, `docs/performance.md`); Metal's are not.
+const CUDA_DENSE_ROWS: i32 = 8;
 /// A context below this many tokens is of no use; with less memory than for that, loading fails.
 const CONTEXT_MIN: usize = 1024;
 /// Freed buffers that MLX keeps for reuse on a GPU: some steps' activations.
@@ -76,7 +78,8 @@ pub fn load(
     settings: &LoadSettings,
     progress: &mut dyn FnMut(&str, f32),
 ) -> Result<(Box<dyn Model>, ModelAssets), LoadError> {
-    load_with(settings, None, progress)
+    let (runner, assets) = load_with(settings, None, progress)?;
+    Ok((Box::new(runner), assets))
 }
 
 /// [`load`], by a path of the caller's choice.
@@ -84,7 +87,7 @@ fn load_with(
     settings: &LoadSettings,
     path: Option<Path>,
     progress: &mut dyn FnMut(&str, f32),
-) -> Result<(Box<dyn Model>, ModelAssets), LoadError> {
+) -> Result<(Runner, ModelAssets), LoadError> {
     let on_gpu = choose_device(settings.device)?;
     let mut checkpoint = Checkpoint::open(&settings.model, progress)?;
     let dequantize = match settings.dequantize {
@@ -94,11 +97,12 @@ fn load_with(
     };
     let activations = if on_gpu { stored_dtype(&checkpoint) } else { Dtype::Float32 };
     let path = path.unwrap_or_else(|| match on_gpu {
-        true => Path::Kernel,
-        false if native::works() => Path::Native,
-        false => Path::Pure,
+        true if kernels_fit(&checkpoint) && selftest::works(Path::Kernel, activations) => Path::Kernel,
+        false if native::works() && selftest::works(Path::Native, activations) => Path::Native,
+        _ => Path::Pure,
     });
-    let compute = Compute { path, activations, dequantize };
+    let dense_from = if on_gpu && cfg!(target_os = "linux") { CUDA_DENSE_ROWS } else { i32::MAX };
+    let compute = Compute { path, activations, dequantize, dense_from };
     let family = models::load(&mut checkpoint, compute)?;
     let arrays = family.arrays();
     let weight_bytes: u64 = arrays.iter().map(|array| array.nbytes() as u64).sum();
@@ -119,16 +123,16 @@ fn load_with(
     }
     let available = kv_memory(on_gpu, weight_bytes);
     let kv_bytes = settings.kv_bytes.unwrap_or((available as f64 * KV_SHARE) as u64);
-    let kv_tokens = kv_bytes / kv_bytes_per_token / KV_OVERHEAD;
+    let blocks = (kv_bytes / (kv_bytes_per_token * BLOCK_TOKENS as u64)).min(u64::from(u32::MAX)) as usize;
     // As the engine counts, so that every request that fits the context fits the memory alone.
-    let least = wanted_context.min(CONTEXT_MIN).next_multiple_of(CAPACITY_MIN) as u64;
-    if kv_tokens < least {
+    let least = wanted_context.min(CONTEXT_MIN).div_ceil(BLOCK_TOKENS);
+    if blocks < least {
         return Err(LoadError::TooLittleMemory {
-            needed: weight_bytes + least * kv_bytes_per_token * KV_OVERHEAD,
+            needed: weight_bytes + (least * BLOCK_TOKENS) as u64 * kv_bytes_per_token,
             available: weight_bytes + kv_bytes,
         });
     }
-    let context = wanted_context.min(kv_tokens as usize / CAPACITY_MIN * CAPACITY_MIN);
+    let context = wanted_context.min(blocks * BLOCK_TOKENS);
     if context < wanted_context {
         tracing::warn!(
             context,
@@ -151,14 +155,21 @@ fn load_with(
         model = settings.name,
         device = if on_gpu { "gpu" } else { "cpu" },
         weights_mb = weight_bytes >> 20,
-        kv_tokens,
+        kv_tokens = blocks * BLOCK_TOKENS,
         ?activations,
         ?path,
         dequantize,
         "model loaded"
     );
-    let limits = ModelLimits { slots: settings.slots, kv_tokens, kv_bytes_per_token };
-    Ok((Box::new(Runner::new(card, limits, family, path)), assets))
+    let limits = ModelLimits { slots: settings.slots, blocks, kv_bytes_per_token };
+    let mut runner = Runner::new(card, limits, family, path)?;
+    progress("compiling", 0.0);
+    runner.warm_up()?;
+    Ok((runner, assets))
+}
+
+fn kernels_fit(checkpoint: &Checkpoint) -> bool {
+    models::heads_of(&checkpoint.config).is_some_and(|(dim, group)| kernels::fits(dim, group))
 }
 
 /// Bytes that are left once the weights are loaded.
@@ -201,77 +212,4 @@ fn stored_dtype(checkpoint: &Checkpoint) -> Dtype {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use engine::{RowSampling, SequenceId, Slice};
-    use serde::Deserialize;
-    use types::{SamplingParams, TokenId};
-
-    #[derive(Deserialize)]
-    struct Golden {
-        prompt: Vec<TokenId>,
-        tokens: Vec<TokenId>,
-        gaps: Vec<f32>,
-    }
-
-    /// What a Mac runs (MLX's kernels, weights kept quantized) gives the same text as what runs here, on the CPU device.
-    #[test]
-    fn every_path_generates_the_same() {
-        let Some(model) = std::env::var_os("MLX_TEST_MODEL") else {
-            println!("skipped: MLX_TEST_MODEL is not set (scripts/fetch-test-model)");
-            return;
-        };
-        let goldens: Vec<Golden> =
-            serde_json::from_str(include_str!("../../../tests/goldens/smollm2.json")).unwrap();
-        for (path, dequantize) in [
-            (Path::Pure, Dequantize::Always),
-            (Path::Kernel, Dequantize::Always),
-            (Path::Kernel, Dequantize::Never),
-        ] {
-            let settings = LoadSettings {
-                model: PathBuf::from(&model),
-                name: "small".to_owned(),
-                slots: 4,
-                context_tokens: None,
-                kv_bytes: Some(1 << 30),
-                dequantize,
-                device: DeviceChoice::Cpu,
-            };
-            let (mut model, _) = load_with(&settings, Some(path), &mut |_, _| ()).unwrap();
-            let params = SamplingParams::greedy();
-            let mut rows: Vec<Vec<TokenId>> = Vec::new();
-            let count = 12;
-            // The second row joins two steps late, so that a run and single tokens meet in a step.
-            for at in 0..count + 2 {
-                if at % 2 == 0 && rows.len() < 2 {
-                    model.open(SequenceId(rows.len() as u64), 200).unwrap();
-                    rows.push(Vec::new());
-                }
-                let slices: Vec<_> = rows
-                    .iter()
-                    .zip(&goldens)
-                    .enumerate()
-                    .map(|(id, (output, golden))| Slice {
-                        sequence: SequenceId(id as u64),
-                        start: if output.is_empty() { 0 } else { golden.prompt.len() + output.len() - 1 },
-                        tokens: if output.is_empty() { &golden.prompt } else { &output[output.len() - 1..] },
-                        sample: Some(RowSampling {
-                            params: &params,
-                            position: output.len() as u32,
-                            prompt: &golden.prompt,
-                            output,
-                        }),
-                    })
-                    .collect();
-                let drawn = model.step(&slices).unwrap();
-                drop(slices);
-                rows.iter_mut().zip(drawn).for_each(|(row, token)| row.push(token));
-            }
-            for (row, golden) in rows.iter().zip(&goldens) {
-                let differs = row.iter().zip(&golden.tokens).position(|(one, two)| one != two);
-                let tie = differs.is_none_or(|at| golden.gaps[at] < 1e-3);
-                assert!(tie, "{path:?} {dequantize:?}: {row:?} is not {:?}", &golden.tokens[..row.len()]);
-            }
-        }
-    }
-}
+mod tests;

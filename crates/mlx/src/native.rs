@@ -38,6 +38,47 @@ mod ffi {
             sin: mlx_array,
             stream: mlx_stream,
         ) -> c_int;
+        pub(super) fn mlx_node_attend_rows(
+            res: *mut mlx_array,
+            q: mlx_array,
+            k: mlx_array,
+            v: mlx_array,
+            keys: mlx_array,
+            values: mlx_array,
+            rows: mlx_array,
+            scale: c_float,
+            stream: mlx_stream,
+        ) -> c_int;
+        pub(super) fn mlx_node_append_keys(
+            res: *mut mlx_array,
+            x: mlx_array,
+            pool: mlx_array,
+            table: mlx_array,
+            start: i64,
+            stream: mlx_stream,
+        ) -> c_int;
+        pub(super) fn mlx_node_append_values(
+            res: *mut mlx_array,
+            x: mlx_array,
+            pool: mlx_array,
+            table: mlx_array,
+            start: i64,
+            stream: mlx_stream,
+        ) -> c_int;
+        pub(super) fn mlx_node_sample(
+            res: *mut mlx_array,
+            logits: mlx_array,
+            draws: mlx_array,
+            changes: mlx_array,
+            late: mlx_array,
+            stream: mlx_stream,
+        ) -> c_int;
+        pub(super) fn mlx_node_reserve(
+            res: *mut mlx_array,
+            shape: *const c_int,
+            rank: usize,
+            stream: mlx_stream,
+        ) -> c_int;
     }
 }
 
@@ -81,6 +122,40 @@ native! {
 native! {
     /// Rotation of `x [tokens, heads, dim]` by `cos` and `sin` `[tokens, 1, half]`; heads of a token are adjacent.
     rope, mlx_node_rope, (x, cos, sin), ()
+}
+native! {
+    /// Appends one token a row and attends to everything before and itself: `q [rows, heads, dim]`, `k` and `v`
+    /// `[rows, kv_heads, dim]` rotated, pools as [`crate::kv::LayerKv`], `rows [rows, 1 + blocks]` position and table.
+    attend_rows, mlx_node_attend_rows, (q, k, v, keys, values, rows), (scale: f32)
+}
+native! {
+    /// Appends a run of keys `[count, kv_heads, dim]` at `start`; all up to its end, `[kv_heads, dim, start + count]`.
+    /// `table [1 + blocks]`: start and block table.
+    append_keys, mlx_node_append_keys, (x, pool, table), (start: i64)
+}
+native! {
+    /// Appends a run of values; all up to its end, `[kv_heads, start + count, dim]`.
+    append_values, mlx_node_append_values, (x, pool, table), (start: i64)
+}
+native! {
+    /// Draws a token a row, `[rows]` as i32; inputs as [`crate::sampler::Draws`].
+    sample, mlx_node_sample, (logits, draws, changes, late), ()
+}
+
+/// Memory of a shape, f32, that takes no memory until it is written.
+#[cfg(native_cpu)]
+pub(crate) fn reserve(shape: &[i32]) -> Result<Array> {
+    let stream = mlx_rs::Stream::thread_local_or_default();
+    crate::raw::call("reserve", &Array::from_slice(shape, &[shape.len() as i32]), |res| {
+        // SAFETY: the shape outlives the call; the function fills `res`.
+        unsafe { ffi::mlx_node_reserve(res, shape.as_ptr(), shape.len(), stream.as_ptr()) }
+    })
+}
+
+/// Memory of a shape, f32, that takes no memory until it is written.
+#[cfg(not(native_cpu))]
+pub(crate) fn reserve(shape: &[i32]) -> Result<Array> {
+    Err(mlx_rs::error::Exception::custom(format!("reserve of {shape:?} is not built here")))
 }
 
 /// Whether every operation here agrees with MLX's own on this machine.

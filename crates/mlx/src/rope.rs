@@ -2,7 +2,7 @@
 
 use crate::{checkpoint::LoadError, layers::Path, native};
 use mlx_rs::{
-    Array, Dtype,
+    Array,
     error::Result,
     fast,
     ops::{concatenate, cos, sin},
@@ -67,38 +67,53 @@ fn llama3(wavelength: f32, scaling: &RopeScaling) -> f32 {
 pub(crate) struct Rope {
     path: Path,
     wavelengths: Array,
+    /// Wavelengths, then the scale of attention scores: what our GPU kernels need to know.
+    numbers: Array,
     half: i32,
 }
 
 /// The rotations of one step's tokens.
 #[derive(Debug)]
 pub(crate) enum StepRope<'a> {
-    Shared { cos: Array, sin: Array, half: i32, path: Path },
-    Kernel { positions: Array, wavelengths: &'a Array, half: i32 },
+    Shared {
+        cos: Array,
+        sin: Array,
+    },
+    Separate {
+        positions: Array,
+        wavelengths: &'a Array,
+        half: i32,
+    },
+    /// Our GPU kernels rotate what they read.
+    Fused {
+        wavelengths: &'a Array,
+        half: i32,
+    },
 }
 
 impl Rope {
-    pub(crate) fn new(path: Path, wavelengths: &[f32]) -> Self {
+    pub(crate) fn new(path: Path, wavelengths: &[f32], scale: f32) -> Self {
         let half = wavelengths.len() as i32;
-        Self { path, wavelengths: Array::from_slice(wavelengths, &[half]), half }
+        let numbers: Vec<f32> = wavelengths.iter().copied().chain([scale]).collect();
+        let numbers = Array::from_slice(&numbers, &[half + 1]);
+        Self { path, wavelengths: Array::from_slice(wavelengths, &[half]), numbers, half }
     }
 
     /// Prepares rotations for tokens at `positions`.
-    pub(crate) fn at(&self, positions: &[i32], dtype: Dtype) -> Result<StepRope<'_>> {
+    pub(crate) fn at(&self, positions: &[i32]) -> Result<StepRope<'_>> {
         let count = positions.len() as i32;
-        if self.path == Path::Kernel {
-            let positions = Array::from_slice(positions, &[count]);
-            return Ok(StepRope::Kernel { positions, wavelengths: &self.wavelengths, half: self.half });
+        match self.path {
+            Path::Kernel => Ok(StepRope::Fused { wavelengths: &self.numbers, half: self.half }),
+            Path::Pure => {
+                let positions = Array::from_slice(positions, &[count]);
+                Ok(StepRope::Separate { positions, wavelengths: &self.wavelengths, half: self.half })
+            }
+            Path::Native => {
+                let exact: Vec<f32> = positions.iter().map(|&position| position as f32).collect();
+                let angles = Array::from_slice(&exact, &[count, 1, 1]).divide(&self.wavelengths)?;
+                Ok(StepRope::Shared { cos: cos(&angles)?, sin: sin(&angles)? })
+            }
         }
-        let exact: Vec<f32> = positions.iter().map(|&position| position as f32).collect();
-        let angles = Array::from_slice(&exact, &[count, 1, 1]).divide(&self.wavelengths)?;
-        let cast = |array: Array| if dtype == Dtype::Float32 { Ok(array) } else { array.as_dtype(dtype) };
-        Ok(StepRope::Shared {
-            cos: cast(cos(&angles)?)?,
-            sin: cast(sin(&angles)?)?,
-            half: self.half,
-            path: self.path,
-        })
     }
 }
 
@@ -106,9 +121,8 @@ impl StepRope<'_> {
     /// Turns `x [tokens, heads, head_dim]`, each token by its position.
     pub(crate) fn apply(&self, x: &Array) -> Result<Array> {
         match self {
-            Self::Shared { cos, sin, path: Path::Native, .. } => native::rope(x, cos, sin),
-            Self::Shared { cos, sin, half, .. } => rotate(x, cos, sin, *half),
-            Self::Kernel { positions, wavelengths, half } => {
+            Self::Shared { cos, sin } => native::rope(x, cos, sin),
+            Self::Separate { positions, wavelengths, half } => {
                 let (tokens, heads, dim) = (x.dim(0), x.dim(1), x.dim(2));
                 // Contiguous: strided slices of a fused product crashed MLX 0.32.2's CUDA kernel.
                 let rows = x.contiguous()?.reshape(&[tokens, heads, 1, dim])?;
@@ -116,11 +130,12 @@ impl StepRope<'_> {
                     fast::rope_dynamic(rows, 2 * half, false, None, 1.0, positions, Some(*wavelengths))?;
                 turned.reshape(&[tokens, heads, dim])
             }
+            Self::Fused { .. } => Ok(x.clone()),
         }
     }
 }
 
-/// Turns the first `2 · half` dimensions of `x [tokens, heads, head_dim]` by angles `[tokens, 1, half]`.
+/// The same by MLX's basic operations: turns the first `2 · half` dimensions of `x [tokens, heads, head_dim]` by angles `[tokens, 1, half]`.
 pub(crate) fn rotate(x: &Array, cos: &Array, sin: &Array, half: i32) -> Result<Array> {
     let parts = x.split_at_indices(&[half, 2 * half], -1)?;
     let (first, second) = (&parts[0], &parts[1]);
@@ -153,9 +168,15 @@ mod tests {
             let x = mlx_rs::random::normal::<f32>(&[5, 3, 16], None, None, &key).unwrap();
             // An angle of p radians in f32 is off by up to p · 6e-8 on either path.
             let positions = [0, 1, 17, 500, 4000];
-            let turned = [Path::Pure, Path::Kernel].map(|path| {
-                Rope::new(path, &lengths).at(&positions, Dtype::Float32).unwrap().apply(&x).unwrap()
-            });
+            let separate = Rope::new(Path::Pure, &lengths, 1.0);
+            let exact: Vec<f32> = positions.iter().map(|&position| position as f32).collect();
+            let angles = Array::from_slice(&exact, &[5, 1, 1])
+                .divide(Array::from_slice(&lengths, &[lengths.len() as i32]))
+                .unwrap();
+            let turned = [
+                separate.at(&positions).unwrap().apply(&x).unwrap(),
+                rotate(&x, &cos(&angles).unwrap(), &sin(&angles).unwrap(), lengths.len() as i32).unwrap(),
+            ];
             let close = all_close(&turned[0], &turned[1], 1e-3, 1e-3, None).unwrap();
             assert!(close, "{} {}", turned[0], turned[1]);
         }

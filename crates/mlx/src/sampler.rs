@@ -3,8 +3,16 @@
 //! A row's token depends on nothing but its logits, its parameters and its position: the random number is keyed by
 //! (seed, position), and the token is where that number falls in the row's cumulative distribution. Greedy rows take
 //! the largest logit and never meet a random number.
+//!
+//! Our own operations for CPUs and GPUs draw on the device, so that nobody waits for the token ([`Draws`]); there a
+//! row's last token may itself be one that the host does not know yet. [`sample`] does the same in MLX's operations, and
+//! waits for the result.
 
-use crate::layers::take_rows;
+use crate::{
+    kernels,
+    layers::{Path, Wanted},
+    native,
+};
 use engine::RowSampling;
 use mlx_rs::{
     Array, Dtype,
@@ -21,7 +29,84 @@ use types::TokenId;
 /// distribution, a large top_k) is drawn again from a full sort.
 const CANDIDATES: i32 = 1024;
 
-/// Draws each row's token.
+/// Numbers of a row in [`Draws::rows`].
+const DRAW_NUMBERS: usize = 9;
+/// Numbers of a changed token in [`Draws::changes`].
+const CHANGE_NUMBERS: usize = 4;
+
+/// How every row draws, as our own operations read it (`cpp/native.cpp`, `gpu/sample.h`).
+#[derive(Debug)]
+pub(crate) struct Draws {
+    /// `[rows, 9]`: index of the row's late token or -1, temperature (0: greedy), top_p, min_p, top_k (0: all), uniform
+    /// number, repetition, presence and frequency penalty; floats by their bits.
+    pub(crate) rows: Array,
+    /// `[rows, 4 n]`: token (-1: none), factor, offset, and whether repetition (1) and presence (2) are in them.
+    pub(crate) changes: Array,
+}
+
+impl Draws {
+    /// `late`: for each row the index, among the tokens given to [`draw_on_device`], of an output token that the host
+    /// does not know yet. Rows are filled up to `count`.
+    pub(crate) fn new(
+        rows: &[RowSampling<'_>],
+        late: &[Option<usize>],
+        count: usize,
+        vocabulary: u32,
+    ) -> Self {
+        let mut numbers = Vec::with_capacity(count * DRAW_NUMBERS);
+        for (row, late) in rows.iter().zip(late) {
+            let params = row.params;
+            let late = late.filter(|_| params.has_penalties()).map_or(-1, |index| index as i32);
+            let bits = |number: f32| number.to_bits() as i32;
+            numbers.extend([
+                late,
+                bits(params.temperature),
+                bits(params.top_p),
+                bits(params.min_p),
+                i32::try_from(params.top_k).unwrap_or(i32::MAX),
+                bits(params.uniform(row.position)),
+                bits(params.repetition_penalty),
+                bits(params.presence_penalty),
+                bits(params.frequency_penalty),
+            ]);
+        }
+        let mut unused = [0; DRAW_NUMBERS];
+        unused[0] = -1;
+        for _ in rows.len()..count {
+            numbers.extend(unused);
+        }
+        let changed = |row: &RowSampling<'_>| match row.params.has_penalties() {
+            true => Change::of_row(row, vocabulary),
+            false => BTreeMap::new(),
+        };
+        let changed: Vec<_> = rows.iter().map(changed).collect();
+        let width = changed.iter().map(BTreeMap::len).max().unwrap_or(0).next_power_of_two();
+        let mut changes = Vec::with_capacity(count * width * CHANGE_NUMBERS);
+        for row in &changed {
+            let entry = |(&token, change): (&TokenId, &Change)| {
+                [token as i32, change.factor.to_bits() as i32, change.offset.to_bits() as i32, change.seen]
+            };
+            let none = [-1, 0, 0, 0];
+            changes.extend(row.iter().map(entry).chain(std::iter::repeat(none)).take(width).flatten());
+        }
+        changes.resize(count * width * CHANGE_NUMBERS, -1);
+        let shape = |each: usize| [count as i32, each as i32];
+        Self {
+            rows: Array::from_slice(&numbers, &shape(DRAW_NUMBERS)),
+            changes: Array::from_slice(&changes, &shape(width * CHANGE_NUMBERS)),
+        }
+    }
+}
+
+/// Draws each row's token on the device, `[rows]` as i32, by our own operations. `late [m]`: tokens as i32.
+pub(crate) fn draw_on_device(logits: &Array, draws: &Draws, late: &Array, path: Path) -> Result<Array> {
+    if path == Path::Kernel {
+        return kernels::sample(logits, &draws.rows, &draws.changes, late);
+    }
+    native::sample(logits, &draws.rows, &draws.changes, late)
+}
+
+/// Draws each row's token, in MLX's operations.
 pub(crate) fn sample(logits: &Array, rows: &[RowSampling<'_>]) -> Result<Vec<TokenId>> {
     let logits =
         if logits.dtype() == Dtype::Float32 { logits.clone() } else { logits.as_dtype(Dtype::Float32)? };
@@ -33,7 +118,7 @@ pub(crate) fn sample(logits: &Array, rows: &[RowSampling<'_>]) -> Result<Vec<Tok
         return Ok(greedy.as_slice::<u32>().to_vec());
     }
     let subset: Vec<_> = drawn.iter().map(|&row| rows[row as usize]).collect();
-    let (tokens, uncovered) = draw(&take_rows(&logits, &drawn)?, &subset, CANDIDATES)?;
+    let (tokens, uncovered) = draw(&Wanted::Rows(&drawn).of(&logits)?, &subset, CANDIDATES)?;
     let mut evaluate = vec![&greedy, &tokens];
     evaluate.extend(&uncovered);
     mlx_rs::transforms::eval(evaluate)?;
@@ -46,7 +131,7 @@ pub(crate) fn sample(logits: &Array, rows: &[RowSampling<'_>]) -> Result<Vec<Tok
         let again: Vec<i32> = again.map(|(&row, _)| row).collect();
         if !again.is_empty() {
             let subset: Vec<_> = again.iter().map(|&row| rows[row as usize]).collect();
-            let (tokens, _) = draw(&take_rows(&logits, &again)?, &subset, logits.dim(-1))?;
+            let (tokens, _) = draw(&Wanted::Rows(&again).of(&logits)?, &subset, logits.dim(-1))?;
             tokens.eval()?;
             for (&row, &token) in again.iter().zip(tokens.as_slice::<u32>()) {
                 result[row as usize] = token;
@@ -145,17 +230,21 @@ fn penalize(logits: &Array, rows: &[RowSampling<'_>]) -> Result<Array> {
 struct Change {
     factor: f32,
     offset: f32,
+    /// 1: the repetition penalty is in `factor`; 2: the presence penalty is in `offset`.
+    seen: i32,
 }
 
 impl Change {
-    const NONE: Self = Self { factor: 1.0, offset: 0.0 };
+    const NONE: Self = Self { factor: 1.0, offset: 0.0, seen: 0 };
 
     fn of_row(row: &RowSampling<'_>, vocabulary: TokenId) -> BTreeMap<TokenId, Self> {
         let params = row.params;
         let mut changes = BTreeMap::new();
         if params.repetition_penalty != 1.0 {
             for &token in row.prompt.iter().chain(row.output) {
-                changes.entry(token).or_insert(Self::NONE).factor = params.repetition_penalty;
+                let change: &mut Self = changes.entry(token).or_insert(Self::NONE);
+                change.factor = params.repetition_penalty;
+                change.seen |= 1;
             }
         }
         if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
@@ -164,8 +253,9 @@ impl Change {
                 *counts.entry(token).or_insert(0.0_f32) += 1.0;
             }
             for (token, count) in counts {
-                let offset = params.presence_penalty + params.frequency_penalty * count;
-                changes.entry(token).or_insert(Self::NONE).offset -= offset;
+                let change = changes.entry(token).or_insert(Self::NONE);
+                change.offset -= params.presence_penalty + params.frequency_penalty * count;
+                change.seen |= 2;
             }
         }
         for &(token, bias) in &params.logit_bias {

@@ -2,9 +2,10 @@
 
 use super::{Dims, Family, StepInput, hand_over};
 use crate::{
+    attention::Qkv,
     checkpoint::{Checkpoint, LoadError, Tensors},
-    kv::{KvShape, KvSlabs},
-    layers::{Compute, Embedding, Linear, RmsNorm, swiglu, take_rows},
+    kv::{KvPool, KvShape},
+    layers::{Compute, Embedding, Linear, RmsNorm, swiglu},
     rope::{Rope, RopeScaling, wavelengths},
 };
 use mlx_rs::{Array, error::Result};
@@ -128,7 +129,7 @@ impl Llama {
             context: config.max_position_embeddings,
             scale: (head_dim as f32).powf(-0.5),
         };
-        let rope = Rope::new(compute.path, &lengths);
+        let rope = Rope::new(compute.path, &lengths, dims.scale);
         Ok(Self { compute, dims, heads: heads as i32, embedding, layers, norm, head, rope })
     }
 
@@ -187,33 +188,27 @@ impl Family for Llama {
         self.dims
     }
 
-    fn forward(&self, input: &StepInput<'_>, kv: &mut KvSlabs) -> Result<Option<Array>> {
+    fn forward(&self, input: &StepInput<'_>, kv: &mut KvPool) -> Result<Option<Array>> {
         let KvShape { heads: kv_heads, head_dim, .. } = self.dims.kv;
-        let count = input.positions.len() as i32;
-        let rope = self.rope.at(input.positions, self.compute.activations)?;
+        let count = input.tokens.dim(0);
+        let rope = self.rope.at(input.positions)?;
         let mut x = self.embedding.forward(&input.tokens, self.compute.activations)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let qkv = layer.qkv.forward(&layer.attention_norm.forward(&x)?)?;
-            let qkv = qkv.reshape(&[count, self.heads + 2 * kv_heads, head_dim])?;
-            // One rotation for queries and keys together.
-            let parts = qkv.split_at_indices(&[self.heads + kv_heads], 1)?;
-            let turned = rope.apply(&parts[0])?.split_at_indices(&[self.heads], 1)?;
-            kv.write(index, &turned[1], &parts[1], input.singles, input.runs)?;
+            let product = layer.qkv.forward(&layer.attention_norm.forward(&x)?)?;
+            let product = product.reshape(&[count, self.heads + 2 * kv_heads, head_dim])?;
+            let qkv = Qkv::of(&product, self.heads, kv_heads)?;
             let last = index + 1 == self.layers.len();
-            if last && input.wanted.is_empty() {
-                // Nothing after the last layer's keys and values is needed in the middle of a prompt.
+            // Nothing after the last layer's keys and values is needed in the middle of a prompt.
+            let wanted = !(last && input.wanted.is_empty());
+            let Some(attended) = input.attention.forward(index, &rope, qkv, kv, wanted)? else {
                 return Ok(None);
-            }
-            let attended = input.attention.forward(index, &turned[0], kv)?;
-            let (attended, residual) = if last {
-                (take_rows(&attended, input.wanted)?, take_rows(&x, input.wanted)?)
-            } else {
-                (attended, x)
             };
+            let (attended, residual) =
+                if last { (input.wanted.of(&attended)?, input.wanted.of(&x)?) } else { (attended, x) };
             x = residual.add(layer.output.forward(&attended)?)?;
             let gate_up = layer.gate_up.forward(&layer.mlp_norm.forward(&x)?)?;
             x = x.add(layer.down.forward(&swiglu(&gate_up, self.compute.path)?)?)?;
-            hand_over(index, &x)?;
+            hand_over(index, &x, self.compute.path)?;
         }
         Ok(Some(self.head.forward(&self.norm.forward(&x)?)?))
     }

@@ -6,24 +6,22 @@ mod mistral;
 use crate::{
     attention::Attention,
     checkpoint::{Checkpoint, LoadError},
-    kv::{KvShape, KvSlabs, RowWrites, RunWrite},
-    layers::Compute,
+    kv::{KvPool, KvShape},
+    layers::{Compute, Path, Wanted},
 };
 use mlx_rs::{Array, error::Result, transforms::async_eval};
 use std::fmt;
 
-/// One step's tokens and where their keys and values go.
+/// One step's tokens and what they attend to.
 #[derive(Debug)]
 pub(crate) struct StepInput<'a> {
     /// `[tokens]`.
     pub(crate) tokens: Array,
-    /// Position of each token in its sequence.
+    /// Position of each token in its sequence; empty where our GPU kernels know it by themselves.
     pub(crate) positions: &'a [i32],
-    pub(crate) singles: &'a [RowWrites],
-    pub(crate) runs: &'a [RunWrite],
     pub(crate) attention: &'a Attention,
     /// Rows whose next token is wanted.
-    pub(crate) wanted: &'a [i32],
+    pub(crate) wanted: Wanted<'a>,
 }
 
 /// The tensors of a family.
@@ -31,7 +29,7 @@ pub(crate) trait Family: fmt::Debug {
     fn dims(&self) -> Dims;
 
     /// Appends the step's tokens and returns the logits `[wanted, vocabulary]` that follow the wanted ones, if any.
-    fn forward(&self, input: &StepInput<'_>, kv: &mut KvSlabs) -> Result<Option<Array>>;
+    fn forward(&self, input: &StepInput<'_>, kv: &mut KvPool) -> Result<Option<Array>>;
 
     /// All weights, to be evaluated at load.
     fn arrays(&self) -> Vec<&Array>;
@@ -51,9 +49,14 @@ pub(crate) struct Dims {
 /// takes about 0.1 ms; fewer would pay more for the handing over than they gain.
 const LAYERS_PER_HANDOVER: usize = 4;
 
-/// Starts the evaluation of what `x`, the output of layer `index`, depends on, every few layers.
-pub(crate) fn hand_over(index: usize, x: &Array) -> Result<()> {
-    if (index + 1).is_multiple_of(LAYERS_PER_HANDOVER) { async_eval([x]) } else { Ok(()) }
+/// Starts the evaluation of what `x`, the output of layer `index`, depends on, every few layers. On a GPU the step before
+/// is still running while this one is built, and a compiled step is built once only.
+pub(crate) fn hand_over(index: usize, x: &Array, path: Path) -> Result<()> {
+    if path != Path::Kernel && (index + 1).is_multiple_of(LAYERS_PER_HANDOVER) {
+        async_eval([x])
+    } else {
+        Ok(())
+    }
 }
 
 /// `model_type`s that can be loaded.
@@ -73,4 +76,13 @@ pub(crate) fn load(
             supported: SUPPORTED.to_vec(),
         }),
     }
+}
+
+/// Size of a head and number of query heads that share a key, as far as the configuration tells.
+pub(crate) fn heads_of(config: &serde_json::Value) -> Option<(i32, i32)> {
+    let number = |key: &str| config.get(key).and_then(serde_json::Value::as_i64);
+    let heads = number("num_attention_heads").filter(|&heads| heads > 0)?;
+    let kv_heads = number("num_key_value_heads").unwrap_or(heads).max(1);
+    let head_dim = number("head_dim").or_else(|| Some(number("hidden_size")? / heads))?;
+    Some((i32::try_from(head_dim).ok()?, i32::try_from(heads / kv_heads).ok()?))
 }

@@ -1,0 +1,375 @@
+//! Kernels of our own for GPUs (`gpu/`), compiled by MLX at their first use: one text for CUDA and Metal.
+//!
+//! They read KV blocks where they lie and write new ones in place, which MLX's operations cannot. Used after
+//! [`crate::selftest`] has compared what they compute with MLX's own operations on the device at hand.
+#![expect(unsafe_code, reason = "calls of the C API, each with its conditions beside it")]
+
+use crate::{
+    attention::{Qkv, RowGroup, Run},
+    kv::KvPool,
+};
+use mlx_rs::{
+    Array, Dtype, Stream,
+    error::{Exception, Result},
+};
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    ffi::{CStr, CString},
+};
+
+/// Threads of a warp, on every device these kernels run on.
+const WARP: i32 = 32;
+/// Bytes of a thread group's memory that partial sums may take; the least that any device offers is 32 KiB.
+const PARTIAL_BYTES_MAX: i32 = 16 << 10;
+/// Thread groups of decoding below which each gets more warps: a GPU has about this many cores.
+const GROUPS_FEW: i32 = 256;
+/// Warps that draw a row's token.
+const SAMPLE_WARPS: i32 = 16;
+
+/// A kernel's text, with the names by which it knows its arrays.
+struct Source {
+    name: &'static CStr,
+    inputs: &'static [&'static CStr],
+    outputs: &'static [&'static CStr],
+    body: &'static str,
+    /// Whether strided inputs are copied first; if not, the kernel is told their strides.
+    contiguous: bool,
+}
+
+const ATTEND_ROWS: Source = Source {
+    name: c"attend_rows",
+    inputs: &[c"q", c"k", c"v", c"keys", c"values", c"rows", c"numbers", c"fence"],
+    outputs: &[c"out", c"after"],
+    body: include_str!("../gpu/attend_rows.h"),
+    contiguous: false,
+};
+const APPEND_RUN: Source = Source {
+    name: c"append_run",
+    inputs: &[c"k", c"v", c"keys", c"values", c"table", c"numbers", c"fence"],
+    outputs: &[c"all_keys", c"all_values", c"after"],
+    body: include_str!("../gpu/append_run.h"),
+    contiguous: false,
+};
+const TURN_RUN: Source = Source {
+    name: c"turn_run",
+    inputs: &[c"q", c"table", c"numbers"],
+    outputs: &[c"turned"],
+    body: include_str!("../gpu/turn_run.h"),
+    contiguous: false,
+};
+const SWIGLU: Source = Source {
+    name: c"swiglu",
+    inputs: &[c"x"],
+    outputs: &[c"out"],
+    body: include_str!("../gpu/swiglu.h"),
+    contiguous: true,
+};
+const SAMPLE: Source = Source {
+    name: c"sample",
+    inputs: &[c"logits", c"draws", c"changes", c"late"],
+    outputs: &[c"tokens"],
+    body: include_str!("../gpu/sample.h"),
+    contiguous: true,
+};
+const RESERVE: Source =
+    Source { name: c"reserve", inputs: &[c"x"], outputs: &[c"out"], body: "", contiguous: true };
+
+/// A value fixed when a kernel is compiled.
+enum Constant {
+    Int(i32),
+    Type(Dtype),
+}
+
+/// How often and with what one kernel runs.
+struct Launch<'a> {
+    /// Threads in all; a multiple of `group` in every direction.
+    grid: [i32; 3],
+    /// Threads of a group.
+    group: [i32; 3],
+    constants: &'a [(&'static CStr, Constant)],
+    outputs: &'a [(&'a [i32], Dtype)],
+}
+
+/// Whether these kernels take heads of this size.
+pub(crate) fn fits(head_dim: i32, group: i32) -> bool {
+    head_dim % WARP == 0 && head_dim <= 256 && warps(head_dim, group, GROUPS_FEW) >= 1
+}
+
+/// Memory of a shape that nothing is written to.
+pub(crate) fn reserve(shape: &[i32], dtype: Dtype) -> Result<Array> {
+    let launch =
+        Launch { grid: [WARP, 1, 1], group: [WARP, 1, 1], constants: &[], outputs: &[(shape, dtype)] };
+    first(run(&RESERVE, &[&Array::from_slice(&[0_i32; 8], &[8])], &launch)?)
+}
+
+/// `silu(gate) · up` of `[rows, 2·n]` that holds gate and up side by side.
+pub(crate) fn swiglu(x: &Array) -> Result<Array> {
+    let (rows, width) = (x.dim(0), x.dim(1) / 2);
+    let launch = Launch {
+        grid: [threads(width, 256), rows, 1],
+        group: [256, 1, 1],
+        constants: &[(c"T", Constant::Type(x.dtype())), (c"WIDTH", Constant::Int(width))],
+        outputs: &[(&[rows, width], x.dtype())],
+    };
+    first(run(&SWIGLU, &[x], &launch)?)
+}
+
+/// Rotates, appends and attends: rows of one token each, `[rows, heads · head_dim]`.
+pub(crate) fn attend_rows(
+    part: &Qkv,
+    kv: &mut KvPool,
+    layer: usize,
+    group: &RowGroup,
+    (numbers, half): (&Array, i32),
+) -> Result<Array> {
+    let (count, heads, dim) = (part.queries.dim(0), part.queries.dim(1), part.queries.dim(2));
+    let kv_heads = part.keys.dim(1);
+    let dtype = part.queries.dtype();
+    let warps = warps(dim, heads / kv_heads, count * kv_heads);
+    let launch = Launch {
+        grid: [kv_heads * warps * WARP, count, 1],
+        group: [warps * WARP, 1, 1],
+        constants: &[
+            (c"T", Constant::Type(dtype)),
+            (c"D", Constant::Int(dim)),
+            (c"G", Constant::Int(heads / kv_heads)),
+            (c"KV", Constant::Int(kv_heads)),
+            (c"HALF", Constant::Int(half)),
+            (c"WARPS", Constant::Int(warps)),
+        ],
+        outputs: &[(&[count, heads * dim], dtype), (&[8], Dtype::Int32)],
+    };
+    let pool = &kv.layers[layer];
+    let Qkv { queries, keys, values } = part;
+    let inputs = [queries, keys, values, &pool.keys, &pool.values, &group.table, numbers, &kv.fence];
+    let [out, after] = exactly(run(&ATTEND_ROWS, &inputs, &launch)?)?;
+    kv.fence = after;
+    Ok(out)
+}
+
+/// Rotates and appends a run; returns queries `[1, heads, count, dim]`, and keys and values of everything up to its end,
+/// `[1, kv_heads, length, dim]`.
+pub(crate) fn append_run(
+    part: &Qkv,
+    kv: &mut KvPool,
+    layer: usize,
+    of: &Run,
+    (numbers, half): (&Array, i32),
+) -> Result<(Array, Array, Array)> {
+    let (count, heads, dim) = (part.queries.dim(0), part.queries.dim(1), part.queries.dim(2));
+    let kv_heads = part.keys.dim(1);
+    let dtype = part.queries.dtype();
+    let length = of.start as i32 + count;
+    let all = [kv_heads, length, dim];
+    let common = [
+        (c"T", Constant::Type(dtype)),
+        (c"D", Constant::Int(dim)),
+        (c"HALF", Constant::Int(half)),
+        (c"KV", Constant::Int(kv_heads)),
+    ];
+    let launch = Launch {
+        grid: [threads(dim, WARP), threads(length, 8), kv_heads],
+        group: [WARP, 8, 1],
+        constants: &common,
+        outputs: &[(&all, dtype), (&all, dtype), (&[8], Dtype::Int32)],
+    };
+    let pool = &kv.layers[layer];
+    let inputs = [&part.keys, &part.values, &pool.keys, &pool.values, &of.table, numbers, &kv.fence];
+    let [keys, values, after] = exactly(run(&APPEND_RUN, &inputs, &launch)?)?;
+    kv.fence = after;
+    let turned = Launch {
+        grid: [threads(dim, WARP), threads(count, 8), heads],
+        group: [WARP, 8, 1],
+        constants: &[
+            (c"T", Constant::Type(dtype)),
+            (c"D", Constant::Int(dim)),
+            (c"HALF", Constant::Int(half)),
+            (c"H", Constant::Int(heads)),
+        ],
+        outputs: &[(&[1, heads, count, dim], dtype)],
+    };
+    let queries = first(run(&TURN_RUN, &[&part.queries, &of.table, numbers], &turned)?)?;
+    Ok((queries, keys.expand_dims(0)?, values.expand_dims(0)?))
+}
+
+/// Draws one token a row, `[rows]` as i32. The logits `[rows, vocabulary]` must be used by nothing else.
+pub(crate) fn sample(logits: &Array, draws: &Array, changes: &Array, late: &Array) -> Result<Array> {
+    let (rows, vocabulary) = (logits.dim(0), logits.dim(1));
+    let launch = Launch {
+        grid: [rows * SAMPLE_WARPS * WARP, 1, 1],
+        group: [SAMPLE_WARPS * WARP, 1, 1],
+        constants: &[
+            (c"T", Constant::Type(logits.dtype())),
+            (c"V", Constant::Int(vocabulary)),
+            (c"WARPS", Constant::Int(SAMPLE_WARPS)),
+        ],
+        outputs: &[(&[rows], Dtype::Int32)],
+    };
+    first(run(&SAMPLE, &[logits, draws, changes, late], &launch)?)
+}
+
+/// Threads for `count` things in groups of `group`.
+fn threads(count: i32, group: i32) -> i32 {
+    (count + group - 1) / group * group
+}
+
+/// Warps that share one row's context: more where there are few rows, as many as their partial sums have memory for.
+fn warps(dim: i32, group: i32, groups: i32) -> i32 {
+    let wanted = if groups < GROUPS_FEW { 16 } else { 8 };
+    let fitting = PARTIAL_BYTES_MAX / (4 * group * dim);
+    // A power of two, so that there are few variants.
+    let most = wanted.min(fitting);
+    if most < 1 { 0 } else { 1 << most.ilog2() }
+}
+
+thread_local! {
+    /// MLX's handles of the kernels in use, by name. Belongs to the thread that computes, as all of MLX's state does.
+    static HANDLES: RefCell<BTreeMap<&'static CStr, Handle>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+#[cfg(not(target_os = "macos"))]
+use cuda as gpu;
+use gpu::Handle;
+#[cfg(target_os = "macos")]
+use metal as gpu;
+
+fn run(source: &Source, inputs: &[&Array], launch: &Launch<'_>) -> Result<Vec<Array>> {
+    HANDLES.with_borrow_mut(|handles| {
+        let handle = handles.entry(source.name).or_insert_with(|| Handle::new(source));
+        let outputs = handle.apply(inputs, launch);
+        outputs.ok_or_else(|| {
+            let shapes: Vec<_> = inputs.iter().map(|input| input.shape().to_vec()).collect();
+            Exception::custom(format!("the kernel {:?} on arrays of shapes {shapes:?} failed", source.name))
+        })
+    })
+}
+
+fn first(outputs: Vec<Array>) -> Result<Array> {
+    exactly::<1>(outputs).map(|[output]| output)
+}
+
+fn exactly<const N: usize>(outputs: Vec<Array>) -> Result<[Array; N]> {
+    outputs
+        .try_into()
+        .map_err(|outputs: Vec<Array>| Exception::custom(format!("{} outputs instead of {N}", outputs.len())))
+}
+
+/// The whole header of a kernel for one backend.
+fn header(words: &str) -> CString {
+    CString::new([words, include_str!("../gpu/group.h")].concat()).unwrap_or_default()
+}
+
+/// A C vector of strings, freed with it.
+struct Names(mlx_sys::mlx_vector_string);
+
+impl Names {
+    fn new(names: &[&CStr]) -> Self {
+        // SAFETY: a fresh vector, owned by the result.
+        let vector = unsafe { mlx_sys::mlx_vector_string_new() };
+        for name in names {
+            // SAFETY: `vector` is live and copies the string.
+            unsafe { mlx_sys::mlx_vector_string_append_value(vector, name.as_ptr()) };
+        }
+        Self(vector)
+    }
+}
+
+impl Drop for Names {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, not used afterwards.
+        unsafe { mlx_sys::mlx_vector_string_free(self.0) };
+    }
+}
+
+macro_rules! backend {
+    ($module:ident, $kernel:ident, $config:ident, $new:ident, $free:ident, $apply:ident, $config_new:ident,
+     $config_free:ident, $output:ident, $grid:ident, $group:ident, $int:ident, $dtype:ident, $words:expr, $prefix:expr,
+     ($($extra:expr),*)) => {
+        mod $module {
+            use super::*;
+
+            /// MLX's handle of a kernel.
+            pub(super) struct Handle(mlx_sys::$kernel);
+
+            impl Handle {
+                pub(super) fn new(source: &Source) -> Self {
+                    let (inputs, outputs) = (Names::new(source.inputs), Names::new(source.outputs));
+                    let body = CString::new([$prefix, source.body].concat()).unwrap_or_default();
+                    let header = header($words);
+                    // SAFETY: all pointers are live for the call, which copies what it keeps.
+                    Self(unsafe {
+                        mlx_sys::$new(
+                            source.name.as_ptr(),
+                            inputs.0,
+                            outputs.0,
+                            body.as_ptr(),
+                            header.as_ptr(),
+                            source.contiguous,
+                            $($extra),*
+                        )
+                    })
+                }
+
+                pub(super) fn apply(&self, inputs: &[&Array], launch: &Launch<'_>) -> Option<Vec<Array>> {
+                    let stream = Stream::thread_local_or_default();
+                    let [gx, gy, gz] = launch.grid;
+                    let [tx, ty, tz] = launch.group;
+                    // SAFETY: the configuration is fresh, filled with live pointers and freed below.
+                    let (config, filled) = unsafe {
+                        let config = mlx_sys::$config_new();
+                        let mut filled = mlx_sys::$grid(config, gx, gy, gz) == 0
+                            && mlx_sys::$group(config, tx, ty, tz) == 0;
+                        for (shape, dtype) in launch.outputs {
+                            let dtype = *dtype as mlx_sys::mlx_dtype;
+                            filled &= mlx_sys::$output(config, shape.as_ptr(), shape.len(), dtype) == 0;
+                        }
+                        for (name, constant) in launch.constants {
+                            filled &= match constant {
+                                Constant::Int(value) => mlx_sys::$int(config, name.as_ptr(), *value) == 0,
+                                Constant::Type(dtype) => {
+                                    mlx_sys::$dtype(config, name.as_ptr(), *dtype as mlx_sys::mlx_dtype) == 0
+                                }
+                            };
+                        }
+                        (config, filled)
+                    };
+                    let outputs = crate::raw::call_many(inputs, |res, inputs| {
+                        // SAFETY: live handles; the function keeps references of its own and fills `res`.
+                        if filled { unsafe { mlx_sys::$apply(res, self.0, inputs, config, stream.as_ptr()) } } else { 1 }
+                    });
+                    // SAFETY: made above, not used afterwards.
+                    unsafe { mlx_sys::$config_free(config) };
+                    outputs
+                }
+            }
+
+            impl Drop for Handle {
+                fn drop(&mut self) {
+                    // SAFETY: made in `new`, not used afterwards.
+                    unsafe { mlx_sys::$free(self.0) };
+                }
+            }
+        }
+    };
+}
+
+#[cfg(not(target_os = "macos"))]
+backend! {
+    cuda, mlx_fast_cuda_kernel, mlx_fast_cuda_kernel_config, mlx_fast_cuda_kernel_new, mlx_fast_cuda_kernel_free,
+    mlx_fast_cuda_kernel_apply, mlx_fast_cuda_kernel_config_new, mlx_fast_cuda_kernel_config_free,
+    mlx_fast_cuda_kernel_config_add_output_arg, mlx_fast_cuda_kernel_config_set_grid,
+    mlx_fast_cuda_kernel_config_set_thread_group, mlx_fast_cuda_kernel_config_add_template_arg_int,
+    mlx_fast_cuda_kernel_config_add_template_arg_dtype, include_str!("../gpu/cuda.h"), "", (0)
+}
+
+#[cfg(target_os = "macos")]
+backend! {
+    metal, mlx_fast_metal_kernel, mlx_fast_metal_kernel_config, mlx_fast_metal_kernel_new, mlx_fast_metal_kernel_free,
+    mlx_fast_metal_kernel_apply, mlx_fast_metal_kernel_config_new, mlx_fast_metal_kernel_config_free,
+    mlx_fast_metal_kernel_config_add_output_arg, mlx_fast_metal_kernel_config_set_grid,
+    mlx_fast_metal_kernel_config_set_thread_group, mlx_fast_metal_kernel_config_add_template_arg_int,
+    mlx_fast_metal_kernel_config_add_template_arg_dtype, include_str!("../gpu/metal.h"),
+    // MLX gives a kernel those positions whose names are in its text.
+    "// threadgroup_position_in_grid thread_position_in_threadgroup thread_position_in_grid\n", (false)
+}

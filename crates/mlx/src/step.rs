@@ -1,0 +1,161 @@
+//! One step's slices as the forward pass needs them: in order, with their block tables.
+
+use crate::{
+    attention::{Attention, Gathered, RowGroup, Run, Targets},
+    kv::BLOCK,
+    layers::Path,
+};
+use engine::{BlockId, Input, RowSampling, Slice};
+use mlx_rs::Array;
+use types::BLOCK_TOKENS;
+
+/// Blocks of a row in compiled passes: this many tokens, doubled as often as needed.
+pub(crate) const BLOCK_BUCKET: usize = 256 / BLOCK_TOKENS;
+
+/// A step's slices in the order in which they are computed.
+#[derive(Debug)]
+pub(crate) struct Ordered<'a> {
+    /// Slices of one token, then longer ones.
+    pub(crate) slices: Vec<&'a Slice<'a>>,
+    pub(crate) singles: usize,
+    /// Of the slices that sample: the last token's row in the step, and how to draw.
+    pub(crate) wanted: Vec<i32>,
+    pub(crate) sampling: Vec<RowSampling<'a>>,
+    /// For each of them the row of its own token where that is being drawn.
+    pub(crate) late: Vec<Option<usize>>,
+    pub(crate) order: Vec<usize>,
+}
+
+impl<'a> Ordered<'a> {
+    pub(crate) fn new(slices: &'a [Slice<'a>]) -> Self {
+        let single = |slice: &Slice<'_>| slice.input.count() == 1;
+        let mut indexes: Vec<usize> = (0..slices.len()).collect();
+        // A stable sort: single tokens first, everything else as it came.
+        indexes.sort_by_key(|&index| !single(&slices[index]));
+        let singles = slices.iter().filter(|slice| single(slice)).count();
+        let (mut wanted, mut sampling, mut late, mut computed) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut row = 0;
+        for &index in &indexes {
+            let slice = &slices[index];
+            row += slice.input.count();
+            if let Some(sample) = slice.sample {
+                wanted.push(row as i32 - 1);
+                sampling.push(sample);
+                late.push(matches!(slice.input, Input::Drawn(_)).then_some(row - 1));
+                computed.push(index);
+            }
+        }
+        let mut order: Vec<usize> = (0..computed.len()).collect();
+        order.sort_by_key(|&at| computed[at]);
+        let slices = indexes.into_iter().map(|index| &slices[index]).collect();
+        Self { slices, singles, wanted, sampling, late, order }
+    }
+
+    pub(crate) fn runs(&self) -> &[&'a Slice<'a>] {
+        &self.slices[self.singles..]
+    }
+
+    /// Position of each token; our GPU kernels read them in the tables.
+    pub(crate) fn positions(&self, path: Path) -> Vec<i32> {
+        if path == Path::Kernel {
+            return Vec::new();
+        }
+        let of_slice = |slice: &&Slice<'_>| slice.start..slice.start + slice.input.count();
+        self.slices.iter().flat_map(of_slice).map(|position| position as i32).collect()
+    }
+
+    /// What the step attends to.
+    pub(crate) fn attention(&self, path: Path, scale: f32) -> Attention {
+        let pure = path == Path::Pure;
+        let singles = &self.slices[..self.singles];
+        let blocks = singles.iter().map(|slice| blocks_of(slice.start + 1)).max().unwrap_or(0);
+        let blocks = if path == Path::Kernel { block_bucket(blocks) } else { blocks };
+        let rows = (!singles.is_empty()).then(|| RowGroup {
+            count: singles.len() as i32,
+            table: rows_table(singles, singles.len(), blocks),
+            gathered: pure.then(|| gathered_rows(singles, blocks)),
+        });
+        let mut runs = Vec::with_capacity(self.runs().len());
+        let mut row = self.singles as i32;
+        for slice in self.runs() {
+            let count = slice.input.count();
+            let used = &slice.blocks[..blocks_of(slice.start + count)];
+            let table: Vec<i32> = [slice.start as i32].into_iter().chain(ids(used)).collect();
+            // Small arrays are passed to kernels in another way, which would be another kernel.
+            let table: Vec<i32> = filled(table, 1 + BLOCK_BUCKET);
+            runs.push(Run {
+                rows: (row, row + count as i32),
+                start: slice.start,
+                table: Array::from_slice(&table, &[table.len() as i32]),
+                gathered: pure.then(|| Gathered {
+                    blocks: Array::from_slice(&ids(used).collect::<Vec<_>>(), &[used.len() as i32]),
+                    mask: None,
+                }),
+            });
+            row += count as i32;
+        }
+        let targets = pure.then(|| targets(&self.slices));
+        Attention { path, scale, rows, runs, targets }
+    }
+}
+
+/// Blocks of a row in passes that are compiled for it.
+pub(crate) fn block_bucket(blocks: usize) -> usize {
+    blocks.next_multiple_of(BLOCK_BUCKET).next_power_of_two()
+}
+
+fn ids(blocks: &[BlockId]) -> impl Iterator<Item = i32> {
+    blocks.iter().map(|block| block.0 as i32)
+}
+
+fn filled(mut table: Vec<i32>, least: usize) -> Vec<i32> {
+    table.resize(table.len().max(least), 0);
+    table
+}
+
+/// `[rows, 1 + blocks]`: positions and block tables; rows past the slices are marked as unused.
+pub(crate) fn rows_table(slices: &[&Slice<'_>], rows: usize, blocks: usize) -> Array {
+    let mut table = Vec::with_capacity(rows * (1 + blocks));
+    for slice in slices {
+        table.push(slice.start as i32);
+        let used = &slice.blocks[..blocks_of(slice.start + 1)];
+        table.extend(ids(used).chain(std::iter::repeat(0)).take(blocks));
+    }
+    for _ in slices.len()..rows {
+        table.push(-1);
+        table.extend(std::iter::repeat_n(0, blocks));
+    }
+    Array::from_slice(&table, &[rows as i32, 1 + blocks as i32])
+}
+
+fn gathered_rows(slices: &[&Slice<'_>], blocks: usize) -> Gathered {
+    let mut table = Vec::with_capacity(slices.len() * blocks);
+    let mut mask = Vec::with_capacity(slices.len() * blocks * BLOCK_TOKENS);
+    for slice in slices {
+        let used = &slice.blocks[..blocks_of(slice.start + 1)];
+        table.extend(ids(used).chain(std::iter::repeat(0)).take(blocks));
+        mask.extend((0..blocks * BLOCK_TOKENS).map(|at| at <= slice.start));
+    }
+    let shape = [slices.len() as i32, 1, 1, blocks as i32 * BLOCK];
+    Gathered {
+        blocks: Array::from_slice(&table, &[table.len() as i32]),
+        mask: Some(Array::from_slice(&mask, &shape)),
+    }
+}
+
+/// Where each token of the step is written.
+fn targets(slices: &[&Slice<'_>]) -> Targets {
+    let places = slices.iter().flat_map(|slice| {
+        (slice.start..slice.start + slice.input.count())
+            .map(|at| (slice.blocks[at / BLOCK_TOKENS].0 as i32, (at % BLOCK_TOKENS) as i32))
+    });
+    let (blocks, offsets): (Vec<i32>, Vec<i32>) = places.unzip();
+    let array = |values: &[i32]| Array::from_slice(values, &[values.len() as i32]);
+    Targets { blocks: array(&blocks), offsets: array(&offsets) }
+}
+
+/// Blocks that hold `tokens` tokens.
+pub(crate) fn blocks_of(tokens: usize) -> usize {
+    tokens.div_ceil(BLOCK_TOKENS)
+}
