@@ -3,7 +3,9 @@
 //! One list names every setting with its type, its default and its text for `--help`; a [`Config`] holds what one
 //! source says, and [`Config::over`] lays one over another. What is missing at the end takes its default.
 
-use crate::values::{Auto, Bytes, Dequantize, Device, List, LogFilter, LogFormat, Secret, Setting, Span};
+use crate::values::{
+    Auto, Bytes, Dequantize, Device, List, LogFilter, LogFormat, Secret, Setting, Share, Span,
+};
 use std::{
     ffi::OsString,
     net::SocketAddr,
@@ -111,6 +113,8 @@ settings! {
     api_keys: List<Secret> = "", "KEY,…";
     /// Serve everybody also where `http` is reachable from other machines
     allow_anonymous: bool = "false", "BOOL";
+    /// Keep what each key's requests leave in the prefix caches from those of all others
+    cache_per_key: bool = "false", "BOOL";
     /// File with the cluster key, made by `mlx-node key new` [auto: cluster.key beside the configuration file in ~/.config/mlx-cluster]
     key_file: Auto<PathBuf> = "auto", "FILE";
     /// The cluster key itself, instead of a file; as a flag it shows in the list of processes
@@ -131,10 +135,16 @@ settings! {
     dequantize: Dequantize = "auto", "WHEN";
     /// Where the model runs: auto (the GPU where there is one), cpu, gpu
     device: Device = "auto", "DEVICE";
-    /// Time to a request's first token that the scheduler aims for
+    /// Time to a request's first token that the scheduler aims for, unless the request says otherwise
     ttft_target: Span = "1 s", "TIME";
-    /// Time for each further token that the scheduler aims for
+    /// Time for each further token that the scheduler aims for, unless the request says otherwise
     tpot_target: Span = "100 ms", "TIME";
+    /// Keep what was read and written for later requests that begin alike
+    prefix_cache: bool = "true", "BOOL";
+    /// How long a session is kept after its last request
+    session_ttl: Span = "30 min", "TIME";
+    /// Share of the memory for keys and values that sessions may keep, from 0 to 1
+    session_quota: Share = "0.5", "SHARE";
     /// How long running requests may take to finish after SIGTERM or SIGINT
     drain_timeout: Span = "60 s", "TIME";
     /// Which log lines are written, such as `info` or `warn,node=debug`
@@ -236,6 +246,7 @@ fn plain_text(value: &DeValue<'_>) -> Result<String, String> {
         DeValue::String(text) => text.to_string(),
         DeValue::Boolean(value) => value.to_string(),
         DeValue::Integer(number) if number.radix() == 10 => number.as_str().to_owned(),
+        DeValue::Float(number) => number.as_str().to_owned(),
         DeValue::Array(items) => {
             let texts = items.iter().map(|item| match item.get_ref() {
                 DeValue::String(text) if !text.contains(',') => Ok(text.to_string()),
@@ -311,6 +322,10 @@ mod tests {
         check(
             "# a\n\nmax_batch = 0",
             "3: max_batch = \"0\": a whole number from 1 to 4294967295 is expected",
+        );
+        check(
+            "session_quota = 1.5",
+            "1: session_quota = \"1.5\": a number from 0 to 1 is expected, such as 0.5",
         );
         check("mdns = \"maybe\"", "1: mdns = \"maybe\": true or false is expected");
         check("peers = [1]", "1: a list of texts is expected, not of integer");

@@ -27,13 +27,15 @@ pub(crate) fn run(json: &str) -> ExitCode {
     let engine_settings = EngineSettings {
         ttft_target: settings.ttft_target,
         tpot_target: settings.tpot_target,
+        session_ttl: settings.session_ttl,
+        session_quota: settings.session_quota,
+        prefix_cache: settings.prefix_cache,
         ..EngineSettings::default()
     };
     let load_settings = load_settings(settings);
     let load = |progress: &mut dyn FnMut(&str, f32)| {
         let (model, assets) = mlx::load(&load_settings, progress).map_err(|error| error.to_string())?;
-        // Measured by the engine process.
-        Ok(LoadedModel { model, assets, rates: None })
+        Ok(LoadedModel { model, assets })
     };
     engine_process::run(load, engine_settings, std::io::stdin(), stdout)
 }

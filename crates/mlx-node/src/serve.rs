@@ -61,7 +61,11 @@ async fn serve(settings: Settings, engine: Option<EngineCommandLine>) -> Result<
     let http = http.map_err(|error| {
         failed(EXIT_FAILED, format_args!("http = \"{}\" cannot be had: {error}", settings.http))
     })?;
-    let api_keys = settings.api_keys.iter().map(|Secret(key)| key.clone()).collect();
+    let api = ApiSettings {
+        api_keys: settings.api_keys.iter().map(|Secret(key)| key.clone()).collect(),
+        cache_per_key: settings.cache_per_key,
+        ..ApiSettings::default()
+    };
     let drain_timeout = settings.drain_timeout;
     let starting = node::start(node_settings(settings, engine)?);
     let node = tokio::select! {
@@ -69,7 +73,7 @@ async fn serve(settings: Settings, engine: Option<EngineCommandLine>) -> Result<
         () = signals.next() => return Ok(()),
     };
     let (stop, stopped) = oneshot::channel();
-    let endpoint = http.map(|socket| listen(socket, &node, api_keys, stopped)).transpose();
+    let endpoint = http.map(|socket| listen(socket, &node, api, stopped)).transpose();
     let endpoint = endpoint
         .map_err(|error| failed(EXIT_FAILED, format_args!("the HTTP endpoint cannot start: {error}")))?;
     signals.next().await;
@@ -114,14 +118,15 @@ fn take_port(address: SocketAddr) -> io::Result<TcpSocket> {
 fn listen(
     socket: TcpSocket,
     node: &NodeHandle,
-    api_keys: Vec<String>,
+    settings: ApiSettings,
     stopped: oneshot::Receiver<()>,
 ) -> io::Result<tokio::task::JoinHandle<io::Result<()>>> {
     let listener: TcpListener = socket.listen(BACKLOG)?;
     let app = api::app(ApiState {
         generate: Arc::new(node.clone()),
         directory: Arc::new(node.clone()),
-        settings: ApiSettings { api_keys, ..ApiSettings::default() },
+        sessions: Arc::new(node.clone()),
+        settings,
     });
     Ok(tokio::spawn(api::serve(listener, app, async {
         // A dropped sender means the same.

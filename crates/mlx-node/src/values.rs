@@ -170,6 +170,23 @@ impl Setting for Secret {
     }
 }
 
+/// A part of a whole, from 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Share(pub(crate) f64);
+
+impl Setting for Share {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text.parse() {
+            Ok(share) if (0.0..=1.0).contains(&share) => Ok(Self(share)),
+            _ => Err("a number from 0 to 1 is expected, such as 0.5".to_owned()),
+        }
+    }
+
+    fn to_toml(&self) -> String {
+        format!("{:?}", self.0)
+    }
+}
+
 /// A number of bytes, written with a unit: `512 MiB`, `8GB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Bytes(pub(crate) u64);
@@ -331,6 +348,12 @@ mod tests {
         check("5 min", Some((Span(Duration::from_secs(300)), "\"300 s\"")));
         for bad in ["5", "0 s", "2 weeks", "-1 s", "200 h", "nan s"] {
             check::<Span>(bad, None);
+        }
+        check("0.25", Some((Share(0.25), "0.25")));
+        check("1", Some((Share(1.0), "1.0")));
+        check("0", Some((Share(0.0), "0.0")));
+        for bad in ["-0.1", "1.01", "half", "50%", "nan", "inf", ""] {
+            check::<Share>(bad, None);
         }
         check("auto", Some((Auto::<u32>::Auto, "\"auto\"")));
         check("7", Some((Auto::Fixed(7), "7")));
