@@ -25,6 +25,9 @@ pub(crate) struct EngineArguments {
     /// Tokens decoded in each row
     #[arg(long, default_value_t = 64)]
     new_tokens: u32,
+    /// Prompt tokens in one step
+    #[arg(long, default_value_t = 2048)]
+    step_tokens: u32,
     /// Draw from the nucleus (`top_p` 0.9) instead of greedily
     #[arg(long)]
     sampled: bool,
@@ -54,10 +57,11 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
     if arguments.batches.is_empty() || arguments.batches.contains(&0) {
         return usage("--batches has a 0; a batch has at least 1 row".to_owned());
     }
-    if arguments.prompt_tokens == 0 || arguments.new_tokens < 2 {
-        let EngineArguments { prompt_tokens, new_tokens, .. } = arguments;
+    let &EngineArguments { prompt_tokens, new_tokens, step_tokens, .. } = arguments;
+    if prompt_tokens == 0 || new_tokens < 2 || step_tokens == 0 {
         return usage(format!(
-            "--prompt-tokens is {prompt_tokens} and --new-tokens {new_tokens}; at least 1 and 2 are needed"
+            "--prompt-tokens is {prompt_tokens}, --new-tokens {new_tokens} and --step-tokens {step_tokens}; \
+             at least 1, 2 and 1 are needed"
         ));
     }
     let ModelSettings { source, offline, mut engine } =
@@ -67,7 +71,7 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
     engine.slots = arguments.batches.iter().copied().max().map_or(1, u32::from);
     let (mut model, _) =
         mlx::load(&load_settings(engine), &mut |_, _| ()).map_err(|error| failed(EXIT_FAILED, error))?;
-    let (needed, context) = (arguments.prompt_tokens + arguments.new_tokens, model.card().context_tokens);
+    let (needed, context) = (prompt_tokens + new_tokens, model.card().context_tokens);
     if needed > context {
         return usage(format!("prompt and new tokens are {needed}; the model's context is {context}"));
     }
@@ -78,17 +82,22 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
     };
     let settings = EngineBenchSettings {
         batches: arguments.batches.iter().copied().map(usize::from).collect(),
-        prompt_tokens: arguments.prompt_tokens as usize,
-        new_tokens: arguments.new_tokens as usize,
+        prompt_tokens: prompt_tokens as usize,
+        new_tokens: new_tokens as usize,
+        step_tokens: step_tokens as usize,
         sampling,
     };
+    let (needed, blocks) = (settings.blocks(), model.limits().blocks);
+    if needed > blocks {
+        return usage(format!("{needed} blocks of KV are needed; there is memory for {blocks}"));
+    }
     let figures = engine_steps(model.as_mut(), &settings).map_err(|error| failed(EXIT_FAILED, error))?;
     let report = Report {
         hardware: hardware::describe(),
         version: env!("CARGO_PKG_VERSION"),
         model: &source,
-        prompt_tokens: arguments.prompt_tokens,
-        new_tokens: arguments.new_tokens,
+        prompt_tokens,
+        new_tokens,
         sampled: arguments.sampled,
         figures,
     };
