@@ -46,15 +46,19 @@ class Node:
             [binary, *flags], cwd=folder, env=environment, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL
         )
 
-    def get(self, path, key=API_KEY):
-        """Status and text of a GET."""
+    def get(self, path, key=API_KEY, method="GET"):
+        """Status and text of a GET, or of another request without a body."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        request = urllib.request.Request(f"http://{self.address}{path}", headers=headers)
+        request = urllib.request.Request(f"http://{self.address}{path}", headers=headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+    def delete(self, path):
+        """Status and text of a DELETE."""
+        return self.get(path, method="DELETE")
 
     def wait_ready(self):
         deadline = time.monotonic() + READY_SECONDS
@@ -172,6 +176,63 @@ def completions_answer(node):
     streamed = client.completions.create(**question, stream=True)
     text = "".join(chunk.choices[0].text for chunk in streamed if chunk.choices)
     assert text == whole.choices[0].text, (text, whole)
+
+
+@test
+def a_second_turn_finds_the_first_one_cached(node):
+    client = node.client()
+    # Of its own: other tests leave prompts in the cache, too.
+    first = ask(f"My name is Ada and my number is {time.time_ns()}. Tell me in one sentence what a lighthouse is for.")
+    question = dict(model=model_of(client), max_tokens=40, temperature=0, extra_body={"session_id": "chat-1"})
+    answer = client.chat.completions.create(messages=first, **question)
+    assert answer.usage.prompt_tokens_details.cached_tokens < answer.usage.prompt_tokens // 2, answer.usage
+    sessions = json.loads(node.get("/v1/sessions")[1])
+    assert [session["id"] for session in sessions["data"]] == ["chat-1"] and sessions["incomplete"] == [], sessions
+    session = sessions["data"][0]
+    assert session["tokens"] > 0 and session["idle_s"] >= 0 and session["expires_in_s"] > 1000, session
+
+    said = {"role": "assistant", "content": answer.choices[0].message.content}
+    second = first + [said] + ask("And now in three words?")
+    whole = client.chat.completions.create(messages=second, **question)
+    # All that the first turn left, but for the last block, which may not be full.
+    least = answer.usage.prompt_tokens // 32 * 32
+    assert whole.usage.prompt_tokens_details.cached_tokens >= least > 0, (answer.usage, whole.usage)
+    chunks = list(
+        client.chat.completions.create(
+            messages=second, stream=True, stream_options={"include_usage": True}, **question
+        )
+    )
+    streamed = chunks[-1].usage
+    assert streamed.prompt_tokens_details.cached_tokens == streamed.prompt_tokens // 32 * 32, streamed
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content, "a cached prompt changes nothing"
+
+    salted = dict(question, extra_body={"cache_salt": "mine"})
+    alone = client.chat.completions.create(messages=second, **salted)
+    assert alone.usage.prompt_tokens_details.cached_tokens == 0, alone.usage
+    again = client.chat.completions.create(messages=second, **salted)
+    assert again.usage.prompt_tokens_details.cached_tokens > 0, again.usage
+
+    deleted = node.delete("/v1/sessions/chat-1")
+    assert deleted[0] == 200 and json.loads(deleted[1])["data"][0]["tokens"] >= session["tokens"], deleted
+    gone = node.delete("/v1/sessions/chat-1")
+    assert gone[0] == 404 and json.loads(gone[1])["error"]["code"] == "session_not_found", gone
+    assert json.loads(node.get("/v1/sessions")[1])["data"] == []
+
+
+@test
+def urgency_is_told_in_fields(node):
+    client = node.client()
+    question = dict(model=model_of(client), messages=ask("Hi"), max_tokens=2)
+    for fields in ({"priority": "high"}, {"priority": 5}, {"ttft_target_ms": 200, "tpot_target_ms": 50}):
+        answer = client.chat.completions.create(extra_body=fields, **question)
+        assert answer.usage.completion_tokens > 0, answer
+    for fields in ({"priority": "urgent"}, {"ttft_target_ms": 0}, {"session_id": "two words"}):
+        (name, value), = fields.items()
+        error = expect(
+            openai.BadRequestError, lambda: client.chat.completions.create(extra_body=fields, **question), str(value)
+        )
+        assert error.param == name, error.body
 
 
 @test
