@@ -2,11 +2,11 @@
 //! where only this program and MLX's library are.
 //!
 //!     engine_steps MODEL [BATCHES] [PROMPT_TOKENS] [NEW_TOKENS]
-#![expect(clippy::print_stdout, reason = "what the program prints is its result")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "what the program prints is its result")]
 
 use bench::{EngineBenchSettings, engine_steps};
 use mlx::{Dequantize, DeviceChoice, LoadSettings};
-use std::{error::Error, path::PathBuf};
+use std::{error::Error, path::PathBuf, time::Instant};
 use types::SamplingParams;
 
 /// Prompt tokens in one step: mlx-lm's default too.
@@ -32,7 +32,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         dequantize: Dequantize::Auto,
         device: DeviceChoice::Auto,
     };
+    let begin = Instant::now();
     let (mut model, _) = mlx::load(&load, &mut |_, _| ())?;
+    eprintln!("loaded in {:.1} s", begin.elapsed().as_secs_f64());
     let (needed, blocks) = (settings.blocks(), model.limits().blocks);
     if needed > blocks {
         return Err(format!("{needed} blocks of KV are needed; there is memory for {blocks}").into());

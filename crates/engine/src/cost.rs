@@ -175,18 +175,19 @@ impl CostModel {
         }
         self.surprise = surprise;
         let features = self.features(shape);
-        if shape.prefill_tokens == 0 && shape.has_rows() {
-            let (low, high, share) = knots_of(shape.rows);
-            for (knot, weight) in [(low, 1.0 - share), (high, share)] {
-                let change = ROWS_FACTOR_GAIN * weight * error.clamp(-SURPRISE, SURPRISE);
-                let factor = self.rows_factor[knot] * (1.0 + change);
-                self.rows_factor[knot] = factor.clamp(1.0 / ROWS_FACTOR_MAX, ROWS_FACTOR_MAX);
-            }
-        }
         let h: [f64; 4] = std::array::from_fn(|i| self.scale[i] * features[i] / expected);
         let ph: [f64; 4] = std::array::from_fn(|i| (0..4).map(|j| self.covariance[i][j] * h[j]).sum());
         let variance = NOISE + (0..4).map(|i| h[i] * ph[i]).sum::<f64>();
         let error = error.clamp(-SURPRISE, SURPRISE);
+        if shape.prefill_tokens == 0 && shape.has_rows() {
+            // As long as the line is in doubt, what is off is its fault.
+            let gain = ROWS_FACTOR_GAIN * NOISE / variance;
+            let (low, high, share) = knots_of(shape.rows);
+            for (knot, weight) in [(low, 1.0 - share), (high, share)] {
+                let factor = self.rows_factor[knot] * (1.0 + gain * weight * error);
+                self.rows_factor[knot] = factor.clamp(1.0 / ROWS_FACTOR_MAX, ROWS_FACTOR_MAX);
+            }
+        }
         let floor = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0];
         for i in 0..4 {
             self.factor[i] = (self.factor[i] + ph[i] / variance * error).max(floor[i]);
@@ -214,7 +215,7 @@ impl CostModel {
         NodeRates {
             prefill_tokens_per_s: (RATES_TOKENS as f64 / self.seconds(prefill)) as f32,
             decode_step_s: one_row as f32,
-            decode_row_s: (self.seconds(decode) - one_row) as f32,
+            decode_row_s: (self.seconds(decode) - one_row).max(0.0) as f32,
         }
     }
 

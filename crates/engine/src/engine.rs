@@ -21,6 +21,9 @@ use types::{
 /// A prompt's first token is due after the TTFT target plus this many times the seconds that reading it alone takes: long
 /// prompts may wait for short ones, and for long ones that came before.
 const TTFT_STRETCH: f64 = 2.0;
+/// While all prompts are in good time, a step with slices takes at most this many times what its rows alone take: a reader
+/// hardly sees a pace that differs by less than a factor of two.
+const GENTLE_STRETCH: f64 = 1.75;
 /// Shortest `Retry-After` in seconds: a few steps.
 const RETRY_AFTER_MIN_S: f64 = 0.1;
 /// Longest `Retry-After` in seconds: what runs is predicted by its `max_tokens`, and most texts end long before.
@@ -488,11 +491,14 @@ impl Engine {
         for candidate in candidates.iter().filter(|candidate| candidate.decodes) {
             least.add_row(candidate.start + 1);
         }
+        let rows_s = self.cost.seconds(least);
         least.add_slice(0, scheduler::SLICE_TOKENS_MIN);
+        let least_s = self.cost.seconds(least);
         let runnable = self.running.iter().filter(|sequence| sequence.is_runnable() && sequence.decodes());
         let tpot = runnable.map(|sequence| sequence.targets.tpot).min().unwrap_or(self.settings.tpot_target);
         Budgets {
-            tpot_s: tpot.as_secs_f64().max(self.cost.seconds(least)),
+            tpot_s: tpot.as_secs_f64().max(least_s),
+            gentle_s: (GENTLE_STRETCH * rows_s).max(least_s),
             // A request that arrives just after such a step began can still meet its target.
             prefill_only_s: self.settings.ttft_target.as_secs_f64() / 2.0,
         }

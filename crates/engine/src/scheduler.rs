@@ -4,13 +4,19 @@
 //! TPOT target)` and is filled with 1. decode rows that cannot wait for another step, 2. slices of prompts, by deadline,
 //! as many tokens as the time left allows, 3. the other decode rows. While rows decode, slack is bounded by the TPOT target
 //! plus one smallest slice (see `Sequence::slack_s`), which bounds the pause that any reader sees.
+//!
+//! The paper fills a step up to `T` whenever there is something to read. Here a step stays below a multiple of what its
+//! rows alone take as long as all prompts are in good time so: who reads an answer then hardly notices others' prompts.
 
 use crate::cost::{CostModel, StepShape};
 use std::{cmp::Reverse, time::Instant};
 use types::Priority;
 
-/// Smallest part of a prompt worth a pass over the weights, and what larger slices are a multiple of, in tokens.
-pub(crate) const SLICE_TOKENS_MIN: usize = 64;
+/// Smallest part of a prompt, and what larger ones are a multiple of, in tokens: one block.
+pub(crate) const SLICE_TOKENS_MIN: usize = 32;
+/// Prompts are in good time where reading them takes at most this share of the time to their deadlines: a deadline is what
+/// may be, not what is aimed at.
+const GOOD_TIME: f64 = 1.0 / 3.0;
 /// Most prompt tokens in a step: bounds the memory of activations, and gains nothing further on any device.
 pub(crate) const STEP_PREFILL_TOKENS_MAX: usize = 2048;
 
@@ -38,6 +44,8 @@ pub(crate) struct Budgets {
     pub(crate) tpot_s: f64,
     /// While none does, in seconds.
     pub(crate) prefill_only_s: f64,
+    /// While rows decode, where all prompts are in good time nevertheless: at most this long, all rows in every step.
+    pub(crate) gentle_s: f64,
 }
 
 /// A candidate's share of the step.
@@ -86,13 +94,15 @@ impl Scheduler {
         };
         let (rows, mut prompts) = (by_slack(true), by_slack(false));
         prompts.sort_by_key(|&index| Reverse(candidates[index].priority));
+        let gentle = !prompts.is_empty() && in_time(&rows, &prompts, candidates, cost, budgets.gentle_s);
         let budget_s = match rows.first() {
+            Some(_) if gentle => budgets.gentle_s,
             Some(&least) => candidates[least].slack_s.max(budgets.tpot_s),
             None => budgets.prefill_only_s,
         };
         // A row that is not in this step is in one that ends, at the latest, at its deadline.
-        let urgent =
-            rows.iter().take_while(|&&index| candidates[index].slack_s < budget_s + budgets.tpot_s).count();
+        let is_urgent = |&&index: &&usize| gentle || candidates[index].slack_s < budget_s + budgets.tpot_s;
+        let urgent = rows.iter().take_while(is_urgent).count();
         let (urgent, others) = rows.split_at(urgent);
 
         let mut shape = StepShape::default();
@@ -146,6 +156,26 @@ impl Scheduler {
     }
 }
 
+/// Whether all prompts are read in good time by steps of `step_s` seconds with all rows in each.
+fn in_time(
+    rows: &[usize],
+    prompts: &[usize],
+    candidates: &[Candidate],
+    cost: &CostModel,
+    step_s: f64,
+) -> bool {
+    let mut shape = StepShape::default();
+    rows.iter().for_each(|&index| shape.add_row(candidates[index].start + 1));
+    let room_s = step_s - cost.seconds(shape);
+    // Each prompt takes its own part of that, more the longer it is already.
+    let mut needed_s = 0.0;
+    prompts.iter().all(|&index| {
+        let Candidate { start, pending, slack_s, .. } = candidates[index];
+        needed_s += cost.slice_seconds(start, pending) / room_s * step_s;
+        room_s > 0.0 && needed_s <= slack_s * GOOD_TIME
+    })
+}
+
 /// Slices of prompts, the most urgent first, that fit into what `shape` leaves of the budget.
 fn fill(
     prompts: &[usize],
@@ -180,7 +210,7 @@ mod tests {
     /// 20 ms a step and 1 ms a row or prompt token.
     const RATES: NodeRates =
         NodeRates { prefill_tokens_per_s: 1000.0, decode_step_s: 0.021, decode_row_s: 0.001 };
-    const BUDGETS: Budgets = Budgets { tpot_s: 0.1, prefill_only_s: 0.5 };
+    const BUDGETS: Budgets = Budgets { tpot_s: 0.1, prefill_only_s: 0.5, gentle_s: 0.0 };
 
     fn row(slack_s: f64) -> Candidate {
         Candidate { decodes: true, start: 100, pending: 1, slack_s, priority: Priority::Normal }
@@ -204,7 +234,7 @@ mod tests {
         check("nothing", &[], &[]);
         check("rows", &[row(0.1), row(-3.0), row(9.0)], &[(0, 1), (1, 1), (2, 1)]);
         check("a short prompt", &[prompt(10, 1.0)], &[(0, 10)]);
-        check("a long prompt alone takes the long budget", &[prompt(5000, 1.0)], &[(0, 448)]);
+        check("a long prompt alone takes the long budget", &[prompt(5000, 1.0)], &[(0, 480)]);
         check(
             "a late row leaves the rest of its target",
             &[row(-1.0), prompt(5000, 1.0)],
@@ -219,8 +249,8 @@ mod tests {
             &[prompt(300, 2.0), prompt(100, 1.0), prompt(300, 3.0)],
             &[(1, 100), (0, 300), (2, 64)],
         );
-        let mut full = vec![row(-1.0); 30];
-        let rows: Vec<_> = (0..30).map(|index| (index, 1)).collect();
+        let mut full = vec![row(-1.0); 50];
+        let rows: Vec<_> = (0..50).map(|index| (index, 1)).collect();
         full.extend([prompt(70, 1.0), prompt(5, 2.0)]);
         check("no small prompt overtakes one that does not fit", &full, &rows);
         check(
@@ -234,6 +264,29 @@ mod tests {
         let slow = CostModel::new(&NodeRates { prefill_tokens_per_s: 10.0, ..RATES }, &[], &RATES);
         let plan = Scheduler::default().plan(Instant::now(), &[prompt(500, 1.0)], &slow, BUDGETS);
         assert_eq!(parts(&plan), [(0, SLICE_TOKENS_MIN)], "a slow one still gets on");
+    }
+
+    #[test]
+    fn steps_stay_short_where_all_prompts_are_in_good_time() {
+        let cost = CostModel::new(&RATES, &[], &RATES);
+        // Two rows alone take 22 ms.
+        let budgets = Budgets { gentle_s: 0.06, ..BUDGETS };
+        let check = |what: &str, candidates: &[Candidate], expected: &[(usize, usize)]| {
+            let plan = Scheduler::default().plan(Instant::now(), candidates, &cost, budgets);
+            assert_eq!(parts(&plan), expected, "{what}");
+        };
+        let rows = [row(0.3), row(0.3)];
+        let with = |prompts: &[Candidate]| [&rows[..], prompts].concat();
+        // 32 tokens a step of 60 ms: 600 tokens take 1 s, with what the rows take.
+        check("time enough", &with(&[prompt(600, 4.0)]), &[(0, 1), (1, 1), (2, 32)]);
+        check("too little", &with(&[prompt(600, 2.0)]), &[(0, 1), (1, 1), (2, 256)]);
+        check(
+            "too little for the second",
+            &with(&[prompt(600, 5.0), prompt(600, 3.5)]),
+            &[(0, 1), (1, 1), (3, 256)],
+        );
+        check("late already", &with(&[prompt(10, -0.1)]), &[(0, 1), (1, 1), (2, 10)]);
+        check("rows with much time are in every step", &[row(9.0), prompt(600, 4.0)], &[(0, 1), (1, 32)]);
     }
 
     #[test]
@@ -265,6 +318,6 @@ mod tests {
         }
         // 0.12 s of rows are longer than a slice: every second step holds one.
         assert_eq!(slices, 50);
-        assert!((seconds - (100.0 * 0.12 + 50.0 * 0.064)).abs() < 0.01, "{seconds}");
+        assert!((seconds - (100.0 * 0.12 + 50.0 * 0.032)).abs() < 0.01, "{seconds}");
     }
 }

@@ -1,4 +1,4 @@
-//! `mlx-node bench engine`: what this machine makes of a model, step by step, without scheduling or network.
+//! `mlx-node bench engine`: what this machine makes of a model, step by step and under load, without network.
 #![expect(clippy::print_stdout, reason = "what the command prints is its result")]
 
 use crate::{
@@ -8,7 +8,10 @@ use crate::{
     failed, hardware, logging,
     settings::{self, ModelSettings},
 };
-use ::bench::{EngineBenchSettings, EngineFigures, engine_steps};
+use ::bench::{
+    EngineBenchSettings, EngineFigures, LoadBenchSettings, LoadFigures, engine_steps, engine_under_load,
+};
+use ::engine::EngineSettings;
 use serde::Serialize;
 use std::process::ExitCode;
 use types::{SamplingDraft, SamplingParams};
@@ -31,6 +34,21 @@ pub(crate) struct EngineArguments {
     /// Draw from the nucleus (`top_p` 0.9) instead of greedily
     #[arg(long)]
     sampled: bool,
+    /// Also measure what requests do to each other: a long prompt beside rows, a prefix found again, rows that come and go
+    #[arg(long)]
+    under_load: bool,
+    /// Tokens of the long prompt
+    #[arg(long, default_value_t = 4096)]
+    long_prompt_tokens: u32,
+    /// Rows of which one leaves and one joins in every step
+    #[arg(long, default_value_t = 64)]
+    churn_rows: u16,
+    /// Their contexts in tokens, one measurement each
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "256,4096")]
+    churn_contexts: Vec<u32>,
+    /// Steps of each measurement under load
+    #[arg(long, default_value_t = 60)]
+    load_steps: u32,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -45,6 +63,8 @@ struct Report<'a> {
     new_tokens: u32,
     sampled: bool,
     figures: Vec<EngineFigures>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    under_load: Option<LoadFigures>,
 }
 
 /// Loads the model of `values` in this process, measures, prints.
@@ -68,12 +88,16 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
         settings::model_settings(values).map_err(|error| failed(EXIT_USAGE, error))?;
     engine.model =
         mlx::hub::resolve(&source, offline, &mut |_, _| ()).map_err(|error| failed(EXIT_FAILED, error))?;
-    engine.slots = arguments.batches.iter().copied().max().map_or(1, u32::from);
+    let load = under_load_settings(arguments, &engine);
+    let largest = arguments.batches.iter().copied().max().map_or(1, usize::from);
+    engine.slots = largest.max(load.as_ref().map_or(1, LoadBenchSettings::slots)) as u32;
     let (mut model, _) =
         mlx::load(&load_settings(engine), &mut |_, _| ()).map_err(|error| failed(EXIT_FAILED, error))?;
-    let (needed, context) = (prompt_tokens + new_tokens, model.card().context_tokens);
+    let under_load = load.as_ref().map_or(0, LoadBenchSettings::context);
+    let (needed, context) =
+        ((prompt_tokens + new_tokens).max(under_load as u32), model.card().context_tokens);
     if needed > context {
-        return usage(format!("prompt and new tokens are {needed}; the model's context is {context}"));
+        return usage(format!("prompt and new tokens come to {needed}; the model's context is {context}"));
     }
     let sampling = if arguments.sampled {
         SamplingParams::try_from(SamplingDraft { top_p: 0.9, ..SamplingDraft::default() }).expect("in range")
@@ -92,6 +116,10 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
         return usage(format!("{needed} blocks of KV are needed; there is memory for {blocks}"));
     }
     let figures = engine_steps(model.as_mut(), &settings).map_err(|error| failed(EXIT_FAILED, error))?;
+    let under_load = load
+        .map(|settings| engine_under_load(model, &settings))
+        .transpose()
+        .map_err(|error| failed(EXIT_FAILED, error))?;
     let report = Report {
         hardware: hardware::describe(),
         version: env!("CARGO_PKG_VERSION"),
@@ -100,6 +128,7 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
         new_tokens,
         sampled: arguments.sampled,
         figures,
+        under_load,
     };
     if arguments.json {
         println!("{}", serde_json::to_string(&report).expect("plain data"));
@@ -107,6 +136,25 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
         print_table(&report);
     }
     Ok(())
+}
+
+fn under_load_settings(
+    arguments: &EngineArguments,
+    engine: &settings::EngineProcessSettings,
+) -> Option<LoadBenchSettings> {
+    arguments.under_load.then(|| LoadBenchSettings {
+        rows: 8,
+        long_prompt: arguments.long_prompt_tokens as usize,
+        prefix: 2048,
+        churn_rows: usize::from(arguments.churn_rows),
+        churn_contexts: arguments.churn_contexts.iter().map(|&tokens| tokens as usize).collect(),
+        steps: arguments.load_steps as usize,
+        engine: EngineSettings {
+            ttft_target: engine.ttft_target,
+            tpot_target: engine.tpot_target,
+            ..EngineSettings::default()
+        },
+    })
 }
 
 fn print_table(report: &Report<'_>) {
@@ -123,6 +171,21 @@ fn print_table(report: &Report<'_>) {
             figures.decode_tokens_per_s,
             figures.decode_step_ms_p50,
             figures.decode_step_ms_max
+        );
+    }
+    let Some(load) = &report.under_load else { return };
+    let ([quiet, quiet_p99], [during, during_p99]) = (load.quiet_itl_ms, load.during_prefill_itl_ms);
+    println!("between tokens: {quiet:.1} ms, p99 {quiet_p99:.1} ms");
+    println!(
+        "  while a prompt is read: {during:.1} ms, p99 {during_p99:.1} ms, {:.2} times; its first token after {:.0} ms",
+        load.itl_p99_ratio_during_prefill, load.long_ttft_ms
+    );
+    let [cold, warm] = load.prefix_ttft_ms;
+    println!("first token behind a new prefix: {cold:.0} ms; found again: {warm:.0} ms");
+    for churn in &load.churn {
+        println!(
+            "rows of {} tokens: {:.2} ms a step, {:.2} ms where one leaves and one joins",
+            churn.context, churn.steady_step_ms, churn.churn_step_ms
         );
     }
 }

@@ -93,7 +93,7 @@ fn of_requests_that_come_together_one_reads_and_the_others_wait_for_it() {
     assert_eq!(bench.model.prefill_tokens(), 1060 + 7 * 68 + 60);
     // 1.06 s for the first, then 68 ms for each other; alone each would take 1.06 s.
     let last = ids.iter().map(|id| bench.ttft(*id)).max().expect("eight");
-    assert!(last < Duration::from_millis(2500), "{last:?}");
+    assert!(last < Duration::from_millis(3000), "{last:?}");
     assert!(bench.ttft(other) < Duration::from_millis(1200), "who shares nothing waits for nobody");
 }
 

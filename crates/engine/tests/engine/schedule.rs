@@ -65,6 +65,32 @@ fn rows_go_on_while_a_long_prompt_is_read() {
 }
 
 #[test]
+fn rows_hardly_notice_a_prompt_that_has_time() {
+    // A machine that reads 20,000 tokens a second, where rows alone take 9 ms a step and their target allows 100.
+    let rates = NodeRates { prefill_tokens_per_s: 20_000.0, decode_step_s: 0.006, decode_row_s: 0.0001 };
+    let cost = StepCost { base: ms(6), prefill_token: ms(1) / 20, row: ms(1) / 10, ..StepCost::mac() };
+    let mut bench = Bench::new(machine(32, cost), EngineSettings { rates, ..EngineSettings::default() });
+    let ids: Vec<_> = (0..16).map(|id| bench.accept(draft(id, 100, 4000))).collect();
+    let pause_while = |bench: &mut Bench, done: &dyn Fn(&Bench) -> bool| {
+        bench.times.clear();
+        while !done(bench) {
+            bench.step();
+        }
+        ids.iter().map(|id| bench.pause_max(*id)).max().expect("rows")
+    };
+    pause_while(&mut bench, &|bench| bench.streams.tokens(ids[15]).len() > 50);
+    let quiet = pause_while(&mut bench, &|bench| bench.streams.tokens(ids[15]).len() > 100);
+    let long = bench.accept(draft(1000, 4096, 1));
+    let beside = pause_while(&mut bench, &|bench| !bench.streams.tokens(long).is_empty());
+    assert!(beside < quiet * 2, "{beside:?} instead of {quiet:?}");
+    // 0.2 s alone.
+    assert!(bench.ttft(long) < ms(700), "{:?}", bench.ttft(long));
+    [&ids[..], &[long]].concat().into_iter().for_each(|id| bench.cancel(id));
+    bench.run();
+    bench.check_end();
+}
+
+#[test]
 fn several_prompts_are_read_at_once() {
     let mut bench = Bench::measured(machine(8, StepCost::mac()));
     for id in 0..4 {
@@ -134,8 +160,10 @@ fn no_request_starves_under_constant_arrivals() {
 fn speed_is_learned() {
     let check = |cost: StepCost, expected: NodeRates| {
         let mut bench = Bench::new(machine(4, cost), EngineSettings::default());
-        for id in 0..40 {
-            bench.accept(draft(id, 300 + 37 * id as usize, 1 + 10 * (id % 4) as u32));
+        for id in 0..120 {
+            while bench.submit(draft(id, 300 + 13 * id as usize, 1 + 10 * (id % 4) as u32)).is_err() {
+                bench.step();
+            }
         }
         bench.run();
         bench.check_end();
