@@ -20,8 +20,8 @@ const WAIT_MAX: Duration = Duration::from_secs(30);
 const BY_AGE_EVERY: u64 = 4;
 /// Of the time to its deadline, how much a sequence waits for a slot before it takes one from a client that has too many.
 const PATIENCE: f64 = 0.25;
-/// Blocks in common with a prompt being read for which it is worth to wait: less is computed in one small slice.
-const TWIN_BLOCKS_MIN: usize = 2;
+/// Blocks in common with a prompt being read for which it is worth to wait: what is less cannot be shared.
+const TWIN_BLOCKS_MIN: usize = 1;
 
 /// What an admission decides on.
 #[derive(Debug)]

@@ -477,6 +477,7 @@ impl Engine {
                 start: sequence.submitted(),
                 pending: sequence.pending(),
                 slack_s: sequence.slack_s(at, sequence.targets.tpot + slice),
+                good_time_s: sequence.good_time_s(at),
                 priority: sequence.priority,
             };
             (candidate, index)

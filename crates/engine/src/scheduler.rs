@@ -14,9 +14,8 @@ use types::Priority;
 
 /// Smallest part of a prompt, and what larger ones are a multiple of, in tokens: one block.
 pub(crate) const SLICE_TOKENS_MIN: usize = 32;
-/// Prompts are in good time where reading them takes at most this share of the time to their deadlines: a deadline is what
-/// may be, not what is aimed at.
-const GOOD_TIME: f64 = 1.0 / 3.0;
+/// Factor between the lengths of steps that are tried, from the gentlest to the longest.
+const GENTLE_STEP: f64 = 1.4;
 /// Most prompt tokens in a step: bounds the memory of activations, and gains nothing further on any device.
 pub(crate) const STEP_PREFILL_TOKENS_MAX: usize = 2048;
 
@@ -33,6 +32,8 @@ pub(crate) struct Candidate {
     pub(crate) pending: usize,
     /// Seconds until its next token is due.
     pub(crate) slack_s: f64,
+    /// Of a prompt: seconds within which it is read in good time.
+    pub(crate) good_time_s: f64,
     /// Prompts of a higher one are read first.
     pub(crate) priority: Priority,
 }
@@ -44,7 +45,7 @@ pub(crate) struct Budgets {
     pub(crate) tpot_s: f64,
     /// While none does, in seconds.
     pub(crate) prefill_only_s: f64,
-    /// While rows decode, where all prompts are in good time nevertheless: at most this long, all rows in every step.
+    /// While rows decode, in seconds: as little more than this as keeps all prompts in good time, all rows in every step.
     pub(crate) gentle_s: f64,
 }
 
@@ -94,12 +95,18 @@ impl Scheduler {
         };
         let (rows, mut prompts) = (by_slack(true), by_slack(false));
         prompts.sort_by_key(|&index| Reverse(candidates[index].priority));
-        let gentle = !prompts.is_empty() && in_time(&rows, &prompts, candidates, cost, budgets.gentle_s);
-        let budget_s = match rows.first() {
-            Some(_) if gentle => budgets.gentle_s,
+        let most_s = match rows.first() {
             Some(&least) => candidates[least].slack_s.max(budgets.tpot_s),
             None => budgets.prefill_only_s,
         };
+        let mut budget_s = most_s;
+        if !rows.is_empty() && !prompts.is_empty() && budgets.gentle_s > 0.0 {
+            budget_s = budgets.gentle_s.min(most_s);
+            while budget_s < most_s && !in_time(&rows, &prompts, candidates, cost, budget_s) {
+                budget_s = (budget_s * GENTLE_STEP).min(most_s);
+            }
+        }
+        let gentle = budget_s < most_s;
         // A row that is not in this step is in one that ends, at the latest, at its deadline.
         let is_urgent = |&&index: &&usize| gentle || candidates[index].slack_s < budget_s + budgets.tpot_s;
         let urgent = rows.iter().take_while(is_urgent).count();
@@ -170,9 +177,9 @@ fn in_time(
     // Each prompt takes its own part of that, more the longer it is already.
     let mut needed_s = 0.0;
     prompts.iter().all(|&index| {
-        let Candidate { start, pending, slack_s, .. } = candidates[index];
+        let Candidate { start, pending, good_time_s, .. } = candidates[index];
         needed_s += cost.slice_seconds(start, pending) / room_s * step_s;
-        room_s > 0.0 && needed_s <= slack_s * GOOD_TIME
+        room_s > 0.0 && needed_s <= good_time_s
     })
 }
 
@@ -213,11 +220,13 @@ mod tests {
     const BUDGETS: Budgets = Budgets { tpot_s: 0.1, prefill_only_s: 0.5, gentle_s: 0.0 };
 
     fn row(slack_s: f64) -> Candidate {
-        Candidate { decodes: true, start: 100, pending: 1, slack_s, priority: Priority::Normal }
+        let priority = Priority::Normal;
+        Candidate { decodes: true, start: 100, pending: 1, slack_s, good_time_s: 0.0, priority }
     }
 
     fn prompt(pending: usize, slack_s: f64) -> Candidate {
-        Candidate { decodes: false, start: 0, pending, slack_s, priority: Priority::Normal }
+        let (good_time_s, priority) = (slack_s / 2.0, Priority::Normal);
+        Candidate { decodes: false, start: 0, pending, slack_s, good_time_s, priority }
     }
 
     fn parts(plan: &[Part]) -> Vec<(usize, usize)> {
@@ -277,13 +286,15 @@ mod tests {
         };
         let rows = [row(0.3), row(0.3)];
         let with = |prompts: &[Candidate]| [&rows[..], prompts].concat();
-        // 32 tokens a step of 60 ms: 600 tokens take 1 s, with what the rows take.
-        check("time enough", &with(&[prompt(600, 4.0)]), &[(0, 1), (1, 1), (2, 32)]);
-        check("too little", &with(&[prompt(600, 2.0)]), &[(0, 1), (1, 1), (2, 256)]);
+        // 32 tokens a step of 60 ms: 600 tokens take 0.95 s, with what the rows take; 0.8 s in steps of 84 ms.
+        check("time enough", &with(&[prompt(600, 2.6)]), &[(0, 1), (1, 1), (2, 32)]);
+        check("a little less", &with(&[prompt(600, 1.7)]), &[(0, 1), (1, 1), (2, 32)]);
+        check("less", &with(&[prompt(600, 1.5)]), &[(0, 1), (1, 1), (2, 64)]);
+        check("too little", &with(&[prompt(600, 1.0)]), &[(0, 1), (1, 1), (2, 256)]);
         check(
             "too little for the second",
-            &with(&[prompt(600, 5.0), prompt(600, 3.5)]),
-            &[(0, 1), (1, 1), (3, 256)],
+            &with(&[prompt(600, 3.0), prompt(600, 2.6)]),
+            &[(0, 1), (1, 1), (3, 64)],
         );
         check("late already", &with(&[prompt(10, -0.1)]), &[(0, 1), (1, 1), (2, 10)]);
         check("rows with much time are in every step", &[row(9.0), prompt(600, 4.0)], &[(0, 1), (1, 32)]);

@@ -222,13 +222,19 @@ impl Sequence {
         if let Some(last) = last {
             due = due.min(last + pause_max);
         }
-        if due >= at { (due - at).as_secs_f64() } else { -(at - due).as_secs_f64() }
+        seconds_until(due, at)
     }
 
     /// Seconds until its first token is due at `now`; negative when it is late.
     pub(crate) fn wait_left_s(&self, now: Instant) -> f64 {
-        let due = self.targets.first_due;
-        if due >= now { (due - now).as_secs_f64() } else { -(now - due).as_secs_f64() }
+        seconds_until(self.targets.first_due, now)
+    }
+
+    /// Seconds until its first token comes in good time, half of the way to its deadline: that says what may be, not what is
+    /// aimed at.
+    pub(crate) fn good_time_s(&self, now: Instant) -> f64 {
+        let Targets { arrived, first_due, .. } = self.targets;
+        seconds_until(arrived + first_due.saturating_duration_since(arrived) / 2, now)
     }
 
     /// Its part of a step, over its next `tokens` pending tokens, for which it has the blocks.
@@ -321,4 +327,9 @@ impl Sequence {
     fn known_output(&self) -> u32 {
         (self.tokens.len() - self.prompt_tokens) as u32
     }
+}
+
+/// Negative for what has passed.
+fn seconds_until(due: Instant, now: Instant) -> f64 {
+    if due >= now { (due - now).as_secs_f64() } else { -(now - due).as_secs_f64() }
 }
