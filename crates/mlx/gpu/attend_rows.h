@@ -5,25 +5,26 @@
 // [blocks, KV, 32, D], written in place; rows [rows, 1 + blocks]: position (-1: an unused row), then the block table;
 // numbers [HALF + 1]: wavelengths, then the scale of scores; fence: orders this after the writer before.
 // out [rows, KV * G * D], after: the next fence.
-constexpr int THREADS = WARPS * 32;
 constexpr int EACH = D / 32;
 SHARED float query[G * D];
 SHARED float new_key[D];
 SHARED float new_value[D];
-SHARED float partial[WARPS * G * D];
-SHARED float partial_max[WARPS * G];
-SHARED float partial_sum[WARPS * G];
+SHARED float partial[WARPS_MAX * G * D];
+SHARED float partial_max[WARPS_MAX * G];
+SHARED float partial_sum[WARPS_MAX * G];
 
 const int row = GROUP_Y;
 const int head = GROUP_X;
 const int local = LOCAL_X;
+const int threads = LOCAL_SIZE;
+const int warps = threads / 32;
 const int warp = local / 32;
 const int lane = local % 32;
 const int columns = rows_shape[1];
 const int position = rows[size_t(row) * columns];
 DEVICE T* to = out + (size_t(row) * KV + head) * G * D;
 if (position < 0) {
-  for (int i = local; i < G * D; i += THREADS) {
+  for (int i = local; i < G * D; i += threads) {
     to[i] = T(0.0f);
   }
   return;
@@ -33,7 +34,7 @@ const int last = position / 32;
 const size_t pool_head = size_t(head) * 32 * D;
 const size_t pool_block = size_t(KV) * 32 * D;
 
-for (int i = local; i < (G + 1) * D; i += THREADS) {
+for (int i = local; i < (G + 1) * D; i += threads) {
   const int g = i / D;
   const int d = i % D;
   // The key is turned as one more query head.
@@ -71,7 +72,7 @@ for (int g = 0; g < G; g++) {
     total[g][e] = 0.0f;
   }
 }
-for (int b = warp; b <= last; b += WARPS) {
+for (int b = warp; b <= last; b += warps) {
   const size_t block = size_t(rows[table + b]) * pool_block + pool_head;
   const int token = b * 32 + lane;
   float score[G];
@@ -150,16 +151,16 @@ for (int g = 0; g < G; g++) {
   }
 }
 BARRIER();
-for (int i = local; i < G * D; i += THREADS) {
+for (int i = local; i < G * D; i += threads) {
   const int g = i / D;
   float highest = partial_max[g];
-  for (int w = 1; w < WARPS; w++) {
+  for (int w = 1; w < warps; w++) {
     const float x = partial_max[w * G + g];
     highest = x > highest ? x : highest;
   }
   float weights = 0.0f;
   float result = 0.0f;
-  for (int w = 0; w < WARPS; w++) {
+  for (int w = 0; w < warps; w++) {
     const float weight = EXP(partial_max[w * G + g] - highest);
     weights += weight * partial_sum[w * G + g];
     result += weight * partial[w * G * D + i];

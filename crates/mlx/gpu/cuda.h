@@ -7,6 +7,7 @@
 #define GROUP_X int(blockIdx.x)
 #define GROUP_Y int(blockIdx.y)
 #define LOCAL_X int(threadIdx.x)
+#define LOCAL_SIZE int(blockDim.x)
 #define GLOBAL_X int(blockIdx.x * blockDim.x + threadIdx.x)
 #define GLOBAL_Y int(blockIdx.y * blockDim.y + threadIdx.y)
 #define GLOBAL_Z int(blockIdx.z * blockDim.z + threadIdx.z)

@@ -7,6 +7,7 @@
 #define GROUP_X int(threadgroup_position_in_grid.x)
 #define GROUP_Y int(threadgroup_position_in_grid.y)
 #define LOCAL_X int(thread_position_in_threadgroup.x)
+#define LOCAL_SIZE int(threads_per_threadgroup.x)
 #define GLOBAL_X int(thread_position_in_grid.x)
 #define GLOBAL_Y int(thread_position_in_grid.y)
 #define GLOBAL_Z int(thread_position_in_grid.z)

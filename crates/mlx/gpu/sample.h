@@ -11,6 +11,7 @@ SHARED int late_seen;
 
 const int row = GROUP_X;
 const int local = LOCAL_X;
+const int V = logits_shape[1];
 DEVICE T* x = (DEVICE T*)logits + size_t(row) * V;
 const size_t draw = size_t(row) * 9;
 const int late_at = draws[draw];

@@ -7,6 +7,7 @@
 use crate::{
     attention::{Qkv, RowGroup, Run},
     kv::KvPool,
+    models::Heads,
 };
 use mlx_rs::{
     Array, Dtype, Stream,
@@ -19,7 +20,7 @@ use std::{
 };
 
 /// Threads of a warp, on every device these kernels run on.
-const WARP: i32 = 32;
+pub(crate) const WARP: i32 = 32;
 /// Bytes of a thread group's memory that partial sums may take; the least that any device offers is 32 KiB.
 const PARTIAL_BYTES_MAX: i32 = 16 << 10;
 /// Thread groups of decoding below which each gets more warps: a GPU has about this many cores.
@@ -28,13 +29,13 @@ const GROUPS_FEW: i32 = 256;
 const SAMPLE_WARPS: i32 = 16;
 
 /// A kernel's text, with the names by which it knows its arrays.
-struct Source {
-    name: &'static CStr,
-    inputs: &'static [&'static CStr],
-    outputs: &'static [&'static CStr],
-    body: &'static str,
+pub(crate) struct Source {
+    pub(crate) name: &'static CStr,
+    pub(crate) inputs: &'static [&'static CStr],
+    pub(crate) outputs: &'static [&'static CStr],
+    pub(crate) body: &'static str,
     /// Whether strided inputs are copied first; if not, the kernel is told their strides.
-    contiguous: bool,
+    pub(crate) contiguous: bool,
 }
 
 const ATTEND_ROWS: Source = Source {
@@ -72,28 +73,36 @@ const SAMPLE: Source = Source {
     body: include_str!("../gpu/sample.h"),
     contiguous: true,
 };
+const EMBED: Source = Source {
+    name: c"embed",
+    inputs: &[c"table", c"tokens"],
+    outputs: &[c"out"],
+    body: include_str!("../gpu/embed.h"),
+    contiguous: true,
+};
 const RESERVE: Source =
     Source { name: c"reserve", inputs: &[c"x"], outputs: &[c"out"], body: "", contiguous: true };
 
 /// A value fixed when a kernel is compiled.
-enum Constant {
+pub(crate) enum Constant {
     Int(i32),
     Type(Dtype),
 }
 
 /// How often and with what one kernel runs.
-struct Launch<'a> {
+pub(crate) struct Launch<'a> {
     /// Threads in all; a multiple of `group` in every direction.
-    grid: [i32; 3],
+    pub(crate) grid: [i32; 3],
     /// Threads of a group.
-    group: [i32; 3],
-    constants: &'a [(&'static CStr, Constant)],
-    outputs: &'a [(&'a [i32], Dtype)],
+    pub(crate) group: [i32; 3],
+    pub(crate) constants: &'a [(&'static CStr, Constant)],
+    pub(crate) outputs: &'a [(&'a [i32], Dtype)],
 }
 
-/// Whether these kernels take heads of this size.
-pub(crate) fn fits(head_dim: i32, group: i32) -> bool {
-    head_dim % WARP == 0 && head_dim <= 256 && warps(head_dim, group, GROUPS_FEW) >= 1
+/// Whether these kernels take such heads.
+pub(crate) fn fit(heads: Heads) -> bool {
+    let Heads { queries, keys, dim } = heads;
+    queries % keys == 0 && dim % WARP == 0 && dim <= 256 && warps(dim, queries / keys, GROUPS_FEW) >= 1
 }
 
 /// Memory of a shape that nothing is written to.
@@ -101,6 +110,18 @@ pub(crate) fn reserve(shape: &[i32], dtype: Dtype) -> Result<Array> {
     let launch =
         Launch { grid: [WARP, 1, 1], group: [WARP, 1, 1], constants: &[], outputs: &[(shape, dtype)] };
     first(run(&RESERVE, &[&Array::from_slice(&[0_i32; 8], &[8])], &launch)?)
+}
+
+/// The rows `[tokens, width]` of a table that `tokens` name. MLX's own gather takes as long as a layer on CUDA.
+pub(crate) fn embed(table: &Array, tokens: &Array) -> Result<Array> {
+    let (rows, width) = (tokens.dim(0), table.dim(1));
+    let launch = Launch {
+        grid: [threads(width, 256), rows, 1],
+        group: [256, 1, 1],
+        constants: &[],
+        outputs: &[(&[rows, width], table.dtype())],
+    };
+    first(run(&EMBED, &[table, tokens], &launch)?)
 }
 
 /// `silu(gate) · up` of `[rows, 2·n]` that holds gate and up side by side.
@@ -136,7 +157,7 @@ pub(crate) fn attend_rows(
             (c"G", Constant::Int(heads / kv_heads)),
             (c"KV", Constant::Int(kv_heads)),
             (c"HALF", Constant::Int(half)),
-            (c"WARPS", Constant::Int(warps)),
+            (c"WARPS_MAX", Constant::Int(warps_max(dim, heads / kv_heads))),
         ],
         outputs: &[(&[count, heads * dim], dtype), (&[8], Dtype::Int32)],
     };
@@ -195,15 +216,11 @@ pub(crate) fn append_run(
 
 /// Draws one token a row, `[rows]` as i32. The logits `[rows, vocabulary]` must be used by nothing else.
 pub(crate) fn sample(logits: &Array, draws: &Array, changes: &Array, late: &Array) -> Result<Array> {
-    let (rows, vocabulary) = (logits.dim(0), logits.dim(1));
+    let rows = logits.dim(0);
     let launch = Launch {
         grid: [rows * SAMPLE_WARPS * WARP, 1, 1],
         group: [SAMPLE_WARPS * WARP, 1, 1],
-        constants: &[
-            (c"T", Constant::Type(logits.dtype())),
-            (c"V", Constant::Int(vocabulary)),
-            (c"WARPS", Constant::Int(SAMPLE_WARPS)),
-        ],
+        constants: &[(c"T", Constant::Type(logits.dtype())), (c"WARPS", Constant::Int(SAMPLE_WARPS))],
         outputs: &[(&[rows], Dtype::Int32)],
     };
     first(run(&SAMPLE, &[logits, draws, changes, late], &launch)?)
@@ -214,13 +231,14 @@ fn threads(count: i32, group: i32) -> i32 {
     (count + group - 1) / group * group
 }
 
-/// Warps that share one row's context: more where there are few rows, as many as their partial sums have memory for.
+/// Warps that share one row's context: more where there are few rows.
 fn warps(dim: i32, group: i32, groups: i32) -> i32 {
-    let wanted = if groups < GROUPS_FEW { 16 } else { 8 };
-    let fitting = PARTIAL_BYTES_MAX / (4 * group * dim);
-    // A power of two, so that there are few variants.
-    let most = wanted.min(fitting);
-    if most < 1 { 0 } else { 1 << most.ilog2() }
+    warps_max(dim, group).min(if groups < GROUPS_FEW { 16 } else { 8 })
+}
+
+/// Warps of a row whose partial sums there is memory for.
+fn warps_max(dim: i32, group: i32) -> i32 {
+    (PARTIAL_BYTES_MAX / (4 * group * dim)).min(16)
 }
 
 thread_local! {
@@ -234,7 +252,7 @@ use gpu::Handle;
 #[cfg(target_os = "macos")]
 use metal as gpu;
 
-fn run(source: &Source, inputs: &[&Array], launch: &Launch<'_>) -> Result<Vec<Array>> {
+pub(crate) fn run(source: &Source, inputs: &[&Array], launch: &Launch<'_>) -> Result<Vec<Array>> {
     HANDLES.with_borrow_mut(|handles| {
         let handle = handles.entry(source.name).or_insert_with(|| Handle::new(source));
         let outputs = handle.apply(inputs, launch);
@@ -245,7 +263,7 @@ fn run(source: &Source, inputs: &[&Array], launch: &Launch<'_>) -> Result<Vec<Ar
     })
 }
 
-fn first(outputs: Vec<Array>) -> Result<Array> {
+pub(crate) fn first(outputs: Vec<Array>) -> Result<Array> {
     exactly::<1>(outputs).map(|[output]| output)
 }
 
@@ -360,7 +378,7 @@ backend! {
     mlx_fast_cuda_kernel_apply, mlx_fast_cuda_kernel_config_new, mlx_fast_cuda_kernel_config_free,
     mlx_fast_cuda_kernel_config_add_output_arg, mlx_fast_cuda_kernel_config_set_grid,
     mlx_fast_cuda_kernel_config_set_thread_group, mlx_fast_cuda_kernel_config_add_template_arg_int,
-    mlx_fast_cuda_kernel_config_add_template_arg_dtype, include_str!("../gpu/cuda.h"), "", (0)
+    mlx_fast_cuda_kernel_config_add_template_arg_dtype, concat!(include_str!("../gpu/cuda.h"), include_str!("../gpu/half.h")), "", (0)
 }
 
 #[cfg(target_os = "macos")]
@@ -371,5 +389,5 @@ backend! {
     mlx_fast_metal_kernel_config_set_thread_group, mlx_fast_metal_kernel_config_add_template_arg_int,
     mlx_fast_metal_kernel_config_add_template_arg_dtype, include_str!("../gpu/metal.h"),
     // MLX gives a kernel those positions whose names are in its text.
-    "// threadgroup_position_in_grid thread_position_in_threadgroup thread_position_in_grid\n", (false)
+    "// threadgroup_position_in_grid thread_position_in_threadgroup thread_position_in_grid threads_per_threadgroup\n", (false)
 }

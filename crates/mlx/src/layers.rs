@@ -3,6 +3,7 @@
 use crate::{
     checkpoint::{LoadError, Tensors, Weight},
     kernels, native,
+    products::{self, Around, Products, Weights},
 };
 use mlx_rs::{
     Array, Dtype,
@@ -11,34 +12,70 @@ use mlx_rs::{
     ops::{concatenate, dequantize, quantized_matmul},
 };
 
-/// A matrix `[out, in]` as the forward pass uses it.
+/// A matrix `[out, in]` as the forward pass uses it, and what is added to its product.
 #[derive(Debug)]
-pub(crate) enum Linear {
-    /// Stored transposed as a view, so that `x @ weight` is one call.
-    Dense { transposed: Array, bias: Option<Array> },
+enum Matrix {
+    /// Also transposed, as a view, so that `x @ weight` is one call.
+    Dense { weight: Array, transposed: Array, bias: Option<Array> },
     /// MLX's affine quantization.
-    Quantized {
-        words: Array,
-        scales: Array,
-        biases: Array,
-        group_size: i32,
-        bits: i32,
-        bias: Option<Array>,
-        /// From this many rows on, the weight is turned into a dense one for the product.
-        dense_from: i32,
-    },
+    Quantized { words: Array, scales: Array, biases: Array, group_size: i32, bits: i32, bias: Option<Array> },
+}
+
+/// A linear layer and how it is computed.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    matrix: Matrix,
+    compute: Compute,
+}
+
+/// What a linear layer stands between.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Between<'a> {
+    /// Its input is normalized by this.
+    pub(crate) norm: Option<&'a RmsNorm>,
+    /// This is added to its output.
+    pub(crate) added: Option<&'a Array>,
+    /// Its output is gate and up side by side, of which `silu(gate) · up` is wanted.
+    pub(crate) gated: bool,
 }
 
 impl Linear {
-    /// `x [.., in] → [.., out]`.
-    pub(crate) fn forward(&self, x: &Array) -> Result<Array> {
-        let (product, bias) = match self {
-            Self::Dense { transposed, bias } => (x.matmul(transposed)?, bias),
-            Self::Quantized { words, scales, biases, group_size, bits, bias, dense_from } => {
-                let product = if x.dim(0) >= *dense_from {
-                    x.matmul(dequantize(words, scales, biases, *group_size, *bits)?.t())?
-                } else {
+    /// `x [rows, in] → [rows, out]`, with what comes before and after.
+    pub(crate) fn forward(&self, x: &Array, between: Between<'_>) -> Result<Array> {
+        let Between { norm, added, gated } = between;
+        if let Some(weights) = self.matrix.weights()
+            && x.dim(0) <= self.compute.products.rows(weights)
+            && products::fits(x.dim(0), weights, x.dtype())
+        {
+            let norm = norm.map(|norm| (&norm.weight, norm.eps));
+            return products::product(x, weights, Around { norm, added, gated });
+        }
+        let normed = norm.map(|norm| norm.forward(x)).transpose()?;
+        let product = self.product(normed.as_ref().unwrap_or(x))?;
+        let product = if gated { swiglu(&product, self.compute.path)? } else { product };
+        match added {
+            Some(added) => added.add(product),
+            None => Ok(product),
+        }
+    }
+
+    fn product(&self, x: &Array) -> Result<Array> {
+        let (product, bias) = match &self.matrix {
+            Matrix::Dense { transposed, bias, .. } => (x.matmul(transposed)?, bias),
+            Matrix::Quantized { words, scales, biases, group_size, bits, bias } => {
+                let product = if x.dim(0) < self.compute.dense_rows {
                     quantized_matmul(x, words, scales, biases, true, *group_size, *bits)?
+                } else {
+                    let whole = match self.matrix.weights() {
+                        Some(weights)
+                            if self.compute.products.four_bits > 0
+                                && products::fits(1, weights, x.dtype()) =>
+                        {
+                            products::dequantize(words, scales, biases)?
+                        }
+                        _ => dequantize(words, scales, biases, *group_size, *bits)?,
+                    };
+                    x.matmul(whole.t())?
                 };
                 (product, bias)
             }
@@ -91,25 +128,39 @@ impl Linear {
             }
             let [words, scales, biases] = parts.map(|arrays| concatenate(&arrays, 0));
             let (words, scales, biases) = (words?, scales?, biases?);
-            let dense_from = compute.dense_from;
-            return Ok(Self::Quantized { words, scales, biases, group_size, bits, bias, dense_from });
+            let matrix = Matrix::Quantized { words, scales, biases, group_size, bits, bias };
+            return Ok(Self { matrix, compute });
         }
         // Layers quantized differently side by side cannot be one product; they are dense ones then.
         let dense: Vec<_> =
             weights.iter().map(|weight| dense_of(weight, compute.activations)).collect::<Result<_>>()?;
         let joined = if dense.len() == 1 { dense[0].clone() } else { concatenate(&dense, 0)? };
-        Ok(Self::Dense { transposed: joined.t(), bias })
+        let matrix = Matrix::Dense { transposed: joined.t(), weight: joined, bias };
+        Ok(Self { matrix, compute })
     }
 
-    /// Every array, to be evaluated at load.
+    /// Every array, to be evaluated at load; a view brings what it is of.
     pub(crate) fn arrays(&self) -> Vec<&Array> {
-        match self {
-            Self::Dense { transposed, bias } => {
+        match &self.matrix {
+            Matrix::Dense { transposed, bias, .. } => {
                 [Some(transposed), bias.as_ref()].into_iter().flatten().collect()
             }
-            Self::Quantized { words, scales, biases, bias, .. } => {
+            Matrix::Quantized { words, scales, biases, bias, .. } => {
                 [Some(words), Some(scales), Some(biases), bias.as_ref()].into_iter().flatten().collect()
             }
+        }
+    }
+}
+
+impl Matrix {
+    /// As our own products take it, if they do.
+    fn weights(&self) -> Option<Weights<'_>> {
+        match self {
+            Self::Dense { weight, bias: None, .. } => Some(Weights::Dense(weight)),
+            Self::Quantized { words, scales, biases, group_size, bits: 4, bias: None } => {
+                Some(Weights::FourBits { words, scales, biases, group_size: *group_size })
+            }
+            _ => None,
         }
     }
 }
@@ -133,8 +184,10 @@ pub(crate) struct Compute {
     pub(crate) activations: Dtype,
     /// Whether quantized weights are turned into dense ones at load.
     pub(crate) dequantize: bool,
-    /// From how many rows on a quantized product is slower than turning its weight into a dense one first.
-    pub(crate) dense_from: i32,
+    /// Which products are ours.
+    pub(crate) products: Products,
+    /// From how many rows on a quantized product of MLX's is slower than turning its weight into a dense one first.
+    pub(crate) dense_rows: i32,
 }
 
 impl Compute {
@@ -178,16 +231,20 @@ fn dense_of(weight: &Weight, dtype: Dtype) -> Result<Array> {
 
 /// A table of one vector a token.
 #[derive(Debug)]
-pub(crate) struct Embedding(Weight);
+pub(crate) struct Embedding {
+    table: Weight,
+    path: Path,
+}
 
 impl Embedding {
     pub(crate) fn load(weight: &Weight, compute: Compute) -> Result<Self> {
-        Ok(Self(compute.apply(weight.clone())?))
+        Ok(Self { table: compute.apply(weight.clone())?, path: compute.path })
     }
 
     /// `tokens [n] → [n, hidden]`.
     pub(crate) fn forward(&self, tokens: &Array, dtype: Dtype) -> Result<Array> {
-        match &self.0 {
+        match &self.table {
+            Weight::Dense(table) if self.path == Path::Kernel => kernels::embed(table, tokens),
             Weight::Dense(table) => table.take_axis(tokens, 0),
             Weight::Quantized { words, scales, biases, group_size, bits } => {
                 let biases = biases.take_axis(tokens, 0)?;
@@ -204,7 +261,7 @@ impl Embedding {
     }
 
     pub(crate) fn arrays(&self) -> Vec<&Array> {
-        match &self.0 {
+        match &self.table {
             Weight::Dense(table) => vec![table],
             Weight::Quantized { words, scales, biases, .. } => vec![words, scales, biases],
         }
@@ -212,7 +269,7 @@ impl Embedding {
 
     /// The same matrix as an output layer.
     pub(crate) fn tied_head(&self, compute: Compute) -> std::result::Result<Linear, LoadError> {
-        Linear::of(self.0.clone(), compute)
+        Linear::of(self.table.clone(), compute)
     }
 }
 

@@ -5,6 +5,7 @@ use crate::{
     kernels,
     layers::{Compute, Path},
     models, native,
+    products::Products,
     runner::Runner,
     selftest,
 };
@@ -61,6 +62,11 @@ const KV_SHARE: f64 = 0.6;
 /// From how many rows on CUDA's quantized products are slower than turning the weight into a dense one first (measured on
 /// an H100, `docs/performance.md`); Metal's are not.
 const CUDA_DENSE_ROWS: i32 = 8;
+/// Up to how many rows our own products of dense weights are taken: two tiles, for which they read the weight as fast as
+/// cuBLAS does, without its time on the host.
+const DENSE_PRODUCT_ROWS: i32 = 16;
+/// The same of weights in 4 bits: a step of 64 rows took longer so than by dequantizing, one of 16 a third of the time.
+const FOUR_BIT_PRODUCT_ROWS: i32 = 32;
 /// A context below this many tokens is of no use; with less memory than for that, loading fails.
 const CONTEXT_MIN: usize = 1024;
 /// Freed buffers that MLX keeps for reuse on a GPU: some steps' activations.
@@ -96,13 +102,27 @@ fn load_with(
         Dequantize::Always => true,
     };
     let activations = if on_gpu { stored_dtype(&checkpoint) } else { Dtype::Float32 };
+    let heads = models::heads_of(&checkpoint.config);
+    let works = |path| heads.is_some_and(|heads| selftest::works(path, activations, heads));
     let path = path.unwrap_or_else(|| match on_gpu {
-        true if kernels_fit(&checkpoint) && selftest::works(Path::Kernel, activations) => Path::Kernel,
-        false if native::works() && selftest::works(Path::Native, activations) => Path::Native,
+        true if heads.is_some_and(kernels::fit) && works(Path::Kernel) => Path::Kernel,
+        false if native::works() && works(Path::Native) => Path::Native,
         _ => Path::Pure,
     });
-    let dense_from = if on_gpu && cfg!(target_os = "linux") { CUDA_DENSE_ROWS } else { i32::MAX };
-    let compute = Compute { path, activations, dequantize, dense_from };
+    let on_cuda = on_gpu && cfg!(target_os = "linux");
+    let products = match on_cuda && path == Path::Kernel {
+        true if dequantize || !checkpoint.tensors.quantized() => {
+            let works = selftest::products_work(activations, true);
+            Products { dense: if works { DENSE_PRODUCT_ROWS } else { 0 }, four_bits: 0 }
+        }
+        true => {
+            let works = selftest::products_work(activations, false);
+            Products { four_bits: if works { FOUR_BIT_PRODUCT_ROWS } else { 0 }, dense: 0 }
+        }
+        false => Products::default(),
+    };
+    let dense_rows = if on_cuda { CUDA_DENSE_ROWS } else { i32::MAX };
+    let compute = Compute { path, activations, dequantize, products, dense_rows };
     let family = models::load(&mut checkpoint, compute)?;
     let arrays = family.arrays();
     let weight_bytes: u64 = arrays.iter().map(|array| array.nbytes() as u64).sum();
@@ -166,10 +186,6 @@ fn load_with(
     progress("compiling", 0.0);
     runner.warm_up()?;
     Ok((runner, assets))
-}
-
-fn kernels_fit(checkpoint: &Checkpoint) -> bool {
-    models::heads_of(&checkpoint.config).is_some_and(|(dim, group)| kernels::fits(dim, group))
 }
 
 /// Bytes that are left once the weights are loaded.

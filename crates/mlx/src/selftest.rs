@@ -6,7 +6,9 @@
 use crate::{
     attention::Qkv,
     kv::{KvPool, KvShape},
-    layers::Path,
+    layers::{Path, swiglu_of_parts},
+    models::Heads,
+    products::{self, Around, Weights},
     rope::{Rope, wavelengths},
     sampler::{self, Draws},
     step::Ordered,
@@ -20,46 +22,45 @@ use mlx_rs::{
 };
 use types::{SamplingDraft, SamplingParams, TokenId};
 
-/// Heads of the test: four query heads share a key.
-const HEADS: i32 = 8;
-const KV_HEADS: i32 = 2;
-const HEAD_DIM: i32 = 64;
 /// Blocks of the test's pools.
 const BLOCKS: usize = 16;
 /// Layers of the test, each on its own pools.
 const LAYERS: usize = 2;
+/// Output width of the test's products.
+const OUTPUTS: i32 = 64;
 /// Vocabulary of the test.
 const VOCABULARY: i32 = 3000;
 
 /// Whether `path` computes what the pure path does, and what went wrong in the log if not.
-pub(crate) fn works(path: Path, dtype: Dtype) -> bool {
-    match differences(path, dtype) {
+pub(crate) fn works(path: Path, dtype: Dtype, heads: Heads) -> bool {
+    agree(&format!("{path:?}"), differences(path, dtype, heads))
+}
+
+/// Whether our products of dense weights, or of those in 4 bits, compute what MLX's do.
+pub(crate) fn products_work(dtype: Dtype, dense: bool) -> bool {
+    agree("products", product_differences(dtype, dense))
+}
+
+fn agree(what: &str, differences: Result<Vec<String>>) -> bool {
+    match differences {
         Ok(differences) if differences.is_empty() => true,
         Ok(differences) => {
-            tracing::warn!(?path, ?differences, "an operation of ours is wrong here: MLX's are used");
+            tracing::warn!(what, ?differences, "an operation of ours is wrong here: MLX's are used");
             false
         }
         Err(error) => {
-            tracing::warn!(?path, %error, "our operations do not run here: MLX's are used");
+            tracing::warn!(what, %error, "our operations do not run here: MLX's are used");
             false
         }
     }
 }
 
 /// What `path` computes differently.
-pub(crate) fn differences(path: Path, dtype: Dtype) -> Result<Vec<String>> {
-    let (ours, theirs) = (attended(path, dtype)?, attended(Path::Pure, dtype)?);
-    // Of numbers around 1: half precision carries 8 or 11 bits, and sums are taken in another order.
-    let tolerance = if dtype == Dtype::Float32 { 1e-4 } else { 3e-2 };
+pub(crate) fn differences(path: Path, dtype: Dtype, heads: Heads) -> Result<Vec<String>> {
+    let (ours, theirs) = (attended(path, dtype, heads)?, attended(Path::Pure, dtype, heads)?);
     let mut found = Vec::new();
     for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
-        let (ours, theirs) = (ours.as_dtype(Dtype::Float32)?, theirs.as_dtype(Dtype::Float32)?);
-        if !all_close(&ours, &theirs, tolerance, tolerance, false)? {
-            let most = max(abs(ours.subtract(&theirs)?)?, false)?;
-            most.eval()?;
-            let most = most.as_slice::<f32>()[0];
-            found.push(format!("attention {index} is off by {most}"));
-        }
+        found.extend(off(&format!("attention {index}"), ours, theirs, tolerance(path, dtype))?);
     }
     let (ours, theirs) = (drawn(path)?, drawn(Path::Pure)?);
     if ours != theirs {
@@ -68,15 +69,73 @@ pub(crate) fn differences(path: Path, dtype: Dtype) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// How far numbers around 1 may be apart: half precision carries 8 or 11 bits, and sums are taken in another order. On a
+/// GPU products of f32 are computed with 10 bits.
+fn tolerance(path: Path, dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::Float32 if path == Path::Kernel => 5e-3,
+        Dtype::Float32 => 1e-4,
+        _ => 3e-2,
+    }
+}
+
+fn off(what: &str, ours: &Array, theirs: &Array, tolerance: f64) -> Result<Option<String>> {
+    let (ours, theirs) = (ours.as_dtype(Dtype::Float32)?, theirs.as_dtype(Dtype::Float32)?);
+    if all_close(&ours, &theirs, tolerance, tolerance, false)? {
+        return Ok(None);
+    }
+    let most = max(abs(ours.subtract(&theirs)?)?, false)?;
+    most.eval()?;
+    Ok(Some(format!("{what} is off by {}", most.as_slice::<f32>()[0])))
+}
+
+/// What our products compute differently from MLX's, for some numbers of rows and widths.
+pub(crate) fn product_differences(dtype: Dtype, dense: bool) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    let mut seed = 0;
+    let mut normal = |shape: &[i32]| {
+        seed += 1;
+        mlx_rs::random::normal::<f32>(shape, None, None, &mlx_rs::random::key(seed)?)?.as_dtype(dtype)
+    };
+    for (rows, width, group_size) in [(1, 256, 64), (5, 4096, 32), (16, 256, 128)] {
+        let (x, added) = (normal(&[rows, width])?, normal(&[rows, OUTPUTS])?);
+        let shrunk = Array::from_f32((width as f32).powf(-0.5)).as_dtype(dtype)?;
+        let (weight, norm) = (normal(&[OUTPUTS, width])?.multiply(shrunk)?, normal(&[width])?);
+        let (words, scales, biases) = mlx_rs::ops::quantize(&weight, group_size, 4)?;
+        let (weights, whole) = if dense {
+            (Weights::Dense(&weight), weight.clone())
+        } else {
+            let whole = mlx_rs::ops::dequantize(&words, &scales, &biases, group_size, 4)?;
+            let ours = products::dequantize(&words, &scales, &biases)?;
+            found.extend(off("a dense weight", &ours, &whole, tolerance(Path::Kernel, dtype))?);
+            (Weights::FourBits { words: &words, scales: &scales, biases: &biases, group_size }, whole)
+        };
+        if !products::fits(rows, weights, dtype) {
+            return Err(mlx_rs::error::Exception::custom("this type is not for products of ours"));
+        }
+        let normed = mlx_rs::fast::rms_norm(&x, Some(&norm), 1e-5)?;
+        let plain = Around { added: Some(&added), ..Around::default() };
+        let gated = Around { norm: Some((&norm, 1e-5)), gated: true, ..Around::default() };
+        let theirs = [x.matmul(whole.t())?.add(&added)?, swiglu_of_parts(&normed.matmul(whole.t())?)?];
+        for (around, theirs) in [plain, gated].into_iter().zip(&theirs) {
+            let ours = products::product(&x, weights, around)?;
+            let what = format!("a product of {rows} rows, {width} wide, gated: {}", around.gated);
+            found.extend(off(&what, &ours, theirs, tolerance(Path::Kernel, dtype))?);
+        }
+    }
+    Ok(found)
+}
+
 /// Outputs of some steps: a run, a run behind it with other rows beside it, then rows that go on.
-fn attended(path: Path, dtype: Dtype) -> Result<Vec<Array>> {
-    let shape = KvShape { layers: LAYERS, heads: KV_HEADS, head_dim: HEAD_DIM, dtype };
+fn attended(path: Path, dtype: Dtype, heads: Heads) -> Result<Vec<Array>> {
+    let Heads { queries, keys, dim } = heads;
+    let shape = KvShape { layers: LAYERS, heads: keys, head_dim: dim, dtype };
     let mut kv = KvPool::new(shape, BLOCKS, path)?;
     if path == Path::Pure {
         kv.grow(BLOCKS)?;
     }
-    let scale = (HEAD_DIM as f32).powf(-0.5);
-    let lengths = wavelengths(HEAD_DIM as usize, 10_000.0, None)
+    let scale = (dim as f32).powf(-0.5);
+    let lengths = wavelengths(dim as usize, 10_000.0, None)
         .map_err(|error| mlx_rs::error::Exception::custom(error.to_string()))?;
     let rope = Rope::new(path, &lengths, scale);
     let one = [7, 2, 9, 11].map(BlockId);
@@ -109,10 +168,10 @@ fn attended(path: Path, dtype: Dtype) -> Result<Vec<Array>> {
         let rope = rope.at(&positions)?;
         let count: usize = step.iter().map(|slice| slice.2).sum();
         for layer in 0..LAYERS {
-            let shape = [count as i32, HEADS + 2 * KV_HEADS, HEAD_DIM];
+            let shape = [count as i32, queries + 2 * keys, dim];
             let seed = mlx_rs::random::key((at * LAYERS + layer) as u64)?;
             let product = mlx_rs::random::normal::<f32>(&shape, None, None, &seed)?.as_dtype(dtype)?;
-            let qkv = Qkv::of(&product, HEADS, KV_HEADS)?;
+            let qkv = Qkv::of(&product, queries, keys)?;
             outputs.extend(attention.forward(layer, &rope, qkv, &mut kv, true)?);
         }
         if path == Path::Pure {
@@ -184,18 +243,45 @@ mod tests {
     #[cfg(native_cpu)]
     #[test]
     fn native_operations_attend_and_draw_like_mlx() {
-        assert_eq!(differences(Path::Native, Dtype::Float32).unwrap(), Vec::<String>::new());
+        let heads = Heads { queries: 8, keys: 2, dim: 64 };
+        assert_eq!(differences(Path::Native, Dtype::Float32, heads).unwrap(), Vec::<String>::new());
     }
 
     #[test]
-    fn gpu_kernels_attend_and_draw_like_mlx() {
-        let gpu = mlx_rs::Device::try_default().and_then(|device| device.get_type());
-        if !matches!(gpu, Ok(mlx_rs::DeviceType::Gpu)) {
-            println!("skipped: MLX finds no GPU here");
+    fn gpu_kernels_compute_like_mlx() {
+        if !has_gpu() {
             return;
         }
         for dtype in [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16] {
-            assert_eq!(differences(Path::Kernel, dtype).unwrap(), Vec::<String>::new(), "{dtype:?}");
+            for (queries, keys, dim) in [(8, 2, 64), (9, 3, 64), (4, 4, 128)] {
+                let found = differences(Path::Kernel, dtype, Heads { queries, keys, dim }).unwrap();
+                assert_eq!(found, Vec::<String>::new(), "{dtype:?} {queries} {keys} {dim}");
+            }
         }
+    }
+
+    #[test]
+    fn gpu_products_compute_like_mlx() {
+        if cfg!(target_os = "macos") || !has_gpu() {
+            return;
+        }
+        for (dtype, dense) in [
+            (Dtype::Float16, false),
+            (Dtype::Bfloat16, false),
+            (Dtype::Float16, true),
+            (Dtype::Bfloat16, true),
+        ] {
+            let found = product_differences(dtype, dense).unwrap();
+            assert_eq!(found, Vec::<String>::new(), "{dtype:?}, dense: {dense}");
+        }
+    }
+
+    fn has_gpu() -> bool {
+        let gpu = mlx_rs::Device::try_default().and_then(|device| device.get_type());
+        let has = matches!(gpu, Ok(mlx_rs::DeviceType::Gpu));
+        if !has {
+            println!("skipped: MLX finds no GPU here");
+        }
+        has
     }
 }

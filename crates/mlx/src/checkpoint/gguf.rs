@@ -73,6 +73,11 @@ pub(crate) struct TensorInfo {
 }
 
 impl Encoding {
+    /// Whether elements share scales.
+    pub(crate) fn quantized(self) -> bool {
+        self.block().0 > 1
+    }
+
     /// (elements, bytes) of one block.
     pub(crate) fn block(self) -> (u64, u64) {
         match self {

@@ -92,6 +92,14 @@ impl Tensors {
         self.entries.contains_key(name)
     }
 
+    /// Whether some of its matrices are quantized.
+    pub(crate) fn quantized(&self) -> bool {
+        self.entries.iter().any(|(name, entry)| match entry {
+            Entry::Lazy { .. } => name.ends_with(".scales"),
+            Entry::Gguf { tensor, .. } => tensor.encoding.quantized(),
+        })
+    }
+
     /// Takes a dense tensor.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use crate::{
     attention::Qkv,
     checkpoint::{Checkpoint, LoadError, Tensors},
     kv::{KvPool, KvShape},
-    layers::{Compute, Embedding, Linear, RmsNorm, swiglu},
+    layers::{Between, Compute, Embedding, Linear, RmsNorm},
     rope::{Rope, RopeScaling, wavelengths},
 };
 use mlx_rs::{Array, error::Result};
@@ -194,7 +194,8 @@ impl Family for Llama {
         let rope = self.rope.at(input.positions)?;
         let mut x = self.embedding.forward(&input.tokens, self.compute.activations)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let product = layer.qkv.forward(&layer.attention_norm.forward(&x)?)?;
+            let normed = Between { norm: Some(&layer.attention_norm), ..Between::default() };
+            let product = layer.qkv.forward(&x, normed)?;
             let product = product.reshape(&[count, self.heads + 2 * kv_heads, head_dim])?;
             let qkv = Qkv::of(&product, self.heads, kv_heads)?;
             let last = index + 1 == self.layers.len();
@@ -205,12 +206,14 @@ impl Family for Llama {
             };
             let (attended, residual) =
                 if last { (input.wanted.of(&attended)?, input.wanted.of(&x)?) } else { (attended, x) };
-            x = residual.add(layer.output.forward(&attended)?)?;
-            let gate_up = layer.gate_up.forward(&layer.mlp_norm.forward(&x)?)?;
-            x = x.add(layer.down.forward(&swiglu(&gate_up, self.compute.path)?)?)?;
+            let onto = |x| Between { added: Some(x), ..Between::default() };
+            x = layer.output.forward(&attended, onto(&residual))?;
+            let gated = Between { norm: Some(&layer.mlp_norm), gated: true, ..Between::default() };
+            x = layer.down.forward(&layer.gate_up.forward(&x, gated)?, onto(&x))?;
             hand_over(index, &x, self.compute.path)?;
         }
-        Ok(Some(self.head.forward(&self.norm.forward(&x)?)?))
+        let normed = Between { norm: Some(&self.norm), ..Between::default() };
+        Ok(Some(self.head.forward(&x, normed)?))
     }
 
     fn arrays(&self) -> Vec<&Array> {

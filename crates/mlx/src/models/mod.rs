@@ -78,11 +78,22 @@ pub(crate) fn load(
     }
 }
 
-/// Size of a head and number of query heads that share a key, as far as the configuration tells.
-pub(crate) fn heads_of(config: &serde_json::Value) -> Option<(i32, i32)> {
-    let number = |key: &str| config.get(key).and_then(serde_json::Value::as_i64);
-    let heads = number("num_attention_heads").filter(|&heads| heads > 0)?;
-    let kv_heads = number("num_key_value_heads").unwrap_or(heads).max(1);
-    let head_dim = number("head_dim").or_else(|| Some(number("hidden_size")? / heads))?;
-    Some((i32::try_from(head_dim).ok()?, i32::try_from(heads / kv_heads).ok()?))
+/// Query heads, key-value heads and the size of each, as far as the configuration tells.
+pub(crate) fn heads_of(config: &serde_json::Value) -> Option<Heads> {
+    let number = |key: &str| {
+        let value = config.get(key).and_then(serde_json::Value::as_i64).filter(|&value| value > 0)?;
+        i32::try_from(value).ok()
+    };
+    let queries = number("num_attention_heads")?;
+    let keys = number("num_key_value_heads").unwrap_or(queries);
+    let dim = number("head_dim").or_else(|| Some(number("hidden_size")? / queries))?;
+    Some(Heads { queries, keys, dim })
+}
+
+/// The heads of a model's attention.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Heads {
+    pub(crate) queries: i32,
+    pub(crate) keys: i32,
+    pub(crate) dim: i32,
 }
