@@ -41,7 +41,8 @@ pub(super) fn measure(model: &mut dyn Model, clock: impl Fn() -> Instant) -> Res
         }
         decode_step_s.push((rows as u32, probe.decode(rows)?));
     }
-    // Fewer rows never take longer: where they seem to, something else ran meanwhile.
+    // Fewer rows never take longer: where they seem to, something else ran meanwhile. A node must not look slow for that:
+    // routers would send it nothing, and it could not correct itself.
     let mut least_s = f64::INFINITY;
     for (_, seconds) in decode_step_s.iter_mut().rev() {
         least_s = least_s.min(*seconds);
@@ -133,8 +134,8 @@ impl<'a, C: Fn() -> Instant> Probe<'a, C> {
         Ok(tokens as f64 / time.as_secs_f64().max(1e-6))
     }
 
-    /// Decodes with so many rows; gives the shortest seconds of a step. A start-up on a busy machine must not make a node
-    /// look slow: routers would send it nothing, and it could not correct itself.
+    /// Decodes with so many rows; gives the median seconds of a step: tokens that are taken late come after too long a time,
+    /// and those after them after too short a one.
     fn decode(&mut self, rows: usize) -> Result<f64, ModelError> {
         while self.rows.len() < rows {
             let id = self.sequence();
@@ -155,8 +156,10 @@ impl<'a, C: Fn() -> Instant> Probe<'a, C> {
         self.collect()?;
         times.push((self.clock)().saturating_duration_since(last).as_secs_f64());
         // The first one warms up, the last one had nothing behind it; either counts only where there is no other.
-        let counted = if times.len() > 2 { &times[1..times.len() - 1] } else { &times[..] };
-        Ok(counted.iter().copied().fold(f64::INFINITY, f64::min))
+        let last = times.len() - 1;
+        let counted = if times.len() > 2 { &mut times[1..last] } else { &mut times[..] };
+        counted.sort_unstable_by(f64::total_cmp);
+        Ok(counted[(counted.len() - 1) / 2])
     }
 
     fn fits(&self) -> bool {
