@@ -1,13 +1,15 @@
 //! [`Engine`]: owns all sequences, the KV blocks and the model. A step is: admit, plan, submit the next pass, collect the
 //! one before, pass on what was drawn.
 
+mod pass;
+
 use crate::{
     Model, ModelError, SequenceId,
     admission::Admission,
     cost::{CostModel, StepShape},
     load::LoadView,
     memory::{Held, Memory},
-    scheduler::{self, Budgets, Candidate, Part, Scheduler},
+    scheduler::Scheduler,
     sequence::{self, Sequence, Submitted, Targets},
     settings::{EngineSettings, RATES_UNMEASURED, TARGET_MAX},
     shares::Shares,
@@ -396,166 +398,6 @@ impl Engine {
             self.running.push(sequence);
             summary.admitted += 1;
         }
-    }
-
-    /// Plans the pass that begins at `at` and submits it, if there is anything to compute.
-    fn begin(&mut self, now: Instant, at: Instant, summary: &mut StepSummary) -> Result<(), ModelError> {
-        let (parts, shape) = self.plan(now, at, summary);
-        if parts.is_empty() {
-            return Ok(());
-        }
-        let slices: Vec<_> = parts.iter().map(|part| self.running[part.index].slice(part.tokens)).collect();
-        match self.model.submit(&slices) {
-            Ok(()) => {}
-            Err(ModelError::Sequence { sequence, message }) => return self.fail_one(sequence, message),
-            Err(error @ ModelError::Backend(_)) => return Err(error),
-        }
-        let expected_s = self.cost.seconds(shape);
-        let mut drawn = 0;
-        let mut submitted = Vec::with_capacity(parts.len());
-        for part in parts {
-            let sequence = &mut self.running[part.index];
-            if sequence.decodes() {
-                summary.rows += 1;
-            } else {
-                summary.slices += 1;
-                summary.prefill_tokens += part.tokens as u32;
-            }
-            let part = sequence.submit(part.tokens, drawn);
-            drawn += usize::from(part.samples);
-            submitted.push(part);
-        }
-        summary.expected_s = expected_s;
-        self.flight = Some(Flight { parts: submitted, shape, submitted: now, expected_s });
-        Ok(())
-    }
-
-    /// What goes into the next pass, each part with its blocks. Where blocks run out, slices are cut, and then the
-    /// youngest sequences give theirs up until something can go on: the oldest always can, since no request is taken that
-    /// does not fit alone.
-    fn plan(&mut self, now: Instant, at: Instant, summary: &mut StepSummary) -> (Vec<Part>, StepShape) {
-        loop {
-            let rows_short = self.blocks_for_rows() > self.memory.available();
-            if rows_short && self.preempt_youngest(summary) {
-                continue;
-            }
-            let (candidates, indexes) = self.candidates(at);
-            let plan = self.scheduler.plan(now, &candidates, &self.cost, self.budgets(&candidates));
-            let mut parts = Vec::with_capacity(plan.len());
-            for &part in &plan {
-                let start = candidates[part.index].start;
-                let held = &mut self.running[indexes[part.index]].held;
-                let tokens = self.memory.grow(held, start + part.tokens) - start;
-                if tokens > 0 {
-                    parts.push(Part { tokens, ..part });
-                }
-            }
-            if !plan.is_empty() && parts.is_empty() && self.preempt_youngest(summary) {
-                continue;
-            }
-            let shape = scheduler::shape_of(&candidates, &parts);
-            parts.iter_mut().for_each(|part| part.index = indexes[part.index]);
-            return (parts, shape);
-        }
-    }
-
-    /// Blocks that rows need for the tokens they append next.
-    fn blocks_for_rows(&self) -> usize {
-        let needs = |sequence: &&Sequence| {
-            sequence.is_runnable() && sequence.decodes() && sequence.submitted() + 1 > sequence.held.room()
-        };
-        self.running.iter().filter(needs).count()
-    }
-
-    fn candidates(&self, at: Instant) -> (Vec<Candidate>, Vec<usize>) {
-        let slice_s = self.cost.slice_seconds(0, scheduler::SLICE_TOKENS_MIN);
-        let slice = Duration::from_secs_f64(slice_s.min(TARGET_MAX.as_secs_f64()));
-        let runnable = self.running.iter().enumerate().filter(|(_, sequence)| sequence.is_runnable());
-        let candidate = |(index, sequence): (usize, &Sequence)| {
-            let candidate = Candidate {
-                decodes: sequence.decodes(),
-                start: sequence.submitted(),
-                pending: sequence.pending(),
-                slack_s: sequence.slack_s(at, sequence.targets.tpot + slice),
-                good_time_s: sequence.good_time_s(at),
-                priority: sequence.priority,
-            };
-            (candidate, index)
-        };
-        runnable.map(candidate).unzip()
-    }
-
-    fn budgets(&self, candidates: &[Candidate]) -> Budgets {
-        // A target below what a pass over all rows and one slice takes cannot be met while prompts wait; keeping to it
-        // would only run more passes over the weights, with less in each.
-        let mut least = StepShape::default();
-        for candidate in candidates.iter().filter(|candidate| candidate.decodes) {
-            least.add_row(candidate.start + 1);
-        }
-        let rows_s = self.cost.seconds(least);
-        least.add_slice(0, scheduler::SLICE_TOKENS_MIN);
-        let least_s = self.cost.seconds(least);
-        let runnable = self.running.iter().filter(|sequence| sequence.is_runnable() && sequence.decodes());
-        let tpot = runnable.map(|sequence| sequence.targets.tpot).min().unwrap_or(self.settings.tpot_target);
-        Budgets {
-            tpot_s: tpot.as_secs_f64().max(least_s),
-            gentle_s: (GENTLE_STRETCH * rows_s).max(least_s),
-            // A request that arrives just after such a step began can still meet its target.
-            prefill_only_s: self.settings.ttft_target.as_secs_f64() / 2.0,
-        }
-    }
-
-    /// Waits for a pass and takes in what it drew.
-    fn collect(
-        &mut self,
-        now: Instant,
-        flight: Flight,
-        events: &mut Vec<(RequestId, TokenEvent)>,
-        summary: &mut StepSummary,
-    ) -> Result<(), ModelError> {
-        let sampling = flight.parts.iter().filter(|part| part.samples).count();
-        let drawn = self.model.collect()?;
-        if drawn.len() != sampling {
-            let message = format!("{} tokens were drawn for {sampling} rows", drawn.len());
-            return Err(ModelError::Backend(message));
-        }
-        let mut drawn = drawn.into_iter();
-        for part in &flight.parts {
-            let token = part.samples.then(|| drawn.next().expect("counted above"));
-            // Whoever was cancelled since is not here any more; whoever was preempted waits.
-            let by_id = |sequence: &Sequence| sequence.id == part.id;
-            let (index, queue) = match self.running.iter().position(by_id) {
-                Some(index) => (index, &mut self.running),
-                None => match self.waiting.iter().position(by_id) {
-                    Some(index) => (index, &mut self.waiting),
-                    None => continue,
-                },
-            };
-            let sequence = &mut queue[index];
-            let current = sequence.compute(part);
-            let outcome = token.map(|token| sequence.draw(token));
-            if current {
-                let (held, tokens, computed) = sequence.kv();
-                self.memory.store(held, tokens, computed);
-            }
-            let Some(outcome) = outcome else { continue };
-            if let Some((index, token)) = outcome.token {
-                events.push((sequence.request, TokenEvent::Tokens { index, tokens: vec![token] }));
-                summary.tokens += 1;
-                self.shares.charge_output(sequence.client);
-            }
-            if let Some(finish) = outcome.end {
-                events.push((sequence.request, TokenEvent::Finished(finish)));
-                summary.finished += 1;
-                let mut sequence = queue.remove(index);
-                if let Some(session) = sequence.session.take() {
-                    self.memory.keep(session, &sequence.held, now);
-                }
-                self.forget(sequence);
-            }
-        }
-        self.passed = Some(flight);
-        Ok(())
     }
 
     /// Takes slot and KV from the youngest sequence of the lowest priority; false where only one is left.
