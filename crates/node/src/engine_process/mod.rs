@@ -167,18 +167,18 @@ impl EngineLoop<'_> {
         }
     }
 
-    /// Takes all commands that come until the engine has to step; while there is nothing else to do, waits for one.
-    /// True: the parent is gone.
+    /// Takes all commands that are there; while there is nothing else to do, waits for one. True: the parent is gone.
     fn take_commands(&mut self, reports: &mut Vec<EngineReport>) -> bool {
-        let mut idle = self.engine.is_idle() && !self.leaving;
+        let mut wait = self.engine.is_idle() && !self.leaving;
         loop {
-            let wait = if idle { limits::LOAD_INTERVAL_MAX } else { self.engine.spare_time(Instant::now()) };
-            match self.link.commands.recv_timeout(wait) {
+            // Without a wait, only what is there already.
+            let wait_time = if wait { limits::LOAD_INTERVAL_MAX } else { Duration::ZERO };
+            match self.link.commands.recv_timeout(wait_time) {
                 Ok(command) => self.take(command, reports),
                 Err(RecvTimeoutError::Timeout) => return false,
                 Err(RecvTimeoutError::Disconnected) => return true,
             }
-            idle = false;
+            wait = false;
         }
     }
 
