@@ -25,6 +25,14 @@ as_root() {
   fi
 }
 
+# Installs Debian packages, or newer versions of them; as root.
+install_packages() {
+  note "installing $*"
+  # Old lists name old versions, or ones that are gone.
+  as_root apt-get update -qq || note "apt-get update failed; trying with the lists that are there"
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
+}
+
 # Installs those of the Debian packages that are missing; 1, and the command to type, where it may not.
 want_packages() {
   local package missing=()
@@ -36,10 +44,7 @@ want_packages() {
     note "missing packages; please run: sudo apt-get install ${missing[*]}"
     return 1
   fi
-  note "installing ${missing[*]}"
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" ||
-    { as_root apt-get update -qq &&
-      as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; }
+  install_packages "${missing[@]}"
 }
 
 # What the workspace needs to be built: installs it on Debian and Ubuntu, says what to install elsewhere.
