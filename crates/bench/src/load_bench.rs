@@ -5,7 +5,6 @@ use engine::{Engine, EngineSettings, Model, ModelError};
 use serde::Serialize;
 use std::{
     collections::BTreeMap,
-    thread,
     time::{Duration, Instant},
 };
 use types::{
@@ -172,10 +171,6 @@ impl Drive {
 
     /// One step, as the engine's process makes it; returns when it ended.
     fn step(&mut self) -> Result<Instant, ModelError> {
-        let spare = self.engine.spare_time(Instant::now());
-        if spare > Duration::ZERO {
-            thread::sleep(spare);
-        }
         let mut events = Vec::new();
         self.engine.step(Instant::now(), &mut events)?;
         let now = Instant::now();

@@ -30,11 +30,6 @@ const GENTLE_STRETCH: f64 = 1.75;
 const RETRY_AFTER_MIN_S: f64 = 0.1;
 /// Longest `Retry-After` in seconds: what runs is predicted by its `max_tokens`, and most texts end long before.
 const RETRY_AFTER_MAX_S: f64 = 30.0;
-/// Building a pass takes a host a few milliseconds, and passes differ from what was expected by some 10 %: so long before
-/// the device is expected to run dry the next pass is planned. Until then whoever comes can still be in it.
-const PLAN_AHEAD: Duration = Duration::from_millis(6);
-const PLAN_AHEAD_SHARE: f64 = 0.15;
-
 /// What a step did.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct StepSummary {
@@ -60,9 +55,8 @@ pub struct StepSummary {
 ///
 /// Contract: the caller alternates [`Engine::step`] with the time before it and [`Engine::observe`] with the time after
 /// it, back to back while [`Engine::is_idle`] is false, and calls [`Engine::submit`] and [`Engine::cancel`] in between.
-/// It may spend [`Engine::spare_time`] on waiting for calls to make. Every request that `submit` accepted gets
-/// [`TokenEvent::Tokens`] with gapless indexes and then exactly one [`TokenEvent::Finished`], whatever happens, as long
-/// as `step` is called.
+/// Every request that `submit` accepted gets [`TokenEvent::Tokens`] with gapless indexes and then exactly one
+/// [`TokenEvent::Finished`], whatever happens, as long as `step` is called.
 #[derive(Debug)]
 pub struct Engine {
     model: Box<dyn Model>,
@@ -225,14 +219,6 @@ impl Engine {
             self.cost.observe(flight.shape, now.saturating_duration_since(begin).as_secs_f64());
             self.last_end = Some(now);
         }
-    }
-
-    /// How long the next step may still be put off at `now` without the device running out of work: what is submitted
-    /// until then can be in the next pass.
-    pub fn spare_time(&self, now: Instant) -> Duration {
-        let Some(flight) = &self.flight else { return Duration::ZERO };
-        let ahead = PLAN_AHEAD + Duration::from_secs_f64(PLAN_AHEAD_SHARE * flight.expected_s);
-        self.end_of(flight).saturating_duration_since(now + ahead)
     }
 
     /// From now on nothing new is taken; what is here runs to its end.

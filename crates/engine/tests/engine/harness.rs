@@ -95,7 +95,6 @@ impl Bench {
 
     pub(crate) fn try_step(&mut self) -> Result<StepSummary, ModelError> {
         let mut events = Vec::new();
-        self.clock.advance(self.engine.spare_time(self.clock.now()));
         let result = self.engine.step(self.clock.now(), &mut events);
         self.engine.observe(self.clock.now());
         for (id, event) in &events {
