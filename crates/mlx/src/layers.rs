@@ -60,17 +60,20 @@ impl Linear {
     }
 
     fn product(&self, x: &Array) -> Result<Array> {
+        let Compute { path, products, .. } = self.compute;
         let (product, bias) = match &self.matrix {
+            Matrix::Dense { weight, bias, .. }
+                if path == Path::Native && x.dim(0) <= products.dense && native::product_fits(weight) =>
+            {
+                (native::product(x, weight)?, bias)
+            }
             Matrix::Dense { transposed, bias, .. } => (x.matmul(transposed)?, bias),
             Matrix::Quantized { words, scales, biases, group_size, bits, bias } => {
                 let product = if x.dim(0) < self.compute.dense_rows {
                     quantized_matmul(x, words, scales, biases, true, *group_size, *bits)?
                 } else {
                     let whole = match self.matrix.weights() {
-                        Some(weights)
-                            if self.compute.products.four_bits > 0
-                                && products::fits(1, weights, x.dtype()) =>
-                        {
+                        Some(weights) if products.four_bits > 0 && products::fits(1, weights, x.dtype()) => {
                             products::dequantize(words, scales, biases)?
                         }
                         _ => dequantize(words, scales, biases, *group_size, *bits)?,
@@ -184,7 +187,7 @@ pub(crate) struct Compute {
     pub(crate) activations: Dtype,
     /// Whether quantized weights are turned into dense ones at load.
     pub(crate) dequantize: bool,
-    /// Which products are ours.
+    /// Which products are ours: [`crate::products`] on a GPU, [`native::product`] on a CPU.
     pub(crate) products: Products,
     /// From how many rows on a quantized product of MLX's is slower than turning its weight into a dense one first.
     pub(crate) dense_rows: i32,

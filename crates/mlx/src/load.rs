@@ -119,6 +119,7 @@ fn load_with(
             let works = selftest::products_work(activations, false);
             Products { four_bits: if works { FOUR_BIT_PRODUCT_ROWS } else { 0 }, dense: 0 }
         }
+        false if path == Path::Native => Products { dense: native::product_rows(), four_bits: 0 },
         false => Products::default(),
     };
     let dense_rows = if on_cuda { CUDA_DENSE_ROWS } else { i32::MAX };

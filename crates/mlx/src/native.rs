@@ -31,6 +31,13 @@ mod ffi {
             eps: c_float,
             stream: mlx_stream,
         ) -> c_int;
+        pub(super) safe fn mlx_node_product_rows() -> c_int;
+        pub(super) fn mlx_node_product(
+            res: *mut mlx_array,
+            x: mlx_array,
+            weight: mlx_array,
+            stream: mlx_stream,
+        ) -> c_int;
         pub(super) fn mlx_node_rope(
             res: *mut mlx_array,
             x: mlx_array,
@@ -120,6 +127,10 @@ native! {
     rms_norm, mlx_node_rms_norm, (x, weight), (eps: f32)
 }
 native! {
+    /// `x [rows, width]` times the transpose of `weight [outputs, width]`; an error where [`product_fits`] says no.
+    product, mlx_node_product, (x, weight), ()
+}
+native! {
     /// Rotation of `x [tokens, heads, dim]` by `cos` and `sin` `[tokens, 1, half]`; heads of a token are adjacent.
     rope, mlx_node_rope, (x, cos, sin), ()
 }
@@ -156,6 +167,37 @@ pub(crate) fn reserve(shape: &[i32]) -> Result<Array> {
 #[cfg(not(native_cpu))]
 pub(crate) fn reserve(shape: &[i32]) -> Result<Array> {
     Err(mlx_rs::error::Exception::custom(format!("reserve of {shape:?} is not built here")))
+}
+
+/// Whether [`product`] takes this weight: whole vectors of the widest kind.
+pub(crate) fn product_fits(weight: &Array) -> bool {
+    weight.ndim() == 2 && weight.dim(1) % 16 == 0
+}
+
+/// Up to how many rows [`product`] is faster than a BLAS on this machine's processor; 0 where it does not work.
+#[cfg(native_cpu)]
+pub(crate) fn product_rows() -> i32 {
+    if product_agrees().unwrap_or(false) { ffi::mlx_node_product_rows() } else { 0 }
+}
+
+/// Up to how many rows [`product`] is faster than a BLAS on this machine's processor; 0 where it does not work.
+#[cfg(not(native_cpu))]
+pub(crate) fn product_rows() -> i32 {
+    0
+}
+
+#[cfg(native_cpu)]
+fn product_agrees() -> Result<bool> {
+    let mut same = true;
+    // Whole and broken tiles of every number of rows, in one unit of work and several.
+    for (rows, outputs, width) in
+        [(1, 7, 16), (2, 50, 32), (3, 13, 48), (5, 49, 64), (7, 20, 80), (12, 100, 2048)]
+    {
+        let x = mlx_rs::random::normal::<f32>(&[rows, width], None, None, None)?;
+        let weight = mlx_rs::random::normal::<f32>(&[outputs, width], None, None, None)?;
+        same &= mlx_rs::ops::all_close(product(&x, &weight)?, x.matmul(weight.t())?, 1e-4, 1e-3, false)?;
+    }
+    Ok(same)
 }
 
 /// Whether every operation here agrees with MLX's own on this machine.
@@ -200,6 +242,29 @@ mod tests {
     #[test]
     fn native_operations_agree_with_mlx() {
         assert!(agrees().unwrap());
+    }
+
+    #[test]
+    fn products_agree_with_mlx() {
+        // Processors without AVX2 have none.
+        if ffi::mlx_node_product_rows() > 0 {
+            assert!(product_agrees().unwrap());
+        }
+    }
+
+    #[test]
+    fn rows_of_products_do_not_see_their_neighbours() {
+        if product_rows() == 0 {
+            return;
+        }
+        let x = mlx_rs::random::normal::<f32>(&[13, 64], None, None, None).unwrap();
+        let weight = mlx_rs::random::normal::<f32>(&[70, 64], None, None, None).unwrap();
+        let together = product(&x, &weight).unwrap();
+        for row in 0..13 {
+            let alone = product(&crate::raw::slice(&x, &[row, 0], &[row + 1, 64]).unwrap(), &weight).unwrap();
+            let same = crate::raw::slice(&together, &[row, 0], &[row + 1, 70]).unwrap();
+            assert_eq!(alone.as_slice::<f32>(), same.contiguous().unwrap().as_slice::<f32>(), "row {row}");
+        }
     }
 
     #[test]
