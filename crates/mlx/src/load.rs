@@ -141,6 +141,13 @@ fn load_with(
     if on_gpu {
         // Freed buffers of odd sizes would otherwise be kept up to the whole memory.
         mlx_rs::memory::set_cache_limit(GPU_CACHE_BYTES)?;
+        // Parts of what was joined are of no more use.
+        mlx_rs::memory::clear_cache()?;
+        // macOS unmaps what a GPU has not used for a second, and the next step would wait for the weights. KV stays out
+        // of it: its pools are larger than what is used of them. Elsewhere this does nothing.
+        if let Err(error) = mlx_rs::memory::set_wired_limit(weight_bytes as usize) {
+            tracing::warn!(%error, weight_bytes, "the weights are not kept in the GPU's memory");
+        }
     }
     let available = kv_memory(on_gpu, weight_bytes);
     let kv_bytes = settings.kv_bytes.unwrap_or((available as f64 * KV_SHARE) as u64);
