@@ -1,5 +1,7 @@
-//! How long a step takes: `t = a + b·prefill tokens + c·rows + d·attended KV tokens`, in seconds, learned as it runs; for
-//! steps of rows alone times a factor by their number, since products over rows go by tiles and are no straight line.
+//! How long a step takes: `t = a + b·prefill tokens + c·rows + d·attended KV tokens`, and `e` if there are slices at all, in
+//! seconds, learned as it runs; rows count by a factor of their number, since products over rows go by tiles and are no
+//! straight line. `e` is there because steps of rows alone may be compiled ones: without it, what a small slice makes a
+//! step longer would count as the price of its tokens, and slices would stay small.
 //!
 //! [`CostModel`] starts from measured [`NodeRates`] and a measured table of decode steps, and is corrected by every step's
 //! duration. The scheduler asks it how many prompt tokens fit into a time, routers see it as [`NodeRates`] and as a table
@@ -67,13 +69,16 @@ impl StepShape {
     }
 }
 
-/// The step-time model: a Kalman filter over its four coefficients, on relative errors so that long and short steps count
+/// Coefficients: of every step, of a prompt token, of a row, of an attended KV token, of a step with slices.
+const COEFFICIENTS: usize = 5;
+
+/// The step-time model: a Kalman filter over its coefficients, on relative errors so that long and short steps count
 /// alike. Coefficients are kept as multiples of a scale, which begins as the seed.
 #[derive(Debug, Clone)]
 pub(crate) struct CostModel {
-    scale: [f64; 4],
-    factor: [f64; 4],
-    covariance: [[f64; 4]; 4],
+    scale: [f64; COEFFICIENTS],
+    factor: [f64; COEFFICIENTS],
+    covariance: [[f64; COEFFICIENTS]; COEFFICIENTS],
     /// Sign of the last duration's error where it was a surprise, else 0.
     surprise: f64,
     /// Of steps of rows alone, by [`ROWS_KNOTS`].
@@ -91,8 +96,8 @@ impl CostModel {
         let step_s = sane(rates.decode_step_s, fallback.decode_step_s);
         let row_s = sane(rates.decode_row_s, step_s as f32 / 100.0).min(step_s);
         let mut cost = Self {
-            scale: [step_s, prefill_s, row_s, step_s / KV_TOKENS_SCALE],
-            factor: [(1.0 - row_s / step_s).max(0.1), 1.0, 1.0, 0.0],
+            scale: [step_s, prefill_s, row_s, step_s / KV_TOKENS_SCALE, step_s],
+            factor: [(1.0 - row_s / step_s).max(0.1), 1.0, 1.0, 0.0, 0.0],
             covariance: doubt(),
             surprise: 0.0,
             rows_factor: [1.0; ROWS_KNOTS.len()],
@@ -112,7 +117,7 @@ impl CostModel {
     /// Seconds that a step of this shape is expected to take.
     pub(crate) fn seconds(&self, shape: StepShape) -> f64 {
         let features = self.features(shape);
-        let sum: f64 = (0..4).map(|i| self.scale[i] * self.factor[i] * features[i]).sum();
+        let sum: f64 = (0..COEFFICIENTS).map(|i| self.scale[i] * self.factor[i] * features[i]).sum();
         sum.max(STEP_S_MIN)
     }
 
@@ -124,7 +129,7 @@ impl CostModel {
     }
 
     /// What the coefficients are multiplied with: for its rows, as if there were nothing else, by their number's factor.
-    fn features(&self, shape: StepShape) -> [f64; 4] {
+    fn features(&self, shape: StepShape) -> [f64; COEFFICIENTS] {
         let more = if shape.has_rows() {
             let (low, high, share) = knots_of(shape.rows);
             self.rows_factor[low] * (1.0 - share) + self.rows_factor[high] * share - 1.0
@@ -137,10 +142,16 @@ impl CostModel {
             shape.prefill_tokens as f64,
             rows + more * rows,
             shape.kv_tokens + more * shape.row_kv_tokens,
+            f64::from(shape.prefill_tokens > 0),
         ]
     }
 
-    /// Seconds that a slice of `tokens` behind `start` tokens adds to a step.
+    /// Seconds that having slices at all adds to a step.
+    pub(crate) fn first_slice_seconds(&self) -> f64 {
+        self.coefficient(4)
+    }
+
+    /// Seconds that a slice of `tokens` behind `start` tokens adds to a step that has slices.
     pub(crate) fn slice_seconds(&self, start: usize, tokens: usize) -> f64 {
         let mut shape = StepShape::default();
         shape.add_slice(start, tokens);
@@ -175,9 +186,10 @@ impl CostModel {
         }
         self.surprise = surprise;
         let features = self.features(shape);
-        let h: [f64; 4] = std::array::from_fn(|i| self.scale[i] * features[i] / expected);
-        let ph: [f64; 4] = std::array::from_fn(|i| (0..4).map(|j| self.covariance[i][j] * h[j]).sum());
-        let variance = NOISE + (0..4).map(|i| h[i] * ph[i]).sum::<f64>();
+        let h: [f64; COEFFICIENTS] = std::array::from_fn(|i| self.scale[i] * features[i] / expected);
+        let ph: [f64; COEFFICIENTS] =
+            std::array::from_fn(|i| (0..COEFFICIENTS).map(|j| self.covariance[i][j] * h[j]).sum());
+        let variance = NOISE + (0..COEFFICIENTS).map(|i| h[i] * ph[i]).sum::<f64>();
         let error = error.clamp(-SURPRISE, SURPRISE);
         if shape.prefill_tokens == 0 && shape.has_rows() {
             // As long as the line is in doubt, what is off is its fault.
@@ -188,14 +200,14 @@ impl CostModel {
                 self.rows_factor[knot] = factor.clamp(1.0 / ROWS_FACTOR_MAX, ROWS_FACTOR_MAX);
             }
         }
-        let floor = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0];
-        for i in 0..4 {
+        let floor = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0, 0.0];
+        for i in 0..COEFFICIENTS {
             self.factor[i] = (self.factor[i] + ph[i] / variance * error).max(floor[i]);
-            for j in 0..4 {
+            for j in 0..COEFFICIENTS {
                 self.covariance[i][j] -= ph[i] * ph[j] / variance;
             }
         }
-        for i in 0..4 {
+        for i in 0..COEFFICIENTS {
             // Rounding must not make a variance negative.
             self.covariance[i][i] = self.covariance[i][i].max(DRIFT);
             if self.covariance[i][i] < DRIFT_DOUBT_MAX {
@@ -233,7 +245,7 @@ fn knots_of(rows: usize) -> (usize, usize, f64) {
     (low, high, share)
 }
 
-fn doubt() -> [[f64; 4]; 4] {
+fn doubt() -> [[f64; COEFFICIENTS]; COEFFICIENTS] {
     std::array::from_fn(|i| std::array::from_fn(|j| if i == j { DOUBT } else { 0.0 }))
 }
 
@@ -246,7 +258,7 @@ mod tests {
 
     /// A machine with known coefficients, and a reproducible mix of steps on it.
     struct Machine {
-        coefficients: [f64; 4],
+        coefficients: [f64; COEFFICIENTS],
         random: u64,
     }
 
@@ -271,7 +283,7 @@ mod tests {
 
         fn seconds(&mut self, shape: StepShape) -> f64 {
             let features = features(shape);
-            let exact: f64 = (0..4).map(|i| self.coefficients[i] * features[i]).sum();
+            let exact: f64 = (0..COEFFICIENTS).map(|i| self.coefficients[i] * features[i]).sum();
             exact * (0.95 + 0.1 * self.random(1000) as f64 / 1000.0)
         }
 
@@ -293,40 +305,43 @@ mod tests {
         }
     }
 
-    fn features(shape: StepShape) -> [f64; 4] {
-        [1.0, shape.prefill_tokens as f64, shape.rows as f64, shape.kv_tokens]
+    fn features(shape: StepShape) -> [f64; COEFFICIENTS] {
+        let slices = f64::from(shape.prefill_tokens > 0);
+        [1.0, shape.prefill_tokens as f64, shape.rows as f64, shape.kv_tokens, slices]
     }
 
-    fn machine(coefficients: [f64; 4]) -> Machine {
+    fn machine(coefficients: [f64; COEFFICIENTS]) -> Machine {
         Machine { coefficients, random: 7 }
     }
 
     #[test]
     fn learns_machines_unlike_its_seed() {
-        let check = |coefficients: [f64; 4]| {
+        let check = |coefficients: [f64; COEFFICIENTS]| {
             let mut cost = CostModel::new(&SEED, &[], &SEED);
             let mut machine = machine(coefficients);
             machine.teach(&mut cost, 400, true);
             let error = machine.error_max(&cost);
             assert!(error < 0.25, "{coefficients:?} is predicted with an error of {error}: {cost:?}");
         };
-        check([0.02, 0.001, 0.002, 1e-6]);
-        check([0.2, 0.02, 0.02, 1e-5]);
-        check([0.001, 0.00002, 0.00001, 1e-8]);
-        check([0.0, 0.001, 0.05, 0.0]);
-        check([2.0, 0.1, 0.2, 1e-4]);
+        check([0.02, 0.001, 0.002, 1e-6, 0.0]);
+        check([0.2, 0.02, 0.02, 1e-5, 0.0]);
+        check([0.001, 0.00002, 0.00001, 1e-8, 0.0]);
+        check([0.0, 0.001, 0.05, 0.0, 0.0]);
+        check([2.0, 0.1, 0.2, 1e-4, 0.0]);
+        // Where a step with slices is another kind of step.
+        check([0.002, 0.000_01, 0.0001, 1e-8, 0.004]);
     }
 
     #[test]
     fn one_outlier_is_not_believed_and_a_slower_machine_is() {
         let mut cost = CostModel::new(&SEED, &[], &SEED);
-        let mut fast = machine([0.02, 0.001, 0.002, 1e-6]);
+        let mut fast = machine([0.02, 0.001, 0.002, 1e-6, 0.0]);
         fast.teach(&mut cost, 400, true);
         let shape = fast.shape(true);
         let before = cost.seconds(shape);
         cost.observe(shape, 100.0 * before);
         assert!(cost.seconds(shape) < 1.3 * before, "{before} became {}", cost.seconds(shape));
-        let mut slow = machine([0.06, 0.003, 0.006, 3e-6]);
+        let mut slow = machine([0.06, 0.003, 0.006, 3e-6, 0.0]);
         slow.teach(&mut cost, 50, true);
         assert!(slow.error_max(&cost) < 0.4, "{cost:?}");
     }
@@ -334,7 +349,7 @@ mod tests {
     #[test]
     fn decoding_for_hours_keeps_what_is_known_of_prefill() {
         let mut cost = CostModel::new(&SEED, &[], &SEED);
-        let mut machine = machine([0.02, 0.001, 0.002, 1e-6]);
+        let mut machine = machine([0.02, 0.001, 0.002, 1e-6, 0.0]);
         machine.teach(&mut cost, 400, true);
         machine.teach(&mut cost, 100_000, false);
         assert!(machine.error_max(&cost) < 0.25, "{cost:?}");
@@ -365,7 +380,7 @@ mod tests {
     #[test]
     fn slices_fill_their_time_and_never_more() {
         let mut cost = CostModel::new(&SEED, &[], &SEED);
-        machine([0.02, 0.001, 0.002, 1e-5]).teach(&mut cost, 400, true);
+        machine([0.02, 0.001, 0.002, 1e-5, 0.0]).teach(&mut cost, 400, true);
         for room_s in [-1.0, 0.0, 0.01, 0.1, 1.0, 10.0] {
             for start in [0, 100, 32_000] {
                 let tokens = cost.slice_tokens(room_s, start);

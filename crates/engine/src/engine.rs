@@ -23,6 +23,9 @@ use types::{
 /// A prompt's first token is due after the TTFT target plus this many times the seconds that reading it alone takes: long
 /// prompts may wait for short ones, and for long ones that came before.
 const TTFT_STRETCH: f64 = 2.0;
+/// A prompt is read in good time within half of its deadline, and within this many times the seconds that reading it
+/// alone takes: gentleness must not make a fast machine slow.
+const GOOD_STRETCH: f64 = 4.0;
 /// While all prompts are in good time, a step with slices takes at most this many times what its rows alone take: a reader
 /// hardly sees a pace that differs by less than a factor of two.
 const GENTLE_STRETCH: f64 = 1.75;
@@ -144,11 +147,15 @@ impl Engine {
         let target = |given: Option<u32>, usual: Duration| {
             given.map_or(usual, |ms| Duration::from_millis(u64::from(ms)).min(TARGET_MAX))
         };
-        let stretch_s = TTFT_STRETCH * self.cost.slice_seconds(cached, request.prompt.len() - cached);
-        let stretch = Duration::from_secs_f64(stretch_s.min(TARGET_MAX.as_secs_f64()));
+        let alone_s =
+            self.cost.first_slice_seconds() + self.cost.slice_seconds(cached, request.prompt.len() - cached);
+        let stretched = |by: f64| Duration::from_secs_f64((by * alone_s).min(TARGET_MAX.as_secs_f64()));
+        let allowed =
+            target(request.service.ttft_target_ms, self.settings.ttft_target) + stretched(TTFT_STRETCH);
         let targets = Targets {
             arrived: now,
-            first_due: now + target(request.service.ttft_target_ms, self.settings.ttft_target) + stretch,
+            first_due: now + allowed,
+            good_due: now + (allowed / 2).min(stretched(GOOD_STRETCH)),
             tpot: target(request.service.tpot_target_ms, self.settings.tpot_target),
         };
         let sequence = Sequence::new(id, request, self.model.card(), held, targets);

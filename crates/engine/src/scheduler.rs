@@ -155,7 +155,8 @@ impl Scheduler {
         let tokens = candidates[index].pending.min(SLICE_TOKENS_MIN);
         let since = *self.blocked_since.get_or_insert(now);
         let waited_s = now.saturating_duration_since(since).as_secs_f64();
-        let due = alone || (since < now && waited_s >= cost.slice_seconds(candidates[index].start, tokens));
+        let slice_s = cost.first_slice_seconds() + cost.slice_seconds(candidates[index].start, tokens);
+        let due = alone || (since < now && waited_s >= slice_s);
         due.then(|| {
             self.blocked_since = None;
             Part { index, tokens }
@@ -173,7 +174,7 @@ fn in_time(
 ) -> bool {
     let mut shape = StepShape::default();
     rows.iter().for_each(|&index| shape.add_row(candidates[index].start + 1));
-    let room_s = step_s - cost.seconds(shape);
+    let room_s = step_s - cost.seconds(shape) - cost.first_slice_seconds();
     // Each prompt takes its own part of that, more the longer it is already.
     let mut needed_s = 0.0;
     prompts.iter().all(|&index| {
@@ -195,7 +196,8 @@ fn fill(
     let mut tokens_left = STEP_PREFILL_TOKENS_MAX;
     for &index in prompts {
         let Candidate { start, pending, .. } = candidates[index];
-        let fitting = cost.slice_tokens(budget_s - cost.seconds(*shape), start).min(tokens_left);
+        let first_s = if slices.is_empty() { cost.first_slice_seconds() } else { 0.0 };
+        let fitting = cost.slice_tokens(budget_s - cost.seconds(*shape) - first_s, start).min(tokens_left);
         let tokens = if pending <= fitting { pending } else { fitting - fitting % SLICE_TOKENS_MIN };
         if tokens == 0 {
             // No smaller prompt overtakes: it could do so for ever.

@@ -28,6 +28,8 @@ pub(crate) struct Targets {
     pub(crate) arrived: Instant,
     /// When its first token is due.
     pub(crate) first_due: Instant,
+    /// When its prompt is read in good time: a deadline says what may be, not what is aimed at.
+    pub(crate) good_due: Instant,
     /// Time from token to token.
     pub(crate) tpot: Duration,
 }
@@ -230,11 +232,9 @@ impl Sequence {
         seconds_until(self.targets.first_due, now)
     }
 
-    /// Seconds until its first token comes in good time, half of the way to its deadline: that says what may be, not what is
-    /// aimed at.
+    /// Seconds until its prompt is read in good time; negative afterwards.
     pub(crate) fn good_time_s(&self, now: Instant) -> f64 {
-        let Targets { arrived, first_due, .. } = self.targets;
-        seconds_until(arrived + first_due.saturating_duration_since(arrived) / 2, now)
+        seconds_until(self.targets.good_due, now)
     }
 
     /// Its part of a step, over its next `tokens` pending tokens, for which it has the blocks.

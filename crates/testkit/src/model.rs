@@ -22,6 +22,8 @@ const FLIGHTS_MAX: usize = 2;
 pub struct StepCost {
     /// Of every step.
     pub base: Duration,
+    /// Of a step with prompt tokens, whatever their number.
+    pub slices: Duration,
     /// Of each prompt token.
     pub prefill_token: Duration,
     /// Of each decode row.
@@ -37,6 +39,7 @@ impl StepCost {
     pub fn mac() -> Self {
         Self {
             base: Duration::from_millis(20),
+            slices: Duration::ZERO,
             prefill_token: Duration::from_millis(1),
             row: Duration::from_millis(1),
             kv_1024: Duration::from_micros(200),
@@ -47,11 +50,14 @@ impl StepCost {
     /// No time at all.
     pub fn none() -> Self {
         let zero = Duration::ZERO;
-        Self { base: zero, prefill_token: zero, row: zero, kv_1024: zero, jitter: 0.0 }
+        Self { base: zero, slices: zero, prefill_token: zero, row: zero, kv_1024: zero, jitter: 0.0 }
     }
 
     fn seconds(&self, slices: &[Slice<'_>], number: u64) -> f64 {
         let mut seconds = self.base.as_secs_f64();
+        if !slices.iter().all(is_row) {
+            seconds += self.slices.as_secs_f64();
+        }
         for slice in slices {
             let (start, tokens) = (slice.start as f64, slice.input.count() as f64);
             let (attended, each) = if is_row(slice) {

@@ -87,7 +87,8 @@ impl Engine {
     }
 
     fn candidates(&self, at: Instant) -> (Vec<Candidate>, Vec<usize>) {
-        let slice_s = self.cost.slice_seconds(0, scheduler::SLICE_TOKENS_MIN);
+        let slice_s =
+            self.cost.first_slice_seconds() + self.cost.slice_seconds(0, scheduler::SLICE_TOKENS_MIN);
         let slice = Duration::from_secs_f64(slice_s.min(TARGET_MAX.as_secs_f64()));
         let runnable = self.running.iter().enumerate().filter(|(_, sequence)| sequence.is_runnable());
         let candidate = |(index, sequence): (usize, &Sequence)| {
@@ -95,7 +96,8 @@ impl Engine {
                 decodes: sequence.decodes(),
                 start: sequence.submitted(),
                 pending: sequence.pending(),
-                slack_s: sequence.slack_s(at, sequence.targets.tpot + slice),
+                // Where a slice takes longer than the target, steps are no longer than they must be.
+                slack_s: sequence.slack_s(at, sequence.targets.tpot + slice.min(sequence.targets.tpot)),
                 good_time_s: sequence.good_time_s(at),
                 priority: sequence.priority,
             };

@@ -4,7 +4,7 @@ use crate::harness::{Bench, MAC_RATES, draft};
 use engine::{EngineSettings, ModelLimits};
 use std::time::Duration;
 use testkit::{FakeSettings, StepCost};
-use types::{GenerateError, NodeRates};
+use types::{GenerateError, NodeRates, RequestId};
 
 fn machine(slots: usize, cost: StepCost) -> FakeSettings {
     let limits = ModelLimits { slots, blocks: 1 << 15, kv_bytes_per_token: 1024 };
@@ -88,6 +88,39 @@ fn rows_hardly_notice_a_prompt_that_has_time() {
         assert!(bench.ttft(long) < ttft, "{tokens} tokens: {:?}", bench.ttft(long));
     }
     ids.clone().into_iter().for_each(|id| bench.cancel(id));
+    bench.run();
+    bench.check_end();
+}
+
+#[test]
+fn slices_are_large_where_having_one_is_what_costs() {
+    // As a GPU: steps of rows alone are compiled and take 2 ms, any slice makes that 6, and 150 tokens more take 1 ms.
+    let cost = StepCost {
+        base: ms(2),
+        slices: ms(4),
+        prefill_token: Duration::from_micros(7),
+        row: Duration::from_micros(20),
+        kv_1024: Duration::from_micros(1),
+        ..StepCost::mac()
+    };
+    let rates = NodeRates { prefill_tokens_per_s: 100_000.0, decode_step_s: 0.002, decode_row_s: 0.00002 };
+    let tpot_target = ms(10);
+    let mut bench =
+        Bench::new(machine(9, cost), EngineSettings { rates, tpot_target, ..EngineSettings::default() });
+    let ids: Vec<_> = (0..8).map(|id| bench.accept(draft(id, 100, 4000))).collect();
+    while bench.streams.tokens(ids[7]).len() < 50 {
+        bench.step();
+    }
+    for id in 1000..1003 {
+        let long = bench.accept(draft(id, 4096, 1));
+        while bench.streams.tokens(long).is_empty() {
+            bench.step();
+        }
+    }
+    // 30 ms alone, in a few slices; 128 of the smallest would take 0.8 s.
+    let ttft = bench.ttft(RequestId(1002));
+    assert!(ttft < ms(200), "{ttft:?}");
+    ids.into_iter().for_each(|id| bench.cancel(id));
     bench.run();
     bench.check_end();
 }
