@@ -20,6 +20,7 @@
 #include "mlx/c/array.h"
 #include "mlx/c/stream.h"
 
+#include "attention.h"
 #include "parallel.h"
 #include "product.h"
 #include "sample.h"
@@ -37,50 +38,6 @@ WIDE void swiglu(const float* x, float* out, int64_t rows, int64_t width) {
     for (int64_t i = 0; i < width; i++) {
       to[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
     }
-  }
-}
-
-// Row r of [batch, heads, queries, length] sees visible[batch] + step * query positions; the others become 0.
-WIDE void masked_softmax(
-    const float* x, float* out, const int32_t* visible, int64_t batch, int64_t heads, int64_t queries, int64_t length,
-    float scale, int64_t step) {
-  for (int64_t row = 0; row < batch * heads * queries; row++) {
-    const int64_t seen = std::min<int64_t>(visible[row / (heads * queries)] + step * (row % queries), length);
-    const float* from = x + row * length;
-    float* to = out + row * length;
-    float lanes[LANES];
-    std::fill(lanes, lanes + LANES, from[0]);
-    int64_t i = 0;
-    for (; i + LANES <= seen; i += LANES) {
-      for (int lane = 0; lane < LANES; lane++) {
-        lanes[lane] = lanes[lane] > from[i + lane] ? lanes[lane] : from[i + lane];
-      }
-    }
-    for (; i < seen; i++) {
-      lanes[0] = std::max(lanes[0], from[i]);
-    }
-    const float largest = *std::max_element(lanes, lanes + LANES);
-    for (i = 0; i < seen; i++) {
-      to[i] = exponential((from[i] - largest) * scale);
-    }
-    std::fill(lanes, lanes + LANES, 0.0f);
-    for (i = 0; i + LANES <= seen; i += LANES) {
-      for (int lane = 0; lane < LANES; lane++) {
-        lanes[lane] += to[i + lane];
-      }
-    }
-    float sum = 0.0f;
-    for (; i < seen; i++) {
-      sum += to[i];
-    }
-    for (int lane = 0; lane < LANES; lane++) {
-      sum += lanes[lane];
-    }
-    const float inverse = 1.0f / sum;
-    for (i = 0; i < seen; i++) {
-      to[i] *= inverse;
-    }
-    std::fill(to + seen, to + length, 0.0f);
   }
 }
 
@@ -132,165 +89,7 @@ WIDE void rope(
   }
 }
 
-// KV pools: keys [blocks, kv_heads, dim, BLOCK], values [blocks, kv_heads, BLOCK, dim]; a block holds BLOCK tokens.
-constexpr int64_t BLOCK = 32;
-
-struct Pool {
-  float* data;
-  int64_t kv_heads, dim;
-
-  // The part of one head in one block.
-  float* at(int64_t block, int64_t head) const {
-    return data + (block * kv_heads + head) * BLOCK * dim;
-  }
-};
-
-void write_key(const Pool& pool, int64_t block, int64_t head, int64_t offset, const float* from) {
-  float* to = pool.at(block, head) + offset;
-  for (int64_t d = 0; d < pool.dim; d++) {
-    to[d * BLOCK] = from[d];
-  }
-}
-
-void write_value(const Pool& pool, int64_t block, int64_t head, int64_t offset, const float* from) {
-  std::memcpy(pool.at(block, head) + offset * pool.dim, from, pool.dim * sizeof(float));
-}
-
-// One group of query heads of one row over its whole context: q and out [group, dim], scores [group, blocks * BLOCK].
-WIDE void attend(
-    const float* q, const Pool& keys, const Pool& values, int64_t head, const int32_t* table, int64_t length,
-    int64_t group, float scale, float* scores, float* out) {
-  typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-  const int64_t dim = keys.dim, blocks = (length + BLOCK - 1) / BLOCK, padded = blocks * BLOCK;
-  for (int64_t b = 0; b < blocks; b++) {
-    const float* block = keys.at(table[b], head);
-    for (int64_t g = 0; g < group; g++) {
-      Lanes low = {}, high = {};
-      const float* query = q + g * dim;
-      for (int64_t d = 0; d < dim; d++) {
-        low += query[d] * *reinterpret_cast<const Lanes*>(block + d * BLOCK);
-        high += query[d] * *reinterpret_cast<const Lanes*>(block + d * BLOCK + LANES);
-      }
-      *reinterpret_cast<Lanes*>(scores + g * padded + b * BLOCK) = low;
-      *reinterpret_cast<Lanes*>(scores + g * padded + b * BLOCK + LANES) = high;
-    }
-  }
-  for (int64_t g = 0; g < group; g++) {
-    float* row = scores + g * padded;
-    std::fill(row + length, row + padded, -std::numeric_limits<float>::infinity());
-    float lanes[LANES];
-    std::copy(row, row + LANES, lanes);
-    for (int64_t i = LANES; i < padded; i += LANES) {
-      for (int lane = 0; lane < LANES; lane++) {
-        lanes[lane] = lanes[lane] > row[i + lane] ? lanes[lane] : row[i + lane];
-      }
-    }
-    const float largest = *std::max_element(lanes, lanes + LANES);
-    std::fill(lanes, lanes + LANES, 0.0f);
-    for (int64_t i = 0; i < padded; i += LANES) {
-      for (int lane = 0; lane < LANES; lane++) {
-        row[i + lane] = exponential((row[i + lane] - largest) * scale);
-      }
-    }
-    std::fill(row + length, row + padded, 0.0f);
-    for (int64_t i = 0; i < padded; i += LANES) {
-      for (int lane = 0; lane < LANES; lane++) {
-        lanes[lane] += row[i + lane];
-      }
-    }
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; lane++) {
-      sum += lanes[lane];
-    }
-    const float inverse = 1.0f / sum;
-    for (int64_t i = 0; i < padded; i++) {
-      row[i] *= inverse;
-    }
-  }
-  std::fill(out, out + group * dim, 0.0f);
-  for (int64_t b = 0; b < blocks; b++) {
-    const float* block = values.at(table[b], head);
-    const int64_t seen = std::min(length - b * BLOCK, BLOCK);
-    for (int64_t g = 0; g < group; g++) {
-      const float* weights = scores + g * padded + b * BLOCK;
-      float* to = out + g * dim;
-      int64_t t = 0;
-      for (; t + 4 <= seen; t += 4) {
-        const float* v = block + t * dim;
-        const float w0 = weights[t], w1 = weights[t + 1], w2 = weights[t + 2], w3 = weights[t + 3];
-        for (int64_t d = 0; d < dim; d++) {
-          to[d] += (w0 * v[d] + w1 * v[dim + d]) + (w2 * v[2 * dim + d] + w3 * v[3 * dim + d]);
-        }
-      }
-      for (; t < seen; t++) {
-        const float* v = block + t * dim;
-        for (int64_t d = 0; d < dim; d++) {
-          to[d] += weights[t] * v[d];
-        }
-      }
-    }
-  }
-}
-
-struct Attention {
-  const float *q, *k, *v;
-  int64_t q_stride, k_stride, v_stride; // of a token
-  Pool keys, values;
-  const int32_t* rows; // [rows, columns]: position, then the block table
-  int64_t count, columns, heads;
-  float scale;
-  float* out; // [rows, heads * dim]
-};
-
-// Appends each row's key and value to its last block and attends to everything before and itself.
-void attend_rows(const Attention& a) {
-  const int64_t kv_heads = a.keys.kv_heads, dim = a.keys.dim, group = a.heads / kv_heads;
-  int64_t work = 0;
-  for (int64_t row = 0; row < a.count; row++) {
-    work += (a.rows[row * a.columns] + 1) * a.heads * dim;
-  }
-  parallel(a.count * kv_heads, work, [&](int64_t unit) {
-    const int64_t row = unit / kv_heads, head = unit % kv_heads;
-    const int64_t position = a.rows[row * a.columns];
-    const int32_t* table = a.rows + row * a.columns + 1;
-    float* out = a.out + (row * a.heads + head * group) * dim;
-    write_key(a.keys, table[position / BLOCK], head, position % BLOCK, a.k + row * a.k_stride + head * dim);
-    write_value(a.values, table[position / BLOCK], head, position % BLOCK, a.v + row * a.v_stride + head * dim);
-    static thread_local std::vector<float> scores;
-    scores.resize(group * (position / BLOCK + 1) * BLOCK);
-    attend(a.q + row * a.q_stride + head * group * dim, a.keys, a.values, head, table, position + 1, group, a.scale,
-           scores.data(), out);
-  });
-}
-
-// Appends a run of `count` tokens, [count, kv_heads, dim], from `start` on; copies everything up to its end to `out`:
-// keys [kv_heads, dim, start + count], values [kv_heads, start + count, dim].
-void append_run(
-    const float* from, int64_t stride, const Pool& pool, bool is_keys, const int32_t* table, int64_t start,
-    int64_t count, float* out) {
-  const int64_t dim = pool.dim, length = start + count;
-  parallel(pool.kv_heads, length * dim * pool.kv_heads, [&](int64_t head) {
-    for (int64_t token = 0; token < count; token++) {
-      const int64_t position = start + token;
-      const auto write = is_keys ? write_key : write_value;
-      write(pool, table[position / BLOCK], head, position % BLOCK, from + token * stride + head * dim);
-    }
-    float* to = out + head * length * dim;
-    for (int64_t first = 0; first < length; first += BLOCK) {
-      const float* block = pool.at(table[first / BLOCK], head);
-      const int64_t tokens = std::min(BLOCK, length - first);
-      if (is_keys) {
-        for (int64_t d = 0; d < dim; d++) {
-          std::memcpy(to + d * length + first, block + d * BLOCK, tokens * sizeof(float));
-        }
-      } else {
-        std::memcpy(to + first * dim, block, tokens * dim * sizeof(float));
-      }
-    }
-  });
-}
-
-enum class Kind { SwiGlu, MaskedSoftmax, RmsNorm, Product, Rope, AttendRows, AppendKeys, AppendValues, Sample, Reserve };
+enum class Kind { SwiGlu, RmsNorm, Product, Rope, AttendRows, AttendRun, Sample, Reserve };
 
 class Native : public mx::UnaryPrimitive {
  public:
@@ -335,14 +134,6 @@ class Native : public mx::UnaryPrimitive {
       case Kind::SwiGlu:
         encoder.dispatch([=] { swiglu(from, to, rows, width); });
         break;
-      case Kind::MaskedSoftmax: {
-        const int32_t* visible = inputs[1].data<int32_t>();
-        const int64_t batch = x.shape(0), heads = x.shape(1), queries = x.shape(2);
-        encoder.dispatch([=, scale = number_, step = step_] {
-          masked_softmax(from, to, visible, batch, heads, queries, width, scale, step);
-        });
-        break;
-      }
       case Kind::RmsNorm: {
         const float* weight = inputs[1].data<float>();
         encoder.dispatch([=, eps = number_] { rms_norm(from, weight, to, rows, width, eps); });
@@ -360,21 +151,15 @@ class Native : public mx::UnaryPrimitive {
         encoder.dispatch([=] { rope(from, cos, sin, to, tokens, heads, width, half, stride); });
         break;
       }
-      case Kind::AttendRows: {
+      case Kind::AttendRows:
+      case Kind::AttendRun: {
         const auto &k = inputs[1], &v = inputs[2], &rows = inputs[5];
         const Attention attention = {
             from, k.data<float>(), v.data<float>(), x.strides(0), k.strides(0), v.strides(0), pool(inputs[3], k),
-            pool(inputs[4], k), rows.data<int32_t>(), rows.shape(0), rows.shape(1), x.shape(1), number_, to};
-        encoder.dispatch([=] { attend_rows(attention); });
-        break;
-      }
-      case Kind::AppendKeys:
-      case Kind::AppendValues: {
-        const auto target = pool(inputs[1], x);
-        const int32_t* table = inputs[2].data<int32_t>() + 1;
-        const int64_t stride = x.strides(0), count = x.shape(0);
-        encoder.dispatch([=, is_keys = kind_ == Kind::AppendKeys, start = step_] {
-          append_run(from, stride, target, is_keys, table, start, count, to);
+            pool(inputs[4], k), rows.data<int32_t>(), x.shape(0), rows.shape(-1), x.shape(1), number_,
+            step_ ? to : nullptr};
+        encoder.dispatch([=, is_run = kind_ == Kind::AttendRun] {
+          is_run ? attend_run(attention) : attend_rows(attention);
         });
         break;
       }
@@ -403,10 +188,9 @@ class Native : public mx::UnaryPrimitive {
   size_t by_token() const {
     switch (kind_) {
       case Kind::Rope:
-      case Kind::AppendKeys:
-      case Kind::AppendValues:
         return 1;
       case Kind::AttendRows:
+      case Kind::AttendRun:
         return 3;
       default:
         return 0;
@@ -458,11 +242,6 @@ int mlx_node_swiglu(mlx_array* res, mlx_array x, mlx_stream stream) {
   return make(res, std::move(shape), stream, Kind::SwiGlu, 0, 0, {get(x)});
 }
 
-int mlx_node_masked_softmax(
-    mlx_array* res, mlx_array x, mlx_array visible, float scale, int64_t step, mlx_stream stream) {
-  return make(res, get(x).shape(), stream, Kind::MaskedSoftmax, scale, step, {get(x), get(visible)});
-}
-
 int mlx_node_rms_norm(mlx_array* res, mlx_array x, mlx_array weight, float eps, mlx_stream stream) {
   if (get(weight).ndim() != 1 || get(weight).shape(0) != get(x).shape(-1)) {
     return 1;
@@ -494,26 +273,19 @@ int mlx_node_attend_rows(
     mlx_array* res, mlx_array q, mlx_array k, mlx_array v, mlx_array keys, mlx_array values, mlx_array rows,
     float scale, mlx_stream stream) {
   const auto& shape = get(q).shape();
-  return make(res, {shape[0], shape[1] * shape[2]}, stream, Kind::AttendRows, scale, 0,
+  return make(res, {shape[0], shape[1] * shape[2]}, stream, Kind::AttendRows, scale, 1,
               {get(q), get(k), get(v), get(keys), get(values), get(rows)});
 }
 
-// x [count, kv_heads, dim] at positions from `start` on; gives keys [kv_heads, dim, start + count].
-int mlx_node_append_keys(
-    mlx_array* res, mlx_array x, mlx_array pool, mlx_array table, int64_t start, mlx_stream stream) {
-  const auto& shape = get(x).shape();
-  const int length = static_cast<int>(start) + shape[0];
-  return make(res, {shape[1], shape[2], length}, stream, Kind::AppendKeys, 0, start,
-              {get(x), get(pool), get(table)});
-}
-
-// The same for values [kv_heads, start + count, dim].
-int mlx_node_append_values(
-    mlx_array* res, mlx_array x, mlx_array pool, mlx_array table, int64_t start, mlx_stream stream) {
-  const auto& shape = get(x).shape();
-  const int length = static_cast<int>(start) + shape[0];
-  return make(res, {shape[1], length, shape[2]}, stream, Kind::AppendValues, 0, start,
-              {get(x), get(pool), get(table)});
+// A run of one sequence: q [count, heads, dim], k and v [count, kv_heads, dim], table [1 + blocks]: start and block table.
+// Gives [count, heads * dim], or [1] of no meaning where nothing but the writing is wanted.
+int mlx_node_attend_run(
+    mlx_array* res, mlx_array q, mlx_array k, mlx_array v, mlx_array keys, mlx_array values, mlx_array table,
+    float scale, int64_t wanted, mlx_stream stream) {
+  const auto& shape = get(q).shape();
+  auto out = wanted ? mx::Shape{shape[0], shape[1] * shape[2]} : mx::Shape{1};
+  return make(res, std::move(out), stream, Kind::AttendRun, scale, wanted,
+              {get(q), get(k), get(v), get(keys), get(values), get(table)});
 }
 
 // logits [rows, vocabulary], draws [rows, 9], changes [rows, 4 * n], late [m]: tokens that `draws` names by index.

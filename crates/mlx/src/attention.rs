@@ -12,9 +12,6 @@ use crate::{
 };
 use mlx_rs::{Array, error::Result, fast, ops::concatenate};
 
-/// Bytes of scores that a run's attention on a CPU holds at once; longer runs are computed in parts.
-const SCORE_BYTES_MAX: usize = 64 << 20;
-
 /// Rows that each append one token: the first rows of the step.
 #[derive(Debug)]
 pub(crate) struct RowGroup {
@@ -158,33 +155,16 @@ impl Attention {
         run: &Run,
         wanted: bool,
     ) -> Result<Option<Array>> {
-        let pool = &kv.layers[layer];
-        let start = run.start as i64;
-        let keys = native::append_keys(&part.keys, &pool.keys, &run.table, start)?;
-        let values = native::append_values(&part.values, &pool.values, &run.table, start)?;
-        if !wanted {
-            kv.pending.extend([keys, values]);
-            return Ok(None);
+        let (pool, Qkv { queries, keys, values }) = (&kv.layers[layer], part);
+        let (pool_keys, pool_values) = (&pool.keys, &pool.values);
+        let (scale, only_if) = (self.scale, i64::from(wanted));
+        let attended =
+            native::attend_run(queries, keys, values, pool_keys, pool_values, &run.table, scale, only_if)?;
+        if wanted {
+            return Ok(Some(attended));
         }
-        let (count, heads, dim) = (part.queries.dim(0), part.queries.dim(1), part.queries.dim(2));
-        let (kv_heads, length) = (keys.dim(0), keys.dim(2));
-        let group = heads / kv_heads;
-        let at_once =
-            (SCORE_BYTES_MAX / (4 * heads as usize * length as usize)).clamp(1, count as usize) as i32;
-        let mut parts = Vec::new();
-        for first in (0..count).step_by(at_once as usize) {
-            let rows = at_once.min(count - first);
-            let queries = rows_of(&part.queries, (first, first + rows))?;
-            // Query heads of a group below each other: one product for each key-value head.
-            let stacked = queries.swap_axes(0, 1)?.reshape(&[kv_heads, group * rows, dim])?;
-            let scores = stacked.matmul(&keys)?.reshape(&[1, heads, rows, length])?;
-            let visible = Array::from_slice(&[run.start as i32 + first + 1], &[1]);
-            let weights = native::masked_softmax(&scores, &visible, self.scale, 1)?;
-            let attended = weights.reshape(&[kv_heads, group * rows, length])?.matmul(&values)?;
-            let attended = attended.reshape(&[heads, rows, dim])?;
-            parts.push(attended.swap_axes(0, 1)?.reshape(&[rows, heads * dim])?);
-        }
-        Ok(if parts.len() == 1 { parts.pop() } else { Some(concatenate(&parts, 0)?) })
+        kv.pending.push(attended);
+        Ok(None)
     }
 
     /// Writes all tokens of the step into their blocks, by MLX's own operations.

@@ -16,14 +16,6 @@ mod ffi {
 
     unsafe extern "C" {
         pub(super) fn mlx_node_swiglu(res: *mut mlx_array, x: mlx_array, stream: mlx_stream) -> c_int;
-        pub(super) fn mlx_node_masked_softmax(
-            res: *mut mlx_array,
-            x: mlx_array,
-            visible: mlx_array,
-            scale: c_float,
-            step: i64,
-            stream: mlx_stream,
-        ) -> c_int;
         pub(super) fn mlx_node_rms_norm(
             res: *mut mlx_array,
             x: mlx_array,
@@ -56,20 +48,16 @@ mod ffi {
             scale: c_float,
             stream: mlx_stream,
         ) -> c_int;
-        pub(super) fn mlx_node_append_keys(
+        pub(super) fn mlx_node_attend_run(
             res: *mut mlx_array,
-            x: mlx_array,
-            pool: mlx_array,
+            q: mlx_array,
+            k: mlx_array,
+            v: mlx_array,
+            keys: mlx_array,
+            values: mlx_array,
             table: mlx_array,
-            start: i64,
-            stream: mlx_stream,
-        ) -> c_int;
-        pub(super) fn mlx_node_append_values(
-            res: *mut mlx_array,
-            x: mlx_array,
-            pool: mlx_array,
-            table: mlx_array,
-            start: i64,
+            scale: c_float,
+            wanted: i64,
             stream: mlx_stream,
         ) -> c_int;
         pub(super) fn mlx_node_sample(
@@ -118,11 +106,6 @@ native! {
     swiglu, mlx_node_swiglu, (x), ()
 }
 native! {
-    /// Softmax of `scale · x` over the last axis of `x [batch, heads, queries, length]`, where query `q` of batch row
-    /// `b` sees the first `visible[b] + step · q` positions and the others become 0.
-    masked_softmax, mlx_node_masked_softmax, (x, visible), (scale: f32, step: i64)
-}
-native! {
     /// Root-mean-square normalization of the last axis, times `weight`.
     rms_norm, mlx_node_rms_norm, (x, weight), (eps: f32)
 }
@@ -140,13 +123,9 @@ native! {
     attend_rows, mlx_node_attend_rows, (q, k, v, keys, values, rows), (scale: f32)
 }
 native! {
-    /// Appends a run of keys `[count, kv_heads, dim]` at `start`; all up to its end, `[kv_heads, dim, start + count]`.
-    /// `table [1 + blocks]`: start and block table.
-    append_keys, mlx_node_append_keys, (x, pool, table), (start: i64)
-}
-native! {
-    /// Appends a run of values; all up to its end, `[kv_heads, start + count, dim]`.
-    append_values, mlx_node_append_values, (x, pool, table), (start: i64)
+    /// Appends a run of tokens of one sequence and attends, each to everything before and itself: as [`attend_rows`], with
+    /// `table [1 + blocks]`, start and block table. `[count, heads · dim]`; where `wanted` is 0 only the KV is written.
+    attend_run, mlx_node_attend_run, (q, k, v, keys, values, table), (scale: f32, wanted: i64)
 }
 native! {
     /// Draws a token a row, `[rows]` as i32; inputs as [`crate::sampler::Draws`].
@@ -206,22 +185,10 @@ pub(crate) fn works() -> bool {
 }
 
 fn agrees() -> Result<bool> {
-    use mlx_rs::ops::{all_close, cos, sin, softmax_axis};
+    use mlx_rs::ops::{all_close, cos, sin};
     let x =
         mlx_rs::random::normal::<f32>(&[3, 4, 5, 70], None, None, None)?.multiply(Array::from_f32(5.0))?;
     let close = |ours: Array, theirs: Array| all_close(ours, theirs, 1e-5, 1e-6, false);
-
-    let visible = [1, 40, 66];
-    let mask: Vec<f32> = visible
-        .iter()
-        .flat_map(|&seen| {
-            (0..5 * 70).map(move |at| if at % 70 < seen + at / 70 { 0.0 } else { f32::NEG_INFINITY })
-        })
-        .collect();
-    let scores = x.multiply(Array::from_f32(0.3))?.add(Array::from_slice(&mask, &[3, 1, 5, 70]))?;
-    let visible = Array::from_slice(&visible, &[3]);
-    let softmax = close(masked_softmax(&x, &visible, 0.3, 1)?, softmax_axis(scores, -1, true)?)?;
-
     let gated = close(swiglu(&x)?, crate::layers::swiglu_of_parts(&x)?)?;
 
     let weight = mlx_rs::random::normal::<f32>(&[70], None, None, None)?;
@@ -232,7 +199,7 @@ fn agrees() -> Result<bool> {
     let angles = Array::from_slice(&(0..12 * 32).map(|at| at as f32).collect::<Vec<_>>(), &[12, 1, 32]);
     let (cos, sin) = (cos(&angles)?, sin(&angles)?);
     let turned = close(rope(&part, &cos, &sin)?, crate::rope::rotate(&part, &cos, &sin, 32)?)?;
-    Ok(softmax && gated && normed && turned)
+    Ok(gated && normed && turned)
 }
 
 #[cfg(all(test, native_cpu))]
@@ -275,10 +242,5 @@ mod tests {
         );
         let gated = swiglu(&x).unwrap();
         assert!(gated.as_slice::<f32>().iter().all(|value| value.is_finite()), "{gated}");
-        let scores = Array::from_slice(&[-1e30_f32, 1e30, 3.0, f32::NAN], &[1, 1, 1, 4]);
-        let visible = Array::from_slice(&[3], &[1]);
-        let weights = masked_softmax(&scores, &visible, 1.0, 0).unwrap();
-        assert_eq!(weights.as_slice::<f32>()[1], 1.0);
-        assert_eq!(weights.as_slice::<f32>()[3], 0.0, "what is not visible is not read");
     }
 }
