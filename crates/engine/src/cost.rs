@@ -1,5 +1,5 @@
-//! How long a step takes: `t = a + b·prefill tokens + c·rows + d·attended KV tokens`, and `e` if there are slices at all, in
-//! seconds, learned as it runs; rows count by a factor of their number, since products over rows go by tiles and are no
+//! How long a step takes: `t = a + b·prefill tokens + c·rows + d·KV tokens attended by rows + f·KV tokens attended by
+//! prompts`, and `e` if there are slices at all, in seconds, learned as it runs; rows count by a factor of their number, since products over rows go by tiles and are no
 //! straight line. `e` is there because steps of rows alone may be compiled ones: without it, what a small slice makes a
 //! step longer would count as the price of its tokens, and slices would stay small.
 //!
@@ -9,11 +9,13 @@
 
 use types::NodeRates;
 
-/// Query tokens that share one pass over the KV in a prefill; a decode row reads its KV alone.
+/// Prompt tokens whose attention is counted once: they share passes over the KV, where a decode row reads its own alone.
 const QUERY_TILE_TOKENS: f64 = 32.0;
+/// KV tokens that a prompt token's attention is guessed to cost as much as the rest of it. Only a scale.
+const PROMPT_KV_TOKENS_SCALE: f64 = 2048.0;
 /// Context at which [`CostModel::rates`] describes decoding, and slice at which it describes prefill, in tokens.
 const RATES_TOKENS: usize = 512;
-/// Attended KV tokens guessed to cost as much as a decode step of one row: weights and KV are both read once, and weights
+/// KV tokens attended by rows guessed to cost as much as a decode step of one row: weights and KV are both read once, and weights
 /// are as large as the KV of 10k (SmolLM2) to 40k tokens (Llama 8B at 4 bits). Only a scale, the model learns the factor.
 const KV_TOKENS_SCALE: f64 = 32768.0;
 /// Variance of a measured duration around the model's, relative: steps of one shape differ by about 10 %.
@@ -37,6 +39,10 @@ const ROWS_KNOTS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 const ROWS_FACTOR_MAX: f64 = 8.0;
 /// Share of a duration's distance from the prediction that goes into its factor: the line learns faster.
 const ROWS_FACTOR_GAIN: f64 = 0.05;
+/// Prompt tokens that a model which saw no step yet may be asked to read in one.
+const FAMILIAR_TOKENS: usize = 256;
+/// What of that is left after a step with slices that were smaller.
+const FAMILIAR_LEFT: f64 = 0.95;
 /// No step is predicted to take less, in seconds: keeps relative errors finite.
 const STEP_S_MIN: f64 = 1e-7;
 
@@ -45,23 +51,21 @@ const STEP_S_MIN: f64 = 1e-7;
 pub(crate) struct StepShape {
     prefill_tokens: usize,
     rows: usize,
-    kv_tokens: f64,
-    /// Of these, attended by rows.
     row_kv_tokens: f64,
+    prompt_kv_tokens: f64,
 }
 
 impl StepShape {
     /// Adds a decode row that attends to `context` tokens.
     pub(crate) fn add_row(&mut self, context: usize) {
         self.rows += 1;
-        self.kv_tokens += context as f64;
         self.row_kv_tokens += context as f64;
     }
 
     /// Adds a slice of `tokens` prompt tokens behind `start` others.
     pub(crate) fn add_slice(&mut self, start: usize, tokens: usize) {
         self.prefill_tokens += tokens;
-        self.kv_tokens += tokens as f64 / QUERY_TILE_TOKENS * (start as f64 + tokens as f64 / 2.0);
+        self.prompt_kv_tokens += tokens as f64 / QUERY_TILE_TOKENS * (start as f64 + tokens as f64 / 2.0);
     }
 
     fn has_rows(self) -> bool {
@@ -69,8 +73,9 @@ impl StepShape {
     }
 }
 
-/// Coefficients: of every step, of a prompt token, of a row, of an attended KV token, of a step with slices.
-const COEFFICIENTS: usize = 5;
+/// Coefficients: of every step, of a prompt token, of a row, of a KV token attended by rows, of a step with slices, of a KV
+/// token attended by prompts.
+const COEFFICIENTS: usize = 6;
 
 /// The step-time model: a Kalman filter over its coefficients, on relative errors so that long and short steps count
 /// alike. Coefficients are kept as multiples of a scale, which begins as the seed.
@@ -83,6 +88,8 @@ pub(crate) struct CostModel {
     surprise: f64,
     /// Of steps of rows alone, by [`ROWS_KNOTS`].
     rows_factor: [f64; ROWS_KNOTS.len()],
+    /// Prompt tokens of the largest steps seen of late.
+    familiar_tokens: f64,
 }
 
 impl CostModel {
@@ -96,11 +103,19 @@ impl CostModel {
         let step_s = sane(rates.decode_step_s, fallback.decode_step_s);
         let row_s = sane(rates.decode_row_s, step_s as f32 / 100.0).min(step_s);
         let mut cost = Self {
-            scale: [step_s, prefill_s, row_s, step_s / KV_TOKENS_SCALE, step_s],
-            factor: [(1.0 - row_s / step_s).max(0.1), 1.0, 1.0, 0.0, 0.0],
+            scale: [
+                step_s,
+                prefill_s,
+                row_s,
+                step_s / KV_TOKENS_SCALE,
+                step_s,
+                prefill_s * QUERY_TILE_TOKENS / PROMPT_KV_TOKENS_SCALE,
+            ],
+            factor: [(1.0 - row_s / step_s).max(0.1), 1.0, 1.0, 0.0, 0.0, 0.0],
             covariance: doubt(),
             surprise: 0.0,
             rows_factor: [1.0; ROWS_KNOTS.len()],
+            familiar_tokens: FAMILIAR_TOKENS as f64,
         };
         // While all factors are 1, the line.
         let line = |rows: u32| cost.seconds(StepShape { rows: rows as usize, ..StepShape::default() });
@@ -141,8 +156,9 @@ impl CostModel {
             1.0 + more,
             shape.prefill_tokens as f64,
             rows + more * rows,
-            shape.kv_tokens + more * shape.row_kv_tokens,
+            shape.row_kv_tokens * (1.0 + more),
             f64::from(shape.prefill_tokens > 0),
+            shape.prompt_kv_tokens,
         ]
     }
 
@@ -155,7 +171,7 @@ impl CostModel {
     pub(crate) fn slice_seconds(&self, start: usize, tokens: usize) -> f64 {
         let mut shape = StepShape::default();
         shape.add_slice(start, tokens);
-        self.coefficient(1) * shape.prefill_tokens as f64 + self.coefficient(3) * shape.kv_tokens
+        self.coefficient(1) * shape.prefill_tokens as f64 + self.coefficient(5) * shape.prompt_kv_tokens
     }
 
     /// Most prompt tokens behind `start` tokens that `room_s` seconds more allow: [`Self::slice_seconds`], solved for them.
@@ -163,16 +179,25 @@ impl CostModel {
         if room_s <= 0.0 {
             return 0;
         }
-        let quadratic = self.coefficient(3) / QUERY_TILE_TOKENS / 2.0;
-        let linear = self.coefficient(1) + self.coefficient(3) / QUERY_TILE_TOKENS * start as f64;
+        let quadratic = self.coefficient(5) / QUERY_TILE_TOKENS / 2.0;
+        let linear = self.coefficient(1) + self.coefficient(5) / QUERY_TILE_TOKENS * start as f64;
         // The form of the root that stays exact where `quadratic` is near or at 0.
         (2.0 * room_s / (linear + (linear * linear + 4.0 * quadratic * room_s).sqrt())) as usize
+    }
+
+    /// Most prompt tokens that a step should have, whatever is predicted: twice what steps had of late. What a small slice
+    /// costs says little of a large one, and a prediction that is wrong by much would stop every row for seconds.
+    pub(crate) fn trusted_tokens(&self) -> usize {
+        (2.0 * self.familiar_tokens) as usize
     }
 
     /// Learns from a step that took `seconds`.
     pub(crate) fn observe(&mut self, shape: StepShape, seconds: f64) {
         if !seconds.is_finite() || seconds <= 0.0 {
             return;
+        }
+        if shape.prefill_tokens > 0 {
+            self.familiar_tokens = (self.familiar_tokens * FAMILIAR_LEFT).max(shape.prefill_tokens as f64);
         }
         let expected = self.seconds(shape);
         let error = seconds / expected - 1.0;
@@ -200,7 +225,7 @@ impl CostModel {
                 self.rows_factor[knot] = factor.clamp(1.0 / ROWS_FACTOR_MAX, ROWS_FACTOR_MAX);
             }
         }
-        let floor = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0, 0.0];
+        let floor = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0, 0.0, 0.0];
         for i in 0..COEFFICIENTS {
             self.factor[i] = (self.factor[i] + ph[i] / variance * error).max(floor[i]);
             for j in 0..COEFFICIENTS {
@@ -307,7 +332,8 @@ mod tests {
 
     fn features(shape: StepShape) -> [f64; COEFFICIENTS] {
         let slices = f64::from(shape.prefill_tokens > 0);
-        [1.0, shape.prefill_tokens as f64, shape.rows as f64, shape.kv_tokens, slices]
+        let (prompt, rows) = (shape.prefill_tokens as f64, shape.rows as f64);
+        [1.0, prompt, rows, shape.row_kv_tokens, slices, shape.prompt_kv_tokens]
     }
 
     fn machine(coefficients: [f64; COEFFICIENTS]) -> Machine {
@@ -323,25 +349,25 @@ mod tests {
             let error = machine.error_max(&cost);
             assert!(error < 0.25, "{coefficients:?} is predicted with an error of {error}: {cost:?}");
         };
-        check([0.02, 0.001, 0.002, 1e-6, 0.0]);
-        check([0.2, 0.02, 0.02, 1e-5, 0.0]);
-        check([0.001, 0.00002, 0.00001, 1e-8, 0.0]);
-        check([0.0, 0.001, 0.05, 0.0, 0.0]);
-        check([2.0, 0.1, 0.2, 1e-4, 0.0]);
+        check([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6]);
+        check([0.2, 0.02, 0.02, 1e-5, 0.0, 1e-5]);
+        check([0.001, 0.00002, 0.00001, 1e-8, 0.0, 1e-8]);
+        check([0.0, 0.001, 0.05, 0.0, 0.0, 0.0]);
+        check([2.0, 0.1, 0.2, 1e-4, 0.0, 1e-4]);
         // Where a step with slices is another kind of step.
-        check([0.002, 0.000_01, 0.0001, 1e-8, 0.004]);
+        check([0.002, 0.000_01, 0.0001, 1e-8, 0.004, 1e-8]);
     }
 
     #[test]
     fn one_outlier_is_not_believed_and_a_slower_machine_is() {
         let mut cost = CostModel::new(&SEED, &[], &SEED);
-        let mut fast = machine([0.02, 0.001, 0.002, 1e-6, 0.0]);
+        let mut fast = machine([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6]);
         fast.teach(&mut cost, 400, true);
         let shape = fast.shape(true);
         let before = cost.seconds(shape);
         cost.observe(shape, 100.0 * before);
         assert!(cost.seconds(shape) < 1.3 * before, "{before} became {}", cost.seconds(shape));
-        let mut slow = machine([0.06, 0.003, 0.006, 3e-6, 0.0]);
+        let mut slow = machine([0.06, 0.003, 0.006, 3e-6, 0.0, 3e-6]);
         slow.teach(&mut cost, 50, true);
         assert!(slow.error_max(&cost) < 0.4, "{cost:?}");
     }
@@ -349,7 +375,7 @@ mod tests {
     #[test]
     fn decoding_for_hours_keeps_what_is_known_of_prefill() {
         let mut cost = CostModel::new(&SEED, &[], &SEED);
-        let mut machine = machine([0.02, 0.001, 0.002, 1e-6, 0.0]);
+        let mut machine = machine([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6]);
         machine.teach(&mut cost, 400, true);
         machine.teach(&mut cost, 100_000, false);
         assert!(machine.error_max(&cost) < 0.25, "{cost:?}");
@@ -380,7 +406,7 @@ mod tests {
     #[test]
     fn slices_fill_their_time_and_never_more() {
         let mut cost = CostModel::new(&SEED, &[], &SEED);
-        machine([0.02, 0.001, 0.002, 1e-5, 0.0]).teach(&mut cost, 400, true);
+        machine([0.02, 0.001, 0.002, 1e-5, 0.0, 1e-5]).teach(&mut cost, 400, true);
         for room_s in [-1.0, 0.0, 0.01, 0.1, 1.0, 10.0] {
             for start in [0, 100, 32_000] {
                 let tokens = cost.slice_tokens(room_s, start);

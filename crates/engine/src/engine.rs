@@ -23,9 +23,10 @@ use types::{
 /// A prompt's first token is due after the TTFT target plus this many times the seconds that reading it alone takes: long
 /// prompts may wait for short ones, and for long ones that came before.
 const TTFT_STRETCH: f64 = 2.0;
-/// A prompt is read in good time within half of its deadline, and within this many times the seconds that reading it
-/// alone takes: gentleness must not make a fast machine slow.
-const GOOD_STRETCH: f64 = 4.0;
+/// A prompt is read in good time within half of the time to its deadline, but not sooner than within the first nor later
+/// than within the second of these multiples of what reading it alone takes: who sends a long prompt waits anyway, and
+/// gentleness must not make a fast machine slow.
+const GOOD_STRETCH: [f64; 2] = [1.75, 4.0];
 /// While all prompts are in good time, a step with slices takes at most this many times what its rows alone take: a reader
 /// hardly sees a pace that differs by less than a factor of two.
 const GENTLE_STRETCH: f64 = 1.75;
@@ -155,7 +156,7 @@ impl Engine {
         let targets = Targets {
             arrived: now,
             first_due: now + allowed,
-            good_due: now + (allowed / 2).min(stretched(GOOD_STRETCH)),
+            good_due: now + (allowed / 2).clamp(stretched(GOOD_STRETCH[0]), stretched(GOOD_STRETCH[1])),
             tpot: target(request.service.tpot_target_ms, self.settings.tpot_target),
         };
         let sequence = Sequence::new(id, request, self.model.card(), held, targets);

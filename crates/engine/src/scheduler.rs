@@ -193,7 +193,7 @@ fn fill(
     shape: &mut StepShape,
 ) -> Vec<Part> {
     let mut slices = Vec::new();
-    let mut tokens_left = STEP_PREFILL_TOKENS_MAX;
+    let mut tokens_left = STEP_PREFILL_TOKENS_MAX.min(cost.trusted_tokens().max(SLICE_TOKENS_MIN));
     for &index in prompts {
         let Candidate { start, pending, .. } = candidates[index];
         let first_s = if slices.is_empty() { cost.first_slice_seconds() } else { 0.0 };
@@ -269,9 +269,17 @@ mod tests {
             &[row(0.0), row(0.3), prompt(5000, 1.0)],
             &[(0, 1), (1, 1), (2, 64)],
         );
-        let fast = CostModel::new(&NodeRates { prefill_tokens_per_s: 1e6, ..RATES }, &[], &RATES);
-        let plan = Scheduler::default().plan(Instant::now(), &[prompt(50_000, 1.0)], &fast, BUDGETS);
-        assert_eq!(parts(&plan), [(0, STEP_PREFILL_TOKENS_MAX)], "a fast machine is bounded by memory");
+        let mut fast = CostModel::new(&NodeRates { prefill_tokens_per_s: 1e6, ..RATES }, &[], &RATES);
+        for expected in [512, 1024, STEP_PREFILL_TOKENS_MAX] {
+            let plan = Scheduler::default().plan(Instant::now(), &[prompt(50_000, 1.0)], &fast, BUDGETS);
+            assert_eq!(
+                parts(&plan),
+                [(0, expected)],
+                "a fast machine is trusted step by step, up to its memory"
+            );
+            let shape = shape_of(&[prompt(50_000, 1.0)], &plan);
+            fast.observe(shape, fast.seconds(shape));
+        }
         let slow = CostModel::new(&NodeRates { prefill_tokens_per_s: 10.0, ..RATES }, &[], &RATES);
         let plan = Scheduler::default().plan(Instant::now(), &[prompt(500, 1.0)], &slow, BUDGETS);
         assert_eq!(parts(&plan), [(0, SLICE_TOKENS_MIN)], "a slow one still gets on");

@@ -14,7 +14,7 @@ use ::bench::{
 use ::engine::EngineSettings;
 use serde::Serialize;
 use std::process::ExitCode;
-use types::{SamplingDraft, SamplingParams};
+use types::{NodeRates, SamplingDraft, SamplingParams};
 
 /// What to measure.
 #[derive(Debug, Clone, clap::Args)]
@@ -117,7 +117,10 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
     }
     let figures = engine_steps(model.as_mut(), &settings).map_err(|error| failed(EXIT_FAILED, error))?;
     let under_load = load
-        .map(|settings| engine_under_load(model, &settings))
+        .map(|mut settings| {
+            settings.engine.rates = rates_of(&figures);
+            engine_under_load(model, &settings)
+        })
         .transpose()
         .map_err(|error| failed(EXIT_FAILED, error))?;
     let report = Report {
@@ -136,6 +139,22 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
         print_table(&report);
     }
     Ok(())
+}
+
+/// What was measured, as the start-up of an engine measures it.
+fn rates_of(figures: &[EngineFigures]) -> NodeRates {
+    let (Some(few), Some(many)) =
+        (figures.iter().min_by_key(|f| f.batch), figures.iter().max_by_key(|f| f.batch))
+    else {
+        return EngineSettings::default().rates;
+    };
+    let step_s = |figures: &EngineFigures| figures.decode_step_ms_p50 / 1e3;
+    let row_s = (step_s(many) - step_s(few)) / (many.batch - few.batch).max(1) as f64;
+    NodeRates {
+        prefill_tokens_per_s: few.prefill_tokens_per_s as f32,
+        decode_step_s: (step_s(few) - row_s * (few.batch - 1) as f64).max(0.0) as f32,
+        decode_row_s: row_s.max(0.0) as f32,
+    }
 }
 
 fn under_load_settings(
