@@ -278,14 +278,19 @@ int mlx_node_attend_rows(
 }
 
 // A run of one sequence: q [count, heads, dim], k and v [count, kv_heads, dim], table [1 + blocks]: start and block table.
-// Gives [count, heads * dim], or [1] of no meaning where nothing but the writing is wanted.
 int mlx_node_attend_run(
     mlx_array* res, mlx_array q, mlx_array k, mlx_array v, mlx_array keys, mlx_array values, mlx_array table,
-    float scale, int64_t wanted, mlx_stream stream) {
+    float scale, mlx_stream stream) {
   const auto& shape = get(q).shape();
-  auto out = wanted ? mx::Shape{shape[0], shape[1] * shape[2]} : mx::Shape{1};
-  return make(res, std::move(out), stream, Kind::AttendRun, scale, wanted,
+  return make(res, {shape[0], shape[1] * shape[2]}, stream, Kind::AttendRun, scale, 1,
               {get(q), get(k), get(v), get(keys), get(values), get(table)});
+}
+
+// Only writes such a run; gives [1] of no meaning.
+int mlx_node_append_run(
+    mlx_array* res, mlx_array k, mlx_array v, mlx_array keys, mlx_array values, mlx_array table, mlx_stream stream) {
+  return make(res, {1}, stream, Kind::AttendRun, 0, 0,
+              {get(k), get(k), get(v), get(keys), get(values), get(table)});
 }
 
 // logits [rows, vocabulary], draws [rows, 9], changes [rows, 4 * n], late [m]: tokens that `draws` names by index.

@@ -157,14 +157,14 @@ impl Attention {
     ) -> Result<Option<Array>> {
         let (pool, Qkv { queries, keys, values }) = (&kv.layers[layer], part);
         let (pool_keys, pool_values) = (&pool.keys, &pool.values);
-        let (scale, only_if) = (self.scale, i64::from(wanted));
-        let attended =
-            native::attend_run(queries, keys, values, pool_keys, pool_values, &run.table, scale, only_if)?;
         if wanted {
-            return Ok(Some(attended));
+            native::attend_run(queries, keys, values, pool_keys, pool_values, &run.table, self.scale)
+                .map(Some)
+        } else {
+            let written = native::append_run(keys, values, pool_keys, pool_values, &run.table)?;
+            kv.pending.push(written);
+            Ok(None)
         }
-        kv.pending.push(attended);
-        Ok(None)
     }
 
     /// Writes all tokens of the step into their blocks, by MLX's own operations.

@@ -57,7 +57,15 @@ mod ffi {
             values: mlx_array,
             table: mlx_array,
             scale: c_float,
-            wanted: i64,
+            stream: mlx_stream,
+        ) -> c_int;
+        pub(super) fn mlx_node_append_run(
+            res: *mut mlx_array,
+            k: mlx_array,
+            v: mlx_array,
+            keys: mlx_array,
+            values: mlx_array,
+            table: mlx_array,
             stream: mlx_stream,
         ) -> c_int;
         pub(super) fn mlx_node_sample(
@@ -124,8 +132,12 @@ native! {
 }
 native! {
     /// Appends a run of tokens of one sequence and attends, each to everything before and itself: as [`attend_rows`], with
-    /// `table [1 + blocks]`, start and block table. `[count, heads · dim]`; where `wanted` is 0 only the KV is written.
-    attend_run, mlx_node_attend_run, (q, k, v, keys, values, table), (scale: f32, wanted: i64)
+    /// `table [1 + blocks]`, start and block table.
+    attend_run, mlx_node_attend_run, (q, k, v, keys, values, table), (scale: f32)
+}
+native! {
+    /// Only appends such a run; gives `[1]` of no meaning, to be evaluated.
+    append_run, mlx_node_append_run, (k, v, keys, values, table), ()
 }
 native! {
     /// Draws a token a row, `[rows]` as i32; inputs as [`crate::sampler::Draws`].
