@@ -11,7 +11,9 @@ use crate::{
     values::Secret,
 };
 use api::{ApiSettings, ApiState};
-use node::{ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeHandle, NodeSettings};
+use node::{
+    ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeHandle, NodeSettings, StartEngine,
+};
 use std::{
     io,
     net::SocketAddr,
@@ -147,7 +149,7 @@ fn node_settings(settings: Settings, engine: Option<EngineCommandLine>) -> Resul
         listen: settings.listen,
         key: settings.key,
         wait_for_model: engine.is_some(),
-        engine,
+        engine: engine.map(|engine| Arc::new(engine) as Arc<dyn StartEngine>),
         model_load_time_max: MODEL_LOAD_TIME_MAX,
         engine_silence_max: ENGINE_SILENCE_MAX,
         mdns: settings.mdns,

@@ -125,7 +125,7 @@ impl Connected {
             if let Some(NodeEntry { target: Target::Remote(peer), .. }) = all.nodes.get(&self.node) {
                 all.router.rtt(self.node, peer.rtt());
             }
-            all.router.load(self.node, load, Instant::now());
+            all.router.load(self.node, load, now());
         });
     }
 }
@@ -139,6 +139,11 @@ impl Drop for Connected {
             }
         });
     }
+}
+
+/// tokio's clock, which stands still and jumps where time is simulated.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 pub(crate) struct Dispatch {
@@ -354,7 +359,7 @@ impl Dispatch {
 
 impl State {
     fn try_route(&self, ask: &Ask, exclude: &[NodeId]) -> Result<router::Route, RouteError> {
-        self.router.route(&ask.query(exclude), Instant::now())
+        self.router.route(&ask.query(exclude), now())
     }
 
     fn book(&mut self, ask: &Ask, exclude: &[NodeId]) -> Result<Booked, RouteError> {

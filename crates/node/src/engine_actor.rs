@@ -5,8 +5,10 @@
 
 use crate::engine_child::{self, ChildEnd};
 use crate::engine_handle::EngineHandle;
-use crate::settings::{EngineCommandLine, RESTART_DELAY, RESTART_DELAY_MAX, STABLE_AFTER};
+use crate::engine_start::StartEngine;
+use crate::settings::{RESTART_DELAY, RESTART_DELAY_MAX, STABLE_AFTER};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -15,7 +17,7 @@ pub(crate) struct EngineActor;
 
 #[derive(Debug)]
 pub(crate) struct EngineActorSettings {
-    pub(crate) line: EngineCommandLine,
+    pub(crate) starter: Arc<dyn StartEngine>,
     pub(crate) load_time_max: Duration,
     pub(crate) silence_max: Duration,
 }
@@ -28,7 +30,7 @@ pub(crate) enum EngineMsg {
 }
 
 pub(crate) struct EngineActorState {
-    settings: std::sync::Arc<EngineActorSettings>,
+    settings: Arc<EngineActorSettings>,
     engine: EngineHandle,
     /// Deaths in a row.
     deaths: u32,

@@ -1,16 +1,15 @@
 //! One life of an engine child: started, read until it ends, and gone for certain afterwards.
 //!
-//! Commands flow from [`EngineHandle`] through a bounded channel into the child's standard input, reports from its
-//! standard output straight into the handle's table. Nothing here waits for a consumer.
+//! Commands flow from [`EngineHandle`] through a bounded channel into the child's pipe, reports from its other pipe
+//! straight into the handle's table. Nothing here waits for a consumer.
 
 use crate::engine_actor::EngineActorSettings;
 use crate::engine_handle::{EngineHandle, ProtocolError};
-use crate::settings::{ENGINE_EXIT_TIME_MAX, ENGINE_REAP_TIME_MAX, EngineCommandLine};
+use crate::engine_start::{EngineLife, StartedEngine};
+use crate::settings::{ENGINE_EXIT_TIME_MAX, ENGINE_REAP_TIME_MAX};
 use bytes::BytesMut;
-use std::process::Stdio;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use wire::{Decoder, EngineCommand, EngineReport, FrameClass};
@@ -28,18 +27,18 @@ pub(crate) struct ChildEnd {
 
 /// Runs a child until it ends or `stop` turns true. When this returns, the process is gone and `engine` says so.
 pub(crate) async fn run(
-    EngineActorSettings { line, load_time_max, silence_max }: &EngineActorSettings,
+    EngineActorSettings { starter, load_time_max, silence_max }: &EngineActorSettings,
     engine: &EngineHandle,
     mut stop: watch::Receiver<bool>,
 ) -> ChildEnd {
-    let end = match spawn(line) {
-        Ok((mut child, stdin, stdout)) => {
-            let writer = tokio::spawn(write_commands(stdin, engine.child_started()));
+    let end = match starter.start() {
+        Ok(StartedEngine { commands, reports, life: mut child }) => {
+            let writer = tokio::spawn(write_commands(commands, engine.child_started()));
             let mut life =
                 Life { engine, loading: String::new(), ready: None, failed: None, silence_max: *silence_max };
-            let seen = life.read(stdout, Instant::now() + *load_time_max, &mut stop).await;
+            let seen = life.read(reports, Instant::now() + *load_time_max, &mut stop).await;
             // Whatever happens from here on, nothing more is accepted for it.
-            let status = reap(&mut child, seen.is_some()).await;
+            let status = reap(&mut *child, seen.is_some()).await;
             writer.abort();
             let reason = match (life.failed, seen) {
                 (Some(message), _) => message,
@@ -48,31 +47,10 @@ pub(crate) async fn run(
             };
             ChildEnd { reason, ready_for: life.ready.map(|since| since.elapsed()) }
         }
-        Err(error) => {
-            ChildEnd { reason: format!("cannot start {}: {error}", line.program.display()), ready_for: None }
-        }
+        Err(error) => ChildEnd { reason: error.to_string(), ready_for: None },
     };
     engine.child_ended(&end.reason);
     end
-}
-
-fn spawn(line: &EngineCommandLine) -> std::io::Result<(Child, ChildStdin, ChildStdout)> {
-    let mut command = Command::new(&line.program);
-    // Ctrl-C in a terminal is for the node, which drains first; its engine must not die of it.
-    #[cfg(unix)]
-    command.process_group(0);
-    let mut child = command
-        .args(&line.args)
-        .envs(line.env.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
-    let missing = || std::io::Error::other("its pipes are missing");
-    let stdin = child.stdin.take().ok_or_else(missing)?;
-    let stdout = child.stdout.take().ok_or_else(missing)?;
-    tracing::info!(program = %line.program.display(), pid = child.id(), "engine started");
-    Ok((child, stdin, stdout))
 }
 
 struct Life<'a> {
@@ -89,7 +67,7 @@ impl Life<'_> {
     /// Reads until the child has ended or must; `Some` says why where its exit status would not.
     async fn read(
         &mut self,
-        mut stdout: ChildStdout,
+        mut reports: Box<dyn AsyncRead + Send + Unpin>,
         load_deadline: Instant,
         stop: &mut watch::Receiver<bool>,
     ) -> Option<String> {
@@ -106,7 +84,7 @@ impl Life<'_> {
                 }
             };
             tokio::select! {
-                read = stdout.read_buf(&mut buffer) => match read {
+                read = reports.read_buf(&mut buffer) => match read {
                     Ok(0) => return decoder.finish(&buffer).err().map(|error| error.to_string()),
                     Ok(_) => {}
                     Err(error) => return Some(format!("its output cannot be read: {error}")),
@@ -189,7 +167,10 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-async fn write_commands(mut stdin: ChildStdin, mut commands: mpsc::Receiver<EngineCommand>) {
+async fn write_commands(
+    mut pipe: Box<dyn AsyncWrite + Send + Unpin>,
+    mut commands: mpsc::Receiver<EngineCommand>,
+) {
     let mut buffer = BytesMut::new();
     while let Some(command) = commands.recv().await {
         let mut next = Some(command);
@@ -201,7 +182,7 @@ async fn write_commands(mut stdin: ChildStdin, mut commands: mpsc::Receiver<Engi
             }
             next = commands.try_recv().ok();
         }
-        if stdin.write_all(&buffer).await.is_err() {
+        if pipe.write_all(&buffer).await.is_err() {
             // The reading side sees the end too, and knows more.
             return;
         }
@@ -209,21 +190,23 @@ async fn write_commands(mut stdin: ChildStdin, mut commands: mpsc::Receiver<Engi
     }
 }
 
-/// Makes sure that the process is gone, and says how it went.
-async fn reap(child: &mut Child, kill: bool) -> String {
+/// Makes sure that the engine is gone, and says how it went.
+async fn reap(life: &mut dyn EngineLife, kill: bool) -> String {
     if kill {
-        // Fails only where it is gone already.
-        let _ = child.start_kill();
+        life.kill();
     }
-    let status = match timeout(ENGINE_REAP_TIME_MAX, child.wait()).await {
-        Ok(status) => status,
-        Err(_) => match timeout(ENGINE_REAP_TIME_MAX, child.kill()).await {
-            Ok(Ok(())) => return "the engine was killed".to_owned(),
-            Ok(Err(error)) => Err(error),
-            Err(_) => return "the engine cannot be killed".to_owned(),
-        },
+    let ended = match timeout(ENGINE_REAP_TIME_MAX, life.ended()).await {
+        Ok(ended) => ended,
+        Err(_) => {
+            life.kill();
+            match timeout(ENGINE_REAP_TIME_MAX, life.ended()).await {
+                Ok(Ok(_)) => return "the engine was killed".to_owned(),
+                Ok(Err(error)) => Err(error),
+                Err(_) => return "the engine cannot be killed".to_owned(),
+            }
+        }
     };
-    match status {
+    match ended {
         Ok(status) => format!("the engine ended ({status})"),
         Err(error) => format!("the engine's end cannot be read: {error}"),
     }

@@ -39,16 +39,24 @@ pub struct NodeHandle {
     discovery: ActorRef<DiscoveryMsg>,
 }
 
-/// Starts all parts that the roles ask for. Needs a multi-threaded tokio runtime.
+/// Starts all parts that the roles ask for.
 ///
 /// # Errors
 /// [`StartError`]; nothing is left running then.
 pub async fn start(settings: NodeSettings) -> Result<NodeHandle, StartError> {
+    let endpoint = Endpoint::bind(settings.listen, &settings.key)?;
+    start_on(endpoint, settings).await
+}
+
+/// The same on an endpoint of the caller's, whatever [`NodeSettings::listen`] says.
+///
+/// # Errors
+/// [`StartError`]; nothing is left running then but the endpoint.
+pub async fn start_on(endpoint: Endpoint, settings: NodeSettings) -> Result<NodeHandle, StartError> {
     let is = |role| settings.roles.contains(&role);
     if settings.roles.is_empty() {
         return Err(StartError::NoRole);
     }
-    let endpoint = Endpoint::bind(settings.listen, &settings.key)?;
     let hello = Hello {
         program: env!("CARGO_PKG_VERSION").to_owned(),
         node: settings.id,
@@ -93,11 +101,11 @@ impl Parts {
         is_router: bool,
     ) -> Result<(), StartError> {
         if is_node {
-            let line = settings.engine.clone().ok_or(StartError::NoEngine)?;
+            let starter = settings.engine.clone().ok_or(StartError::NoEngine)?;
             let handle = EngineHandle::new();
             let (reports, watched) = watch::channel(handle.report());
             let engine = EngineActorSettings {
-                line,
+                starter,
                 load_time_max: settings.model_load_time_max,
                 silence_max: settings.engine_silence_max,
             };

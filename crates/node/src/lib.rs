@@ -20,6 +20,7 @@ mod engine_actor;
 mod engine_child;
 mod engine_handle;
 pub mod engine_process;
+mod engine_start;
 mod generate;
 mod handle;
 mod node_actor;
@@ -29,5 +30,6 @@ mod settings;
 mod sink;
 mod uplink;
 
-pub use handle::{NodeHandle, start};
-pub use settings::{ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeSettings, StartError};
+pub use engine_start::{EngineCommandLine, EngineLife, StartEngine, StartedEngine};
+pub use handle::{NodeHandle, start, start_on};
+pub use settings::{ENGINE_SILENCE_MAX, MODEL_LOAD_TIME_MAX, NodeSettings, StartError};

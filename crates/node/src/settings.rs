@@ -1,8 +1,8 @@
 //! What a node is told at its start, why it may not start, and every timeout of this crate.
 
-use std::ffi::OsString;
+use crate::engine_start::StartEngine;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use transport::ClusterKey;
 use types::{NodeId, Role};
@@ -54,17 +54,6 @@ const _: () = assert!(
     ACTOR_STOP_TIME_MAX.as_millis() > (ENGINE_EXIT_TIME_MAX.as_millis() + ENGINE_REAP_TIME_MAX.as_millis())
 );
 
-/// The program that hosts an engine: it calls [`crate::engine_process::run`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EngineCommandLine {
-    /// The executable.
-    pub program: PathBuf,
-    /// Its arguments.
-    pub args: Vec<OsString>,
-    /// Variables set on top of the inherited environment.
-    pub env: Vec<(OsString, OsString)>,
-}
-
 /// Everything a node needs to know.
 #[derive(Debug, Clone)]
 pub struct NodeSettings {
@@ -83,7 +72,7 @@ pub struct NodeSettings {
     /// What proves that others belong to the cluster.
     pub key: ClusterKey,
     /// How to start the engine; needed for [`Role::Node`].
-    pub engine: Option<EngineCommandLine>,
+    pub engine: Option<Arc<dyn StartEngine>>,
     /// Have [`crate::start`] wait until the engine is ready, and fail if it cannot be: before anything is served.
     pub wait_for_model: bool,
     /// An engine that is not ready after this long is killed and started anew; [`MODEL_LOAD_TIME_MAX`] if in doubt.

@@ -1,21 +1,24 @@
 //! Inside the engine child process: pipes on one side, an [`engine::Engine`] on the other.
 //!
-//! Three threads. The calling one owns the engine and all that the model holds: it takes commands, steps, and hands each
-//! step's reports on. A reader turns standard input into commands, a writer turns reports into one write per step; both
+//! Three threads. The calling one owns the [`EngineHost`] and all that the model holds: it takes commands, steps, and hands
+//! each step's reports on. A reader turns standard input into commands, a writer turns reports into one write per step; both
 //! channels are bounded. The end of standard input means that the parent is gone: the process ends, a few seconds later
 //! at the latest, even out of a long step. The clock is read here and nowhere further in.
 
+mod host;
 mod probe;
 
+pub use host::EngineHost;
+
 use bytes::BytesMut;
-use engine::{Engine, EngineSettings, Model};
+use engine::{EngineSettings, Model};
 use std::io::{Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
-use types::{GenerateError, ModelAssets, NodeLoad, SessionInfo, SessionRequest, limits};
+use types::{ModelAssets, limits};
 use wire::{Decoder, EngineCommand, EngineReport, FrameClass};
 
 /// Commands read and not yet taken; the pipe holds the rest back.
@@ -28,8 +31,6 @@ const READ_BYTES: usize = 64 << 10;
 const PARENT_GONE_TIME_MAX: Duration = Duration::from_secs(5);
 /// At most one progress report of the same thing in this time.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-/// While only numbers change, at most one load report in this time: half of what the node passes on.
-const LOAD_INTERVAL: Duration = limits::LOAD_INTERVAL_MIN.checked_div(2).expect("not divided by zero");
 
 /// What the loading of a model gives.
 #[derive(Debug)]
@@ -105,7 +106,7 @@ impl Link {
 
 fn serve(
     load: impl FnOnce(&mut dyn FnMut(&str, f32)) -> Result<LoadedModel, String>,
-    mut settings: EngineSettings,
+    settings: EngineSettings,
     link: &mut Link,
 ) -> Result<(), Failure> {
     let mut told = None::<(String, Instant)>;
@@ -118,118 +119,41 @@ fn serve(
             let _ = link.send(vec![EngineReport::Loading { what: what.to_owned(), fraction }]);
         }
     };
-    let mut loaded = load(&mut progress).map_err(Failure)?;
+    let loaded = load(&mut progress).map_err(Failure)?;
     progress("measuring", 0.0);
-    let measured =
-        probe::measure(&mut *loaded.model, Instant::now).map_err(|error| Failure(error.to_string()))?;
-    tracing::debug!(?measured, "measured");
-    let rates = measured.rates;
-    (settings.rates, settings.decode_step_s) = (rates, measured.decode_step_s);
-    let slots = loaded.model.limits().slots as u32;
-    let card = loaded.model.card().clone();
-    let engine = Engine::new(loaded.model, settings);
-    let load = engine.load(Instant::now());
-    let ready = EngineReport::Ready { card, assets: loaded.assets, rates, slots };
-    if link.send(vec![ready, EngineReport::Load(load)]).is_err() {
+    let (mut host, ready) =
+        EngineHost::new(loaded, settings, Instant::now).map_err(|error| Failure(error.to_string()))?;
+    if link.send(ready).is_err() {
         return Ok(());
     }
-    EngineLoop { engine, link, load_told: (load, Instant::now()), leaving: false }.run()
+    loop {
+        let mut reports = Vec::new();
+        let parent_gone = take_commands(&mut host, link, &mut reports);
+        if parent_gone || host.is_over() {
+            let _ = link.send(reports);
+            return Ok(());
+        }
+        let stepped = host.step(Instant::now(), &mut reports);
+        host.stepped(Instant::now(), &mut reports);
+        if link.send(reports).is_err() {
+            return Ok(());
+        }
+        stepped.map_err(|error| Failure(error.to_string()))?;
+    }
 }
 
-struct EngineLoop<'a> {
-    engine: Engine,
-    link: &'a Link,
-    load_told: (NodeLoad, Instant),
-    /// Ends once nothing is left to do.
-    leaving: bool,
-}
-
-impl EngineLoop<'_> {
-    /// Until told to leave, or until the parent is gone.
-    fn run(mut self) -> Result<(), Failure> {
-        let mut events = Vec::new();
-        loop {
-            let mut reports = Vec::new();
-            let parent_gone = self.take_commands(&mut reports);
-            if parent_gone || (self.leaving && self.engine.is_idle()) {
-                let _ = self.link.send(reports);
-                return Ok(());
-            }
-            let stepped = self.engine.step(Instant::now(), &mut events);
-            let now = Instant::now();
-            self.engine.observe(now);
-            reports.extend(events.drain(..).map(|(id, event)| EngineReport::Event { id, event }));
-            self.tell_load(now, &mut reports);
-            if self.link.send(reports).is_err() {
-                return Ok(());
-            }
-            stepped.map_err(|error| Failure(error.to_string()))?;
+/// Takes all commands that are there; while there is nothing else to do, waits for one. True: the parent is gone.
+fn take_commands(host: &mut EngineHost, link: &Link, reports: &mut Vec<EngineReport>) -> bool {
+    let mut wait = host.is_idle();
+    loop {
+        // Without a wait, only what is there already.
+        let wait_time = if wait { limits::LOAD_INTERVAL_MAX } else { Duration::ZERO };
+        match link.commands.recv_timeout(wait_time) {
+            Ok(command) => host.take(Instant::now(), command, reports),
+            Err(RecvTimeoutError::Timeout) => return false,
+            Err(RecvTimeoutError::Disconnected) => return true,
         }
-    }
-
-    /// Takes all commands that are there; while there is nothing else to do, waits for one. True: the parent is gone.
-    fn take_commands(&mut self, reports: &mut Vec<EngineReport>) -> bool {
-        let mut wait = self.engine.is_idle() && !self.leaving;
-        loop {
-            // Without a wait, only what is there already.
-            let wait_time = if wait { limits::LOAD_INTERVAL_MAX } else { Duration::ZERO };
-            match self.link.commands.recv_timeout(wait_time) {
-                Ok(command) => self.take(command, reports),
-                Err(RecvTimeoutError::Timeout) => return false,
-                Err(RecvTimeoutError::Disconnected) => return true,
-            }
-            wait = false;
-        }
-    }
-
-    fn take(&mut self, command: EngineCommand, reports: &mut Vec<EngineReport>) {
-        match command {
-            EngineCommand::Submit(request) if self.leaving => {
-                let reason = "the engine is leaving".to_owned();
-                let error = GenerateError::Unavailable { model: request.model.clone(), reason };
-                reports.push(EngineReport::Rejected { id: request.id, error });
-            }
-            EngineCommand::Submit(request) => {
-                let id = request.id;
-                if let Err(error) = self.engine.submit(Instant::now(), request) {
-                    reports.push(EngineReport::Rejected { id, error });
-                }
-            }
-            EngineCommand::Cancel(id) => self.engine.cancel(id),
-            EngineCommand::Sessions { call, request } => {
-                let sessions = self.sessions(&request);
-                reports.push(EngineReport::Sessions { call, sessions });
-            }
-            EngineCommand::Shutdown => {
-                self.leaving = true;
-                self.engine.drain();
-            }
-        }
-    }
-
-    /// The sessions that a request is about, which end if it says so.
-    fn sessions(&mut self, request: &SessionRequest) -> Vec<SessionInfo> {
-        let mut sessions = self.engine.sessions(Instant::now());
-        match request {
-            SessionRequest::List { client } => sessions.retain(|session| session.client == *client),
-            SessionRequest::End { client, id } => {
-                sessions.retain(|session| session.client == *client && session.id == *id);
-                self.engine.end_session(*client, id);
-            }
-        }
-        sessions
-    }
-
-    fn tell_load(&mut self, now: Instant, reports: &mut Vec<EngineReport>) {
-        let load = self.engine.load(now);
-        let (told, at) = &self.load_told;
-        let requests = (load.running, load.waiting) != (told.running, told.waiting);
-        // A sign of life where nothing changes.
-        let overdue = now - *at >= limits::LOAD_INTERVAL_MAX;
-        if requests || overdue || (load != *told && now - *at >= LOAD_INTERVAL) {
-            reports.push(EngineReport::Load(load));
-            self.load_told = (load, now);
-        }
+        wait = false;
     }
 }
 

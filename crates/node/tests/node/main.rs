@@ -6,6 +6,7 @@ use futures_util::StreamExt;
 use node::{EngineCommandLine, NodeHandle, NodeSettings, StartError, start};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use testkit::{FakeSettings, check_stream};
 use transport::ClusterKey;
@@ -68,7 +69,7 @@ impl Cluster {
             hardware: "none".to_owned(),
             listen: ([127, 0, 0, 1], 0).into(),
             key: self.key.clone(),
-            engine: Some(EngineCommandLine { program: fake_engine(), args, env: Vec::new() }),
+            engine: Some(Arc::new(EngineCommandLine { program: fake_engine(), args, env: Vec::new() })),
             wait_for_model: true,
             model_load_time_max: Duration::from_secs(10),
             engine_silence_max: Duration::from_secs(3),
@@ -266,7 +267,8 @@ async fn a_model_that_cannot_be_loaded_is_an_error_at_the_start() {
     check("panic", "panicked: as asked").await;
     let cluster = Cluster::new();
     let mut settings = cluster.settings(&ENGINE, &[Role::Node]);
-    settings.engine.as_mut().expect("an engine").program = "/nonexistent/engine".into();
+    let program = "/nonexistent/engine".into();
+    settings.engine = Some(Arc::new(EngineCommandLine { program, args: Vec::new(), env: Vec::new() }));
     let error = start(settings).await.expect_err("no such program").to_string();
     assert!(error.contains("cannot start /nonexistent/engine"), "{error}");
     let mut settings = cluster.settings(&Engine { load_ms: 60_000, ..ENGINE }, &[Role::Node]);
