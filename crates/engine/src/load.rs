@@ -19,6 +19,11 @@ pub(crate) struct LoadView<'a> {
     pub(crate) ttft_target: Duration,
 }
 
+/// An age to within a fifth: what grows every moment would else be news every moment.
+fn told_s(age_s: f64) -> f32 {
+    if age_s < 1.0 { 0.0 } else { ((age_s.log2() * 4.0).floor() / 4.0).exp2() as f32 }
+}
+
 impl LoadView<'_> {
     pub(crate) fn load(&self) -> NodeLoad {
         let running: Vec<(usize, usize)> =
@@ -31,6 +36,7 @@ impl LoadView<'_> {
         let sequences = || self.running.iter().chain(self.waiting);
         let (held, total) = (self.memory.in_use() as u64, self.memory.total() as u64);
         let tokens = BLOCK_TOKENS as u64;
+        let (tail_age_s, reuse_s) = self.memory.ages_s(self.now);
         NodeLoad {
             running: self.running.len() as u32,
             waiting: self.waiting.len() as u32,
@@ -41,6 +47,8 @@ impl LoadView<'_> {
             cached_kv_tokens: self.memory.cached() as u64 * tokens,
             prefill_backlog_s: prefill_s as f32,
             prefill_budget_tokens: self.prefill_budget(prefill_s),
+            cache_tail_age_s: told_s(tail_age_s),
+            cache_reuse_s: told_s(reuse_s),
             decode_step_s: TABLE_ROWS.map(|rows| self.cost.decode_seconds(rows) as f32),
             rates: self.cost.rates(),
         }

@@ -173,8 +173,14 @@ impl Memory {
         self.sessions.end(&mut self.cache, session)
     }
 
-    /// Ends the sessions whose time is over.
+    /// Seconds since the next block to be evicted was used, and until unused ones are used again; 0 where not known.
+    pub(crate) fn ages_s(&self, now: Instant) -> (f64, f64) {
+        (self.cache.tail_age(now).map_or(0.0, |age| age.as_secs_f64()), self.cache.reuse_s().unwrap_or(0.0))
+    }
+
+    /// It is `now`: ends the sessions whose time is over.
     pub(crate) fn expire(&mut self, now: Instant) {
+        self.cache.mark(now);
         self.sessions.expire(&mut self.cache, now);
     }
 

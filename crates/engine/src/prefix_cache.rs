@@ -6,8 +6,16 @@
 //! of its own, whoever fills it keeps a reference in the [`crate::block_pool::BlockPool`].
 
 use crate::BlockId;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
 use types::{BlockHash, CacheEvent};
+
+/// Ages are told to within this.
+const MARK_INTERVAL: Duration = Duration::from_secs(1);
+/// Marks kept: what was not used for longer than these span counts as that old.
+const MARKS_MAX: usize = 4096;
+/// Weight of one more use in the mean time between uses: the last few dozen count.
+const REUSE_WEIGHT: f64 = 1.0 / 32.0;
 
 #[derive(Debug)]
 struct Node {
@@ -50,6 +58,10 @@ pub(crate) struct PrefixCache {
     untold: BTreeMap<u64, BlockHash>,
     /// Blocks removed since, of those that were told.
     removed: BTreeSet<BlockHash>,
+    /// When ticks were: one each [`MARK_INTERVAL`], oldest first.
+    marks: VecDeque<(u64, Instant)>,
+    /// Mean seconds until blocks that nobody used were used again.
+    reuse_s: Option<f64>,
 }
 
 impl PrefixCache {
@@ -70,6 +82,12 @@ impl PrefixCache {
 
     /// A new user of cached blocks, given with all that come before them; returns where they are.
     pub(crate) fn acquire(&mut self, chain: &[BlockHash]) -> Vec<BlockId> {
+        let unused = chain.last().and_then(|hash| self.nodes.get(hash)).filter(|node| node.users == 0);
+        if let Some((node, &(_, now))) = unused.zip(self.marks.back()) {
+            let age_s = self.age(node.used, now).as_secs_f64();
+            let mean = self.reuse_s.get_or_insert(age_s);
+            *mean += (age_s - *mean) * REUSE_WEIGHT;
+        }
         self.tick += 1;
         let tick = self.tick;
         let blocks = chain.iter().map(|&hash| {
@@ -182,6 +200,33 @@ impl PrefixCache {
         self.stored_events(by_number.into_values())
     }
 
+    /// It is `now`: what is used from here on is used at `now` or later.
+    pub(crate) fn mark(&mut self, now: Instant) {
+        if self.marks.back().is_some_and(|&(_, at)| now.saturating_duration_since(at) < MARK_INTERVAL) {
+            return;
+        }
+        if self.marks.len() >= MARKS_MAX {
+            self.marks.pop_front();
+        }
+        self.marks.push_back((self.tick, now));
+    }
+
+    /// Time since the last use of the block that would be evicted next.
+    pub(crate) fn tail_age(&self, now: Instant) -> Option<Duration> {
+        self.leaves.first().map(|&(used, ..)| self.age(used, now))
+    }
+
+    /// Mean time until blocks that nobody used were used again, in seconds.
+    pub(crate) fn reuse_s(&self) -> Option<f64> {
+        self.reuse_s
+    }
+
+    /// Time since a tick.
+    fn age(&self, tick: u64, now: Instant) -> Duration {
+        let before = self.marks.partition_point(|&(marked, _)| marked < tick).saturating_sub(1);
+        self.marks.get(before).map_or(Duration::ZERO, |&(_, at)| now.saturating_duration_since(at))
+    }
+
     /// Blocks and where they are, by hash.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = (BlockHash, BlockId)> {
         self.nodes.iter().map(|(&hash, node)| (hash, node.block))
@@ -251,5 +296,35 @@ impl PrefixCache {
             self.pinned = self.pinned + usize::from(after.2) - usize::from(before.2);
         }
         result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_are_those_of_the_last_use() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let (root, one, two) = (BlockHash(0), BlockHash(1), BlockHash(2));
+        let mut cache = PrefixCache::default();
+        cache.mark(at(0));
+        assert_eq!(cache.tail_age(at(5)), None, "nothing is cached");
+        cache.acquire(&[]);
+        cache.store(root, one, BlockId(0));
+        assert_eq!(cache.tail_age(at(5)), None, "what is used is not evicted");
+        cache.release(&[one]);
+        assert_eq!(cache.tail_age(at(5)), Some(Duration::from_secs(5)));
+        cache.mark(at(10));
+        cache.acquire(&[]);
+        cache.store(root, two, BlockId(1));
+        cache.release(&[two]);
+        assert_eq!((cache.tail_age(at(30)), cache.reuse_s()), (Some(Duration::from_secs(30)), None));
+        cache.mark(at(30));
+        cache.acquire(&[one]);
+        assert_eq!(cache.tail_age(at(30)), Some(Duration::from_secs(20)), "the other one's");
+        cache.release(&[one]);
+        assert_eq!(cache.reuse_s(), Some(30.0));
     }
 }

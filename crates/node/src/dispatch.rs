@@ -7,7 +7,7 @@
 use crate::engine_handle::EngineHandle;
 use crate::settings::{ROUTER_WAIT_MAX, TRIES_MAX};
 use futures_util::FutureExt;
-use router::{BookingId, RouteError, RouteQuery, Router};
+use router::{BookingId, RouteError, RouteQuery, Router, RouterSettings};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -15,8 +15,8 @@ use tokio::sync::oneshot;
 use transport::Peer;
 use types::{
     AssetsHash, BlockHash, BoxFuture, ClusterView, EngineState, GenerateError, GenerateRequest, ModelAssets,
-    ModelCard, NodeId, NodeLoad, NodeView, RouteInfo, SessionInfo, SessionRequest, TokenStream, block_hashes,
-    limits,
+    ModelCard, NodeId, NodeLoad, NodeView, Priority, RouteInfo, SessionInfo, SessionRequest, TokenStream,
+    block_hashes, limits,
 };
 use wire::Hello;
 
@@ -81,11 +81,11 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn accepted(&self) {
-        self.dispatch.lock().router.accepted(self.booking);
+        self.dispatch.lock().router.accepted(self.booking, Instant::now());
     }
 
     pub(crate) fn first_token(&self) {
-        self.dispatch.lock().router.first_token(self.booking);
+        self.dispatch.lock().router.first_token(self.booking, Instant::now());
     }
 
     /// The node said that it is full: it is left alone until it reports again.
@@ -96,7 +96,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.dispatch.change(|state| state.router.finished(self.booking));
+        self.dispatch.change(|state| state.router.finished(self.booking, Instant::now()));
     }
 }
 
@@ -181,7 +181,7 @@ struct Booked {
 impl Dispatch {
     pub(crate) fn new(cluster: String) -> Self {
         let state = State {
-            router: Router::new(),
+            router: Router::new(RouterSettings::default()),
             nodes: BTreeMap::new(),
             waiting: VecDeque::new(),
             serial: 0,
@@ -367,7 +367,7 @@ impl State {
         let gone = || RouteError::NoNode { reason: "the node has just gone".to_owned() };
         let entry = self.nodes.get(&route.node).ok_or_else(gone)?;
         let (target, node_name) = (entry.target.clone(), entry.hello.name.clone());
-        let booking = self.router.book(&route, &ask.query(exclude)).ok_or_else(gone)?;
+        let booking = self.router.book(&route, &ask.query(exclude), Instant::now()).ok_or_else(gone)?;
         tracing::debug!(node = %node_name, cost = ?route.cost, matched = route.matched_tokens, reason = %route.reason, "routed");
         let info = RouteInfo {
             node: route.node,
@@ -395,7 +395,7 @@ impl State {
                 Ok(booked) => {
                     let booking = booked.booking;
                     if waiter.reply.send(Ok(booked)).is_err() {
-                        self.router.finished(booking);
+                        self.router.finished(booking, Instant::now());
                     }
                 }
                 Err(RouteError::AllBusy { .. }) => {
@@ -423,6 +423,8 @@ impl Ask {
             prompt_tokens: self.prompt_tokens,
             max_tokens: self.max_tokens,
             exclude,
+            session: None,
+            priority: Priority::default(),
         }
     }
 
@@ -452,7 +454,9 @@ impl Drop for Wait<'_> {
     fn drop(&mut self) {
         self.receiver.close();
         match self.receiver.try_recv() {
-            Ok(Ok(booked)) => self.dispatch.change(|state| state.router.finished(booked.booking)),
+            Ok(Ok(booked)) => {
+                self.dispatch.change(|state| state.router.finished(booked.booking, Instant::now()))
+            }
             _ => self.dispatch.lock().waiting.retain(|waiter| waiter.serial != self.serial),
         }
     }

@@ -1,12 +1,16 @@
 //! Requests that this router has in flight, and what of them a node's load reports cannot show yet.
 
-use crate::affinity::EngineEpoch;
-use std::collections::BTreeMap;
+use crate::learned::Features;
+use crate::speculation::Guess;
+use std::time::{Duration, Instant};
 use types::NodeId;
 
 /// A place taken at a node by [`crate::Router::book`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BookingId(u64);
+pub struct BookingId {
+    pub(crate) node: NodeId,
+    pub(crate) number: u64,
+}
 
 /// How far a booked request has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,14 +23,25 @@ pub(crate) enum BookingStage {
     Reported,
 }
 
-#[derive(Debug, Clone)]
+/// One request at a node.
+#[derive(Debug)]
 pub(crate) struct Booking {
-    pub(crate) node: NodeId,
-    pub(crate) engine: EngineEpoch,
     pub(crate) stage: BookingStage,
     /// Tokens still to be prefilled; 0 once the first token came.
     pub(crate) prefill_tokens: u64,
+    /// Tokens still to be written, at most.
     pub(crate) decode_tokens: u64,
+    /// Its blocks, as what the node is to have.
+    pub(crate) guess: Guess,
+    pub(crate) sent: Instant,
+    pub(crate) rtt: Duration,
+    /// What its time to the first token was predicted from.
+    pub(crate) features: Features,
+    pub(crate) first_token: Option<Instant>,
+    /// Tokens written so far.
+    pub(crate) tokens: u32,
+    /// Seconds of a decode step when it was sent.
+    pub(crate) step_s: f64,
 }
 
 /// Work of a node that its last load report did not include.
@@ -37,52 +52,13 @@ pub(crate) struct BookedWork {
     pub(crate) decode_tokens: u64,
 }
 
-#[derive(Debug, Default)]
-pub(crate) struct Bookings {
-    next: u64,
-    open: BTreeMap<BookingId, Booking>,
-}
-
-impl Bookings {
-    pub(crate) fn open(&mut self, booking: Booking, work: &mut BookedWork) -> BookingId {
-        work.requests += 1;
-        work.prefill_tokens += booking.prefill_tokens;
-        work.decode_tokens += booking.decode_tokens;
-        let id = BookingId(self.next);
-        self.next += 1;
-        self.open.insert(id, booking);
-        id
-    }
-
-    pub(crate) fn get_mut(&mut self, id: BookingId) -> Option<&mut Booking> {
-        self.open.get_mut(&id)
-    }
-
-    pub(crate) fn close(&mut self, id: BookingId) -> Option<Booking> {
-        self.open.remove(&id)
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.open.len()
-    }
-
-    /// A load report of that node arrived: what it accepted before is in there.
-    pub(crate) fn reported(&mut self, node: NodeId, work: &mut BookedWork) {
-        for booking in self.open.values_mut().filter(|booking| booking.node == node) {
-            if booking.stage == BookingStage::Accepted {
-                booking.stage = BookingStage::Reported;
-                work.remove(booking);
-            }
-        }
-    }
-
-    /// Forgets the bookings of an engine that is gone.
-    pub(crate) fn drop_engine(&mut self, engine: EngineEpoch) {
-        self.open.retain(|_, booking| booking.engine != engine);
-    }
-}
-
 impl BookedWork {
+    pub(crate) fn add(&mut self, booking: &Booking) {
+        self.requests += 1;
+        self.prefill_tokens += booking.prefill_tokens;
+        self.decode_tokens += booking.decode_tokens;
+    }
+
     pub(crate) fn remove(&mut self, booking: &Booking) {
         debug_assert!(self.requests > 0 && self.prefill_tokens >= booking.prefill_tokens, "booked before");
         self.requests = self.requests.saturating_sub(1);

@@ -1,24 +1,20 @@
 //! What a request would cost on a node, in seconds, so that unlike machines compare.
 
+use crate::learned::{Features, Predictor};
+use crate::settings::CostWeights;
 use std::time::Duration;
-use types::{NodeLoad, NodeRates};
+use types::NodeLoad;
 
-/// Weight of the time to write the answer, relative to the time until it starts. The wait for the first token is what a
-/// choice of node can change most; without any weight end-to-end time got 7–11 % worse in simulation.
-const DECODE_WEIGHT: f64 = 0.2;
 /// Tokens that an answer is expected to have where `max_tokens` allows more: clients ask for far more than they use.
 const DECODE_TOKENS_EXPECTED_MAX: u64 = 256;
-/// Prompt tokens that an engine prefills in one step beside its decode rows; each such step also costs a decode step.
-const PREFILL_SLICE_TOKENS: f64 = 256.0;
-/// Assumed of a node that has not told its speed: a slow one, so that measured ones come first.
-const RATES_UNKNOWN: NodeRates =
-    NodeRates { prefill_tokens_per_s: 200.0, decode_step_s: 0.05, decode_row_s: 0.01 };
 /// Assumed of a node that has not told its slots.
-pub(crate) const SLOTS_UNKNOWN: u32 = 1;
+const SLOTS_UNKNOWN: u32 = 1;
 /// The longest backlog believed, in seconds: past it nothing is told apart.
 const BACKLOG_S_MAX: f64 = 86_400.0;
-/// The least prefill rate believed, tokens a second: keeps a cost finite whatever a node reports.
-const PREFILL_RATE_MIN: f64 = 1.0;
+/// The most tokens believed, of anything: past it sums lose digits.
+const TOKENS_MAX: u64 = 1 << 48;
+/// Rows of [`NodeLoad::decode_step_s`].
+const TABLE_ROWS: [u32; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 
 /// The terms of a node's cost for one request, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -31,6 +27,8 @@ pub struct Cost {
     pub prefill_s: f64,
     /// There and back.
     pub rtt_s: f64,
+    /// Reading again what it would evict, as far as that is likely to be needed; already weighted.
+    pub evict_s: f64,
     /// Writing the answer, already weighted.
     pub decode_s: f64,
 }
@@ -38,76 +36,147 @@ pub struct Cost {
 impl Cost {
     /// The sum of all terms.
     pub fn total_s(&self) -> f64 {
-        self.backlog_s + self.slot_s + self.prefill_s + self.rtt_s + self.decode_s
+        self.first_token_s() + self.evict_s + self.decode_s
     }
+
+    /// Until the first token is here.
+    pub fn first_token_s(&self) -> f64 {
+        self.backlog_s + self.slot_s + self.prefill_s + self.rtt_s
+    }
+}
+
+/// What is to be done for one request on one node.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Job {
+    pub(crate) matched_tokens: u64,
+    pub(crate) uncached_tokens: u64,
+    pub(crate) max_tokens: u32,
 }
 
 /// A node's work as seen now, booked requests included.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Work {
-    pub(crate) rates: NodeRates,
-    pub(crate) slots: u32,
+pub(crate) struct Work<'a> {
+    pub(crate) predictor: &'a Predictor,
+    pub(crate) load: Option<&'a NodeLoad>,
+    /// Since the load was told.
+    pub(crate) since: Duration,
     /// Requests at the node or on their way to it.
     pub(crate) requests: u32,
-    /// Seconds of prefill that the node told of and that should be left now.
-    pub(crate) backlog_s: f64,
-    /// Prompt tokens beyond that.
-    pub(crate) booked_tokens: u64,
-    pub(crate) decode_tokens: u64,
+    /// Of these, those that the node did not report yet.
+    pub(crate) booked_requests: u32,
+    /// Their tokens.
+    pub(crate) booked_prefill: u64,
+    pub(crate) booked_decode: u64,
     pub(crate) rtt: Duration,
 }
 
-impl Work {
-    pub(crate) fn rates(load: Option<&NodeLoad>) -> NodeRates {
-        load.map_or(RATES_UNKNOWN, |load| load.rates)
+impl Work<'_> {
+    pub(crate) fn slots(&self) -> u32 {
+        self.load.map_or(SLOTS_UNKNOWN, |load| load.slots)
     }
 
-    fn prefill_rate(rates: &NodeRates) -> f64 {
+    /// Requests that wait at the node or are on their way.
+    pub(crate) fn waiting(&self) -> u32 {
+        self.load.map_or(0, |load| load.waiting).saturating_add(self.booked_requests)
+    }
+
+    /// Prompt tokens to be read before a new request's.
+    pub(crate) fn prefill_tokens(&self) -> u64 {
+        let told = self.load.map_or(0, |load| load.prefill_backlog_tokens.min(TOKENS_MAX));
+        told.saturating_add(self.booked_prefill)
+    }
+
+    /// Tokens of KV in use by requests, and in total.
+    pub(crate) fn kv_tokens(&self) -> (u64, u64) {
+        let (held, total) = self.load.map_or((0, 0), |load| load.kv_tokens);
+        (held.min(TOKENS_MAX).saturating_add(self.booked_prefill), total)
+    }
+
+    /// What is left of the prefill of the load report: the node has been working since.
+    fn backlog_s(&self) -> f64 {
+        let told_s = self.load.map_or(0.0, |load| f64::from(load.prefill_backlog_s));
         // `max` also replaces NaN.
-        f64::from(rates.prefill_tokens_per_s).max(PREFILL_RATE_MIN)
+        (told_s - self.since.as_secs_f64()).max(0.0).min(BACKLOG_S_MAX)
     }
 
-    /// What is left of the prefill of a load report after `since`: the node has been working meanwhile.
-    pub(crate) fn backlog_s(load: Option<&NodeLoad>, since: Duration) -> f64 {
-        let told_s = load.map_or(0.0, |load| f64::from(load.prefill_backlog_s));
-        // `max` also replaces NaN.
-        let left_s = (told_s - since.as_secs_f64()).max(0.0);
-        left_s.min(BACKLOG_S_MAX)
-    }
-
-    fn step_s(&self, rows: u32) -> f64 {
-        let (step, row) =
-            (f64::from(self.rates.decode_step_s).max(0.0), f64::from(self.rates.decode_row_s).max(0.0));
-        step + row * f64::from(rows.saturating_sub(1))
+    /// Seconds of a decode step with so many rows.
+    pub(crate) fn step_s(&self, rows: u32) -> f64 {
+        let Some(load) = self.load else { return self.predictor.step_s(0.05) };
+        let told = if load.decode_step_s[0] > 0.0 { table_s(load, rows) } else { rates_s(load, rows) };
+        self.predictor.step_s(if told.is_finite() { told.max(0.0) } else { 0.0 })
     }
 
     fn rows(&self) -> u32 {
-        self.requests.min(self.slots)
+        self.requests.min(self.slots())
     }
 
     /// Seconds until a slot is free for one more request: mean work left per row, times turns to wait.
     pub(crate) fn slot_s(&self) -> f64 {
-        if self.requests < self.slots {
+        let slots = self.slots();
+        if self.requests < slots {
             return 0.0;
         }
-        let tokens_left =
-            self.decode_tokens.min(u64::from(self.requests) * DECODE_TOKENS_EXPECTED_MAX) as f64;
+        let told = self.load.map_or(0, |load| load.decode_backlog_tokens.min(TOKENS_MAX));
+        let tokens_left = told.saturating_add(self.booked_decode);
+        let tokens_left = tokens_left.min(u64::from(self.requests) * DECODE_TOKENS_EXPECTED_MAX) as f64;
         // Rows end one after the other, so the first of `slots` ends after a fraction of a row's mean.
-        let turns = f64::from(self.requests - self.slots + 1) / f64::from(self.slots.max(1));
+        let turns = f64::from(self.requests - slots + 1) / f64::from(slots.max(1));
         tokens_left / f64::from(self.requests.max(1)) * self.step_s(self.rows()) * turns
     }
 
-    pub(crate) fn cost(&self, uncached_tokens: u64, max_tokens: u32) -> Cost {
-        let rate = Self::prefill_rate(&self.rates);
-        let decode_step_s = if self.requests == 0 { 0.0 } else { self.step_s(self.rows()) };
-        let interference = 1.0 + decode_step_s * rate / PREFILL_SLICE_TOKENS;
-        let expected = u64::from(max_tokens).min(DECODE_TOKENS_EXPECTED_MAX) as f64;
+    /// What the time to the first token is predicted from.
+    pub(crate) fn features(&self, job: &Job) -> Features {
+        let step_s = if self.requests == 0 { 0.0 } else { self.step_s(self.rows()) };
+        let ahead = self.booked_prefill;
+        Features::new(self.backlog_s(), ahead, job.uncached_tokens, job.matched_tokens, step_s)
+    }
+
+    /// Tokens of cache that the request takes from others.
+    fn evicted_tokens(&self, job: &Job) -> f64 {
+        let Some(load) = self.load else { return 0.0 };
+        let used = load.cached_kv_tokens.max(load.kv_tokens.0).min(TOKENS_MAX) + self.booked_prefill;
+        let free = load.kv_tokens.1.saturating_sub(used);
+        let needed = job.uncached_tokens + expected_tokens(job.max_tokens);
+        needed.saturating_sub(free) as f64
+    }
+
+    /// The cost, where reading a token that was evicted takes `token_s` on a usual node.
+    pub(crate) fn cost(&self, job: &Job, weights: &CostWeights, token_s: f64) -> Cost {
+        let features = self.features(job);
+        let ahead = Features::new(features.backlog_s, self.booked_prefill, 0, 0, 0.0);
+        let backlog_s = self.predictor.seconds(&ahead);
+        let told = |seconds: fn(&NodeLoad) -> f32| self.load.map_or(0.0, |load| f64::from(seconds(load)));
+        let reuse_s = match told(|load| load.cache_reuse_s) {
+            measured if measured > 0.0 => measured,
+            _ => weights.reuse_s,
+        };
+        let age_s = told(|load| load.cache_tail_age_s).max(0.0) + self.since.as_secs_f64();
+        let likely = (-age_s / reuse_s).exp();
+        let rows = (self.requests + 1).min(self.slots().max(1));
         Cost {
-            backlog_s: self.backlog_s + self.booked_tokens as f64 / rate,
+            backlog_s,
             slot_s: self.slot_s(),
-            prefill_s: uncached_tokens as f64 / rate * interference,
+            prefill_s: self.predictor.seconds(&features) - backlog_s,
             rtt_s: self.rtt.as_secs_f64(),
-            decode_s: DECODE_WEIGHT * expected * self.step_s((self.requests + 1).min(self.slots.max(1))),
+            evict_s: weights.eviction * self.evicted_tokens(job) * token_s * likely,
+            decode_s: weights.decode * expected_tokens(job.max_tokens) as f64 * self.step_s(rows),
         }
     }
+}
+
+fn expected_tokens(max_tokens: u32) -> u64 {
+    u64::from(max_tokens).min(DECODE_TOKENS_EXPECTED_MAX)
+}
+
+fn rates_s(load: &NodeLoad, rows: u32) -> f64 {
+    let rates = &load.rates;
+    f64::from(rates.decode_step_s) + f64::from(rates.decode_row_s) * f64::from(rows.saturating_sub(1))
+}
+
+/// From the table, in a straight line between its places and beyond the last.
+fn table_s(load: &NodeLoad, rows: u32) -> f64 {
+    let above = TABLE_ROWS.partition_point(|&at| at < rows).clamp(1, TABLE_ROWS.len() - 1);
+    let (low, high) = (f64::from(TABLE_ROWS[above - 1]), f64::from(TABLE_ROWS[above]));
+    let (low_s, high_s) = (f64::from(load.decode_step_s[above - 1]), f64::from(load.decode_step_s[above]));
+    low_s + (high_s - low_s) * (f64::from(rows.max(1)) - low) / (high - low)
 }

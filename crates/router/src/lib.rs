@@ -1,17 +1,30 @@
 //! Which node serves a request: a pure state machine of everything one router knows.
 //!
-//! Nodes are fed in by [`Router::node_up`], [`Router::state`], [`Router::load`], [`Router::rtt`] and
-//! [`Router::node_down`]. [`Router::route`] answers a [`RouteQuery`] from that and from the router's own record of what
-//! it sent where; [`Router::book`] commits to the answer, and [`Router::accepted`], [`Router::first_token`] and
-//! [`Router::finished`] tell how it went. All knowledge is soft: a wrong view costs time, never correctness.
+//! Nodes are fed in by [`Router::node_up`], [`Router::state`], [`Router::load`], [`Router::rtt`], [`Router::node_down`],
+//! and what their caches hold by [`Router::cache_snapshot`] and [`Router::cache_events`]. [`Router::route`] answers a
+//! [`RouteQuery`] from that and from what the router itself has sent; [`Router::book`] commits to the answer, and
+//! [`Router::accepted`], [`Router::first_token`], [`Router::progress`] and [`Router::finished`] tell how it went, from
+//! which it learns how fast nodes are. All knowledge is soft: a wrong view costs time, never correctness.
 //! No clock is read, nothing blocks, and the same inputs give the same routes.
 #![warn(missing_docs)]
 
-mod affinity;
 mod booking;
+mod choice;
 mod cost;
+mod index;
+mod learned;
+mod node;
+mod query;
 mod router;
+mod sessions;
+mod settings;
+mod speculation;
 
 pub use booking::BookingId;
 pub use cost::Cost;
-pub use router::{KnownNode, NODE_WAITING_MAX, Route, RouteError, RouteQuery, RouteReason, Router};
+pub use index::{INDEX_BLOCKS_MAX, NODE_BLOCKS_MAX};
+pub use learned::Learned;
+pub use node::KnownNode;
+pub use query::{Considered, Excluded, Resync, Route, RouteError, RouteQuery, RouteReason};
+pub use router::Router;
+pub use settings::{CostWeights, NODE_WAITING_MAX, Policy, PolicyError, RivalSettings, RouterSettings};

@@ -1,206 +1,45 @@
 //! The state machine: nodes, what was sent to them, and the choice between them.
 
-use crate::affinity::{AffinityRecord, EngineEpoch, GENERATION_BLOCKS_MAX};
-use crate::booking::{BookedWork, Booking, BookingId, BookingStage, Bookings};
-use crate::cost::{Cost, SLOTS_UNKNOWN, Work};
+use crate::booking::{Booking, BookingId, BookingStage};
+use crate::choice::{Candidate, Occasion, TIE_S};
+use crate::cost::Job;
+use crate::index::{CacheIndex, Slot};
+use crate::learned::Learned;
+use crate::node::KnownNode;
+use crate::query::{Considered, Excluded, Resync, Route, RouteError, RouteQuery, RouteReason};
+use crate::sessions::Sessions;
+use crate::settings::RouterSettings;
+use crate::speculation::Speculation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
-use types::{BLOCK_TOKENS, BlockHash, EngineState, ModelCard, NodeId, NodeLoad, limits};
+use types::{BLOCK_TOKENS, CacheEvent, CacheSnapshot, EngineState, ModelCard, NodeId, NodeLoad, limits};
 
-/// Requests that a router lets wait at a node beside those that run: enough that a freed slot is refilled without a
-/// round trip, few enough that a request is bound to a node late.
-pub const NODE_WAITING_MAX: u32 = 4;
-/// Costs within this fraction of the least one are equal: no prediction is better than that.
-const TIE_FRACTION: f64 = 0.05;
-/// Costs within this of the least one are equal, in seconds: below what anybody notices.
-const TIE_S: f64 = 0.005;
 /// Names of models remembered after their last node left, so that asking for them is "not now" and not "unknown".
 const MODELS_REMEMBERED_MAX: usize = limits::NODES_MAX;
 /// The least time after which a refused client is asked to come back.
 const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 /// The most: beyond it no prediction is worth much.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
-
-/// What is to be routed.
-#[derive(Debug, Clone, Copy)]
-pub struct RouteQuery<'a> {
-    /// The model's name.
-    pub model: &'a str,
-    /// Hashes of the prompt's full blocks, in order.
-    pub hashes: &'a [BlockHash],
-    /// Tokens of the prompt.
-    pub prompt_tokens: u32,
-    /// Tokens to generate at most.
-    pub max_tokens: u32,
-    /// Nodes not to be chosen: those that were tried.
-    pub exclude: &'a [NodeId],
-}
-
-/// Where a request should go.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Route {
-    /// The node.
-    pub node: NodeId,
-    /// Tokens of the prompt expected in its cache.
-    pub matched_tokens: u32,
-    /// What it is expected to cost there.
-    pub cost: Cost,
-    /// What decided.
-    pub reason: RouteReason,
-}
-
-/// What decided a route.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RouteReason {
-    /// No other node could take it.
-    OnlyNode,
-    /// Part of the prompt is expected in the node's cache, and that outweighs all else.
-    Affinity,
-    /// The node would be done first, whatever caches hold.
-    LeastWork,
-}
-
-impl std::fmt::Display for RouteReason {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::OnlyNode => "only node",
-            Self::Affinity => "affinity",
-            Self::LeastWork => "least work",
-        })
-    }
-}
-
-/// Why there is no route.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RouteError {
-    /// No node serves or served that model.
-    #[error("no node serves the model {model:?}")]
-    UnknownModel {
-        /// The model asked for.
-        model: String,
-        /// The models that are served.
-        served: Vec<String>,
-    },
-    /// Nodes are missing, not ready or tried already.
-    #[error("{reason}")]
-    NoNode {
-        /// What the nodes lack.
-        reason: String,
-    },
-    /// Every node that could serve it has as many requests as it may.
-    #[error("all nodes are busy for {retry_after:?}")]
-    AllBusy {
-        /// When a place is expected.
-        retry_after: Duration,
-    },
-}
-
-/// A node as the router knows it.
-#[derive(Debug, Clone)]
-pub struct KnownNode {
-    engine: EngineEpoch,
-    state: EngineState,
-    models: Vec<ModelCard>,
-    load: Option<(NodeLoad, Instant)>,
-    rtt: Duration,
-    /// Not in the last load report.
-    booked: BookedWork,
-    /// Requests that ended since the last load report, which still counts them.
-    ended: u32,
-    /// It refused a request as busy since the last load report.
-    full: bool,
-}
-
-impl KnownNode {
-    /// Its engine's state.
-    pub fn state(&self) -> &EngineState {
-        &self.state
-    }
-
-    /// What it serves.
-    pub fn models(&self) -> &[ModelCard] {
-        &self.models
-    }
-
-    /// Its last load report.
-    pub fn load(&self) -> Option<&NodeLoad> {
-        self.load.as_ref().map(|(load, _)| load)
-    }
-
-    /// Round-trip time; zero for the local node.
-    pub fn rtt(&self) -> Duration {
-        self.rtt
-    }
-
-    /// Requests sent to it that its last load report did not include.
-    pub fn booked_requests(&self) -> u32 {
-        self.booked.requests
-    }
-
-    /// Their tokens, to be read and to be written.
-    pub fn booked_tokens(&self) -> u64 {
-        self.booked.prefill_tokens + self.booked.decode_tokens
-    }
-
-    fn is_ready(&self) -> bool {
-        self.state == EngineState::Ready
-    }
-
-    fn serves(&self, model: &str) -> bool {
-        self.models.iter().any(|card| card.name == model)
-    }
-
-    /// Whether it serves the model with a context that holds the request: machines with less memory have a smaller one.
-    fn fits(&self, query: &RouteQuery<'_>) -> bool {
-        let tokens = u64::from(query.prompt_tokens) + u64::from(query.max_tokens);
-        let holds = |card: &ModelCard| card.name == query.model && tokens <= u64::from(card.context_tokens);
-        self.models.iter().any(holds)
-    }
-
-    fn work(&self, now: Instant) -> Work {
-        let load = self.load();
-        let since = self.load.map_or(Duration::ZERO, |(_, at)| now.saturating_duration_since(at));
-        let reported = load.map_or(0, |load| load.running.saturating_add(load.waiting));
-        Work {
-            rates: Work::rates(load),
-            slots: load.map_or(SLOTS_UNKNOWN, |load| load.slots),
-            requests: reported.saturating_sub(self.ended).saturating_add(self.booked.requests),
-            backlog_s: Work::backlog_s(load, since),
-            booked_tokens: self.booked.prefill_tokens,
-            decode_tokens: load
-                .map_or(0, |load| load.decode_backlog_tokens)
-                .saturating_add(self.booked.decode_tokens),
-            rtt: self.rtt,
-        }
-    }
-}
+/// Tokens of a text from which the time of a step is learned.
+const STEP_TOKENS_MIN: u32 = 8;
 
 /// Everything one router knows, and the choice that follows from it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Router {
+    settings: RouterSettings,
     nodes: BTreeMap<NodeId, KnownNode>,
-    affinity: AffinityRecord,
-    bookings: Bookings,
-    engines: u32,
+    index: CacheIndex,
+    speculation: Speculation,
+    sessions: Sessions,
+    /// Requests booked so far.
+    booked: u64,
     models_seen: BTreeSet<String>,
-}
-
-impl Default for Router {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 impl Router {
     /// Knows no nodes.
-    pub fn new() -> Self {
-        Self {
-            nodes: BTreeMap::new(),
-            affinity: AffinityRecord::new(GENERATION_BLOCKS_MAX),
-            bookings: Bookings::default(),
-            engines: 0,
-            models_seen: BTreeSet::new(),
-        }
+    pub fn new(settings: RouterSettings) -> Self {
+        Self { settings, ..Self::default() }
     }
 
     /// A node connected. Returns false, and changes nothing, where [`limits::NODES_MAX`] are known already.
@@ -210,36 +49,20 @@ impl Router {
         if self.nodes.len() >= limits::NODES_MAX {
             return false;
         }
-        let engine = self.next_engine();
-        self.nodes.insert(
-            node,
-            KnownNode {
-                engine,
-                state: EngineState::Loading,
-                models: Vec::new(),
-                load: None,
-                rtt: Duration::ZERO,
-                booked: BookedWork::default(),
-                ended: 0,
-                full: false,
-            },
-        );
+        let Some(slot) = self.index.open() else { return false };
+        self.nodes.insert(node, KnownNode::new(slot));
         true
     }
 
     /// A node told its engine's state and what it serves. One that loads or restarts has an empty cache.
     pub fn state(&mut self, node: NodeId, state: EngineState, models: Vec<ModelCard>) {
         let fresh = matches!(state, EngineState::Loading | EngineState::Restarting(_));
-        let engine = if fresh { Some(self.next_engine()) } else { None };
-        let Some(known) = self.nodes.get_mut(&node) else { return };
-        if let Some(engine) = engine {
-            self.bookings.drop_engine(known.engine);
-            known.engine = engine;
-            known.load = None;
-            known.booked = BookedWork::default();
-            known.ended = 0;
-            known.full = false;
+        if fresh && self.nodes.contains_key(&node) {
+            let rtt = self.nodes.get(&node).map_or(Duration::ZERO, KnownNode::rtt);
+            self.node_up(node);
+            self.rtt(node, rtt);
         }
+        let Some(known) = self.nodes.get_mut(&node) else { return };
         known.state = state;
         known.models = models;
         known.models.truncate(limits::NODE_MODELS_MAX);
@@ -253,10 +76,7 @@ impl Router {
     /// A node told its load: it includes every request that the node had accepted before.
     pub fn load(&mut self, node: NodeId, load: NodeLoad, now: Instant) {
         if let Some(known) = self.nodes.get_mut(&node) {
-            known.load = Some((load, now));
-            known.ended = 0;
-            known.full = false;
-            self.bookings.reported(node, &mut known.booked);
+            known.reported(load, now);
         }
     }
 
@@ -277,8 +97,51 @@ impl Router {
     /// A node is gone.
     pub fn node_down(&mut self, node: NodeId) {
         if let Some(known) = self.nodes.remove(&node) {
-            self.bookings.drop_engine(known.engine);
+            self.forget(known.slot);
+            for booking in known.bookings.into_values() {
+                self.speculation.dropped(booking.guess);
+            }
         }
+    }
+
+    /// A node told all that its cache holds.
+    pub fn cache_snapshot(&mut self, node: NodeId, snapshot: CacheSnapshot, now: Instant) {
+        let Some(known) = self.nodes.get_mut(&node) else { return };
+        self.index.replace(known.slot, &snapshot.blocks);
+        known.cache = Some((snapshot.epoch, snapshot.seq));
+        self.speculation.forget(known.slot);
+        self.speculation.expire(now);
+    }
+
+    /// A node told what changed in its cache since its engine, the one of `epoch`, had told `first_seq` events.
+    /// What is known already is passed over.
+    ///
+    /// # Errors
+    /// [`Resync`] where events are missing before these or the engine is not the one known: nothing changes, and the
+    /// node is to be asked for a snapshot.
+    pub fn cache_events(
+        &mut self,
+        node: NodeId,
+        epoch: u64,
+        first_seq: u64,
+        events: &[CacheEvent],
+        now: Instant,
+    ) -> Result<(), Resync> {
+        let Some(known) = self.nodes.get_mut(&node) else { return Ok(()) };
+        let next = match known.cache {
+            Some((known_epoch, next)) if known_epoch == epoch && first_seq <= next => next,
+            known => return Err(Resync { node, epoch, first_seq, known }),
+        };
+        let seen = usize::try_from(next - first_seq).unwrap_or(usize::MAX);
+        for event in events.iter().skip(seen) {
+            match event {
+                CacheEvent::Stored { blocks, .. } => self.index.store(known.slot, blocks),
+                CacheEvent::Removed { blocks } => self.index.remove(known.slot, blocks),
+            }
+        }
+        known.cache = Some((epoch, next.max(first_seq.saturating_add(events.len() as u64))));
+        self.speculation.expire(now);
+        Ok(())
     }
 
     /// Where the request should go, or why nowhere.
@@ -286,42 +149,20 @@ impl Router {
     /// # Errors
     /// [`RouteError`], which tells "never heard of it", "not now" and "busy" apart.
     pub fn route(&self, query: &RouteQuery<'_>, now: Instant) -> Result<Route, RouteError> {
-        let matches = self.affinity.matches(query.hashes);
-        let serving = || self.nodes.values().filter(|known| known.is_ready() && known.serves(query.model));
-        // Where it fits nowhere, a node says so, with the numbers.
-        let fits_somewhere = serving().any(|known| known.fits(query));
-        let mut candidates = Vec::new();
-        let mut free_s = None::<f64>;
-        for (&node, known) in &self.nodes {
-            if !known.is_ready() || !known.serves(query.model) || query.exclude.contains(&node) {
-                continue;
-            }
-            if fits_somewhere && !known.fits(query) {
-                continue;
-            }
-            let work = known.work(now);
-            if known.full || work.requests >= work.slots.saturating_add(NODE_WAITING_MAX) {
-                free_s = Some(free_s.unwrap_or(f64::INFINITY).min(work.slot_s()));
-                continue;
-            }
-            let blocks =
-                matches.iter().find(|(engine, _)| *engine == known.engine).map_or(0, |found| found.1);
-            // The last token is always computed: its logits are the answer.
-            let matched_tokens =
-                (blocks * BLOCK_TOKENS).min(query.prompt_tokens.saturating_sub(1) as usize) as u32;
-            let uncached = u64::from(query.prompt_tokens - matched_tokens);
-            let cost = work.cost(uncached, query.max_tokens);
-            candidates.push(Candidate { node, matched_tokens, work, cost });
-        }
-        let best_s =
-            candidates.iter().map(|candidate| candidate.cost.total_s()).fold(f64::INFINITY, f64::min);
-        let tie_s = best_s + TIE_S.max(best_s * TIE_FRACTION);
-        let best = candidates
-            .iter()
-            .filter(|candidate| candidate.cost.total_s() <= tie_s)
-            .min_by(|one, two| one.tie_order(two));
-        match (best, free_s) {
-            (Some(best), _) => Ok(best.route(&candidates, query)),
+        let all = self.candidates(query, now);
+        let full = all.iter().filter(|(_, excluded)| *excluded == Some(Excluded::Full));
+        let free_s = full.map(|(one, _)| one.work.slot_s()).min_by(f64::total_cmp);
+        let free: Vec<Candidate<'_>> =
+            all.into_iter().filter(|(_, excluded)| excluded.is_none()).map(|(one, _)| one).collect();
+        let occasion = Occasion {
+            settings: &self.settings,
+            hashes: query.hashes,
+            prompt_tokens: query.prompt_tokens,
+            session: query.session.and_then(|session| self.sessions.node(session)),
+            turn: self.booked,
+        };
+        match (occasion.choose(&free), free_s) {
+            (Some(best), _) => Ok(self.chosen(&free, best, query)),
             (None, Some(free_s)) => Err(RouteError::AllBusy {
                 retry_after: Duration::try_from_secs_f64(free_s)
                     .unwrap_or(RETRY_AFTER_MAX)
@@ -331,49 +172,106 @@ impl Router {
         }
     }
 
+    /// What each node would cost, and why it cannot be chosen; in order of id.
+    pub fn explain(&self, query: &RouteQuery<'_>, now: Instant) -> Vec<Considered> {
+        let all = self.candidates(query, now).into_iter();
+        let considered = all.map(|(one, excluded)| Considered {
+            node: one.node,
+            matched_tokens: one.matched_tokens,
+            cost: one.cost,
+            requests: one.work.requests,
+            excluded,
+        });
+        considered.collect()
+    }
+
     /// Commits to a route just given: counts its work as the node's until the node's reports do.
-    pub fn book(&mut self, route: &Route, query: &RouteQuery<'_>) -> Option<BookingId> {
+    pub fn book(&mut self, route: &Route, query: &RouteQuery<'_>, now: Instant) -> Option<BookingId> {
         let known = self.nodes.get_mut(&route.node)?;
-        self.affinity.record(known.engine, query.hashes);
-        let booking = Booking {
-            node: route.node,
-            engine: known.engine,
-            stage: BookingStage::Sent,
-            prefill_tokens: u64::from(query.prompt_tokens.saturating_sub(route.matched_tokens)),
-            decode_tokens: u64::from(query.max_tokens),
+        let uncached_tokens = u64::from(query.prompt_tokens.saturating_sub(route.matched_tokens));
+        let job = Job {
+            matched_tokens: u64::from(route.matched_tokens),
+            uncached_tokens,
+            max_tokens: query.max_tokens,
         };
-        Some(self.bookings.open(booking, &mut known.booked))
+        let work = known.work(now);
+        let booking = Booking {
+            stage: BookingStage::Sent,
+            prefill_tokens: uncached_tokens,
+            decode_tokens: u64::from(query.max_tokens),
+            guess: self.speculation.sent(known.slot, query.hashes),
+            sent: now,
+            rtt: known.rtt,
+            features: work.features(&job),
+            first_token: None,
+            tokens: 0,
+            step_s: work.step_s((work.requests + 1).min(work.slots().max(1))),
+        };
+        known.booked.add(&booking);
+        known.given += 1;
+        let id = BookingId { node: route.node, number: self.booked };
+        known.bookings.insert(id.number, booking);
+        self.booked += 1;
+        if let Some(session) = query.session {
+            self.sessions.sent(session, route.node);
+        }
+        Some(id)
     }
 
     /// The node took the request: its next load report includes it.
-    pub fn accepted(&mut self, booking: BookingId) {
-        if let Some(booking) = self.bookings.get_mut(booking).filter(|one| one.stage == BookingStage::Sent) {
+    pub fn accepted(&mut self, booking: BookingId, _now: Instant) {
+        if let Some(booking) = self.booking(booking)
+            && booking.stage == BookingStage::Sent
+        {
             booking.stage = BookingStage::Accepted;
         }
     }
 
     /// The first token came: its prompt is read.
-    pub fn first_token(&mut self, booking: BookingId) {
-        let Some(booking) = self.bookings.get_mut(booking) else { return };
+    pub fn first_token(&mut self, booking: BookingId, now: Instant) {
+        let Some(known) = self.nodes.get_mut(&booking.node) else { return };
+        let Some(booking) = known.bookings.get_mut(&booking.number) else { return };
         let tokens = std::mem::take(&mut booking.prefill_tokens);
-        if booking.stage != BookingStage::Reported
-            && let Some(known) = self.nodes.get_mut(&booking.node)
-        {
+        if booking.stage != BookingStage::Reported {
             known.booked.prefill_tokens = known.booked.prefill_tokens.saturating_sub(tokens);
+        }
+        if booking.first_token.is_none() {
+            booking.first_token = Some(now);
+            booking.tokens = 1;
+            let took = now.saturating_duration_since(booking.sent).saturating_sub(booking.rtt);
+            known.predictor.observe(&booking.features, took.as_secs_f64());
+        }
+    }
+
+    /// So many tokens came by now.
+    pub fn progress(&mut self, booking: BookingId, tokens: u32, _now: Instant) {
+        if let Some(booking) = self.booking(booking) {
+            booking.tokens = booking.tokens.max(tokens);
         }
     }
 
     /// The request ended, was refused or was given up. Once for each booking; more do nothing.
-    pub fn finished(&mut self, booking: BookingId) {
-        let Some(booking) = self.bookings.close(booking) else { return };
-        let Some(known) = self.nodes.get_mut(&booking.node).filter(|known| known.engine == booking.engine)
-        else {
-            return;
-        };
+    pub fn finished(&mut self, booking: BookingId, now: Instant) {
+        let Some(known) = self.nodes.get_mut(&booking.node) else { return };
+        let Some(booking) = known.bookings.remove(&booking.number) else { return };
         match booking.stage {
             BookingStage::Sent | BookingStage::Accepted => known.booked.remove(&booking),
             BookingStage::Reported => known.ended = known.ended.saturating_add(1),
         }
+        if let Some(first) = booking.first_token {
+            if booking.tokens >= STEP_TOKENS_MIN {
+                let seconds = now.saturating_duration_since(first).as_secs_f64();
+                known.predictor.observe_step(booking.step_s, seconds / f64::from(booking.tokens - 1));
+            }
+            self.speculation.ended(booking.guess, known.cache.is_some(), now);
+        } else {
+            self.speculation.dropped(booking.guess);
+        }
+    }
+
+    /// What was learned of a node from the requests it had.
+    pub fn learned(&self, node: NodeId) -> Option<Learned> {
+        self.nodes.get(&node).map(KnownNode::learned)
     }
 
     /// Nodes, in order of id.
@@ -407,12 +305,92 @@ impl Router {
 
     /// Requests booked and not finished.
     pub fn in_flight(&self) -> usize {
-        self.bookings.len()
+        self.nodes.values().map(|known| known.bookings.len()).sum()
     }
 
-    fn next_engine(&mut self) -> EngineEpoch {
-        self.engines = self.engines.wrapping_add(1);
-        EngineEpoch(self.engines)
+    /// Blocks known to be in a node's cache.
+    pub fn cached_blocks(&self, node: NodeId) -> usize {
+        self.nodes.get(&node).map_or(0, |known| self.index.blocks(known.slot))
+    }
+
+    /// Blocks known to be in nodes' caches, each as often as nodes have it.
+    pub fn index_blocks(&self) -> usize {
+        self.index.held()
+    }
+
+    /// Blocks that nodes were sent and have not told of yet.
+    pub fn expected_blocks(&self) -> usize {
+        self.speculation.noted()
+    }
+
+    fn forget(&mut self, slot: Slot) {
+        self.index.close(slot);
+        self.speculation.forget(slot);
+    }
+
+    fn booking(&mut self, id: BookingId) -> Option<&mut Booking> {
+        self.nodes.get_mut(&id.node)?.bookings.get_mut(&id.number)
+    }
+
+    /// All nodes as candidates, in order of id, with what excludes them.
+    fn candidates<'a>(
+        &'a self,
+        query: &RouteQuery<'_>,
+        now: Instant,
+    ) -> Vec<(Candidate<'a>, Option<Excluded>)> {
+        let mut matches = self.index.matches(query.hashes);
+        self.speculation.matches(query.hashes, &mut matches);
+        let serving = || self.nodes.values().filter(|known| known.is_ready() && known.serves(query.model));
+        // Where it fits nowhere, a node says so, with the numbers.
+        let fits_somewhere = serving().any(|known| known.fits(query));
+        let (nodes, read_s) = serving()
+            .fold((0.0, 0.0), |(nodes, seconds), known| (nodes + 1.0, seconds + known.predictor.read_s(1.0)));
+        let token_s = if nodes > 0.0 { read_s / nodes } else { 0.0 };
+        let all = self.nodes.iter().map(|(&node, known)| {
+            let work = known.work(now);
+            let blocks = matches.blocks(known.slot);
+            // The last token is always computed: its logits are the answer.
+            let matched_tokens =
+                (blocks * BLOCK_TOKENS).min(query.prompt_tokens.saturating_sub(1) as usize) as u32;
+            let job = Job {
+                matched_tokens: u64::from(matched_tokens),
+                uncached_tokens: u64::from(query.prompt_tokens - matched_tokens),
+                max_tokens: query.max_tokens,
+            };
+            let cost = work.cost(&job, &self.settings.cost, token_s);
+            let full =
+                known.full || work.requests >= work.slots().saturating_add(self.settings.node_waiting_max);
+            let excluded = if !known.is_ready() {
+                Some(Excluded::NotReady)
+            } else if !known.serves(query.model) {
+                Some(Excluded::OtherModel)
+            } else if query.exclude.contains(&node) {
+                Some(Excluded::Tried)
+            } else if fits_somewhere && !known.fits(query) {
+                Some(Excluded::SmallContext)
+            } else {
+                full.then_some(Excluded::Full)
+            };
+            (Candidate { node, matched_tokens, work, cost, given: known.given }, excluded)
+        });
+        all.collect()
+    }
+
+    fn chosen(&self, all: &[Candidate<'_>], best: usize, query: &RouteQuery<'_>) -> Route {
+        let Candidate { node, matched_tokens, ref work, cost, .. } = all[best];
+        // It was the cache if without it another node would have been cheaper, or as cheap as makes no difference.
+        let uncached_tokens = u64::from(query.prompt_tokens);
+        let cold = Job { matched_tokens: 0, uncached_tokens, max_tokens: query.max_tokens };
+        let cold_s = work.cost(&cold, &self.settings.cost, 0.0).total_s();
+        let mut others = all.iter().filter(|other| other.node != node);
+        let reason = if all.len() == 1 {
+            RouteReason::OnlyNode
+        } else if matched_tokens > 0 && others.any(|other| other.cost.total_s() <= cold_s + TIE_S) {
+            RouteReason::Affinity
+        } else {
+            RouteReason::LeastWork
+        };
+        Route { node, matched_tokens, cost, reason }
     }
 
     fn no_node(&self, query: &RouteQuery<'_>) -> RouteError {
@@ -441,38 +419,5 @@ impl Router {
             states.into_iter().collect::<Vec<_>>().join(", ")
         };
         RouteError::NoNode { reason }
-    }
-}
-
-struct Candidate {
-    node: NodeId,
-    matched_tokens: u32,
-    work: Work,
-    cost: Cost,
-}
-
-impl Candidate {
-    /// Between equal costs: lower load, then more of the prompt cached, then id.
-    fn tie_order(&self, other: &Self) -> std::cmp::Ordering {
-        let load = |work: &Work, slots: u32| u64::from(work.requests) * u64::from(slots.max(1));
-        load(&self.work, other.work.slots)
-            .cmp(&load(&other.work, self.work.slots))
-            .then(other.matched_tokens.cmp(&self.matched_tokens))
-            .then(self.node.cmp(&other.node))
-    }
-
-    fn route(&self, candidates: &[Self], query: &RouteQuery<'_>) -> Route {
-        // It was the cache if without it another node would have been cheaper, or as cheap as makes no difference.
-        let cold_s = self.work.cost(u64::from(query.prompt_tokens), query.max_tokens).total_s();
-        let others = candidates.iter().filter(|other| other.node != self.node);
-        let cheaper = |other: &Self| other.cost.total_s() <= cold_s + TIE_S;
-        let reason = if candidates.len() == 1 {
-            RouteReason::OnlyNode
-        } else if self.matched_tokens > 0 && others.into_iter().any(cheaper) {
-            RouteReason::Affinity
-        } else {
-            RouteReason::LeastWork
-        };
-        Route { node: self.node, matched_tokens: self.matched_tokens, cost: self.cost, reason }
     }
 }

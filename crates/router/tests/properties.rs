@@ -1,9 +1,11 @@
 //! Whatever happens in whatever order: bookings balance, routes obey the rules, and the same inputs give the same routes.
 
 use proptest::prelude::*;
-use router::{BookingId, NODE_WAITING_MAX, RouteError, RouteQuery, Router};
+use router::{BookingId, NODE_WAITING_MAX, RouteError, RouteQuery, Router, RouterSettings};
 use std::time::{Duration, Instant};
-use types::{AssetsHash, BlockHash, EngineState, ModelCard, NodeId, NodeLoad, NodeRates, block_hashes};
+use types::{
+    AssetsHash, BlockHash, EngineState, ModelCard, NodeId, NodeLoad, NodeRates, Priority, block_hashes,
+};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -57,13 +59,15 @@ fn load(running: u8, tokens: u16) -> NodeLoad {
         prefill_backlog_s: f32::from(tokens) / 100.0,
         prefill_budget_tokens: 0,
         decode_step_s: [0.0; 8],
+        cache_tail_age_s: 0.0,
+        cache_reuse_s: 0.0,
         rates: NodeRates { prefill_tokens_per_s: 100.0, decode_step_s: 0.1, decode_row_s: 0.01 },
     }
 }
 
 /// Runs the steps, checks each route, and returns all of them; leaves everything finished.
 fn run(steps: &[Step]) -> (Router, Vec<Option<(NodeId, u32)>>, Instant) {
-    let mut router = Router::new();
+    let mut router = Router::new(RouterSettings::default());
     let mut now = Instant::now();
     let mut open: Vec<BookingId> = Vec::new();
     let mut routes = Vec::new();
@@ -95,6 +99,8 @@ fn run(steps: &[Step]) -> (Router, Vec<Option<(NodeId, u32)>>, Instant) {
                     prompt_tokens: u32::from(tokens),
                     max_tokens: 100,
                     exclude: &exclude[..usize::from(first == 0)],
+                    session: None,
+                    priority: Priority::default(),
                 };
                 let route = router.route(&query, now);
                 if let Ok(route) = &route {
@@ -103,7 +109,7 @@ fn run(steps: &[Step]) -> (Router, Vec<Option<(NodeId, u32)>>, Instant) {
                     assert!(!query.exclude.contains(&route.node));
                     assert!(route.matched_tokens < query.prompt_tokens);
                     assert!(route.cost.total_s().is_finite() && route.cost.total_s() >= 0.0);
-                    open.push(router.book(route, &query).expect("a known node"));
+                    open.push(router.book(route, &query, now).expect("a known node"));
                 } else if let Err(RouteError::AllBusy { retry_after }) = &route {
                     assert!(*retry_after >= Duration::from_secs(1));
                     assert!(router.nodes().any(|(_, known)| {
@@ -115,19 +121,19 @@ fn run(steps: &[Step]) -> (Router, Vec<Option<(NodeId, u32)>>, Instant) {
             }
             Step::Accepted(index) => {
                 if let Some(index) = pick(&open, index) {
-                    router.accepted(open[index]);
+                    router.accepted(open[index], now);
                 }
             }
             Step::FirstToken(index) => {
                 if let Some(index) = pick(&open, index) {
-                    router.first_token(open[index]);
+                    router.first_token(open[index], now);
                 }
             }
             Step::Finished(index) => {
                 if let Some(index) = pick(&open, index) {
                     let booking = open.swap_remove(index);
-                    router.finished(booking);
-                    router.finished(booking);
+                    router.finished(booking, now);
+                    router.finished(booking, now);
                 }
             }
             Step::Wait(ms) => now += Duration::from_millis(u64::from(ms)),
@@ -135,7 +141,7 @@ fn run(steps: &[Step]) -> (Router, Vec<Option<(NodeId, u32)>>, Instant) {
         assert!(router.in_flight() <= open.len());
     }
     for booking in open {
-        router.finished(booking);
+        router.finished(booking, now);
     }
     (router, routes, now)
 }

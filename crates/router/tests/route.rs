@@ -1,10 +1,12 @@
 //! What is chosen in one situation after the other, as data.
 
-use router::{BookingId, NODE_WAITING_MAX, Route, RouteError, RouteQuery, RouteReason, Router};
+use router::{
+    BookingId, NODE_WAITING_MAX, Route, RouteError, RouteQuery, RouteReason, Router, RouterSettings,
+};
 use std::time::{Duration, Instant};
 use types::{
-    AssetsHash, BLOCK_TOKENS, BlockHash, EngineState, ModelCard, NodeId, NodeLoad, NodeRates, TokenId,
-    block_hashes,
+    AssetsHash, BLOCK_TOKENS, BlockHash, EngineState, ModelCard, NodeId, NodeLoad, NodeRates, Priority,
+    TokenId, block_hashes,
 };
 
 const MODEL: &str = "small";
@@ -33,6 +35,8 @@ fn load(prefill_rate: f32, running: u32, prefill_backlog_tokens: u64) -> NodeLoa
         prefill_backlog_s: prefill_backlog_tokens as f32 / prefill_rate,
         prefill_budget_tokens: 0,
         decode_step_s: [0.0; 8],
+        cache_tail_age_s: 0.0,
+        cache_reuse_s: 0.0,
         rates: NodeRates {
             prefill_tokens_per_s: prefill_rate,
             decode_step_s: 40.0 / prefill_rate,
@@ -49,7 +53,7 @@ struct Case {
 
 impl Case {
     fn new(loads: &[NodeLoad]) -> Self {
-        let mut case = Self { router: Router::new(), now: Instant::now() };
+        let mut case = Self { router: Router::new(RouterSettings::default()), now: Instant::now() };
         for (index, load) in loads.iter().enumerate() {
             let node = NodeId(index as u128 + 1);
             assert!(case.router.node_up(node));
@@ -82,16 +86,19 @@ impl Case {
     fn send(&mut self, prompt: &[TokenId]) -> (BookingId, u128) {
         let route = self.route(prompt, &[]).expect("a route");
         let hashes = block_hashes(BlockHash(7), prompt);
-        let booking = self.router.book(&route, &query(prompt, &hashes, &[])).expect("the node is known");
+        let booking =
+            self.router.book(&route, &query(prompt, &hashes, &[]), self.now).expect("the node is known");
         (booking, route.node.0)
     }
 
-    /// One request with that prompt from arrival to end.
+    /// One request with that prompt from arrival to end, which takes as long as predicted.
     fn serve(&mut self, prompt: &[TokenId]) -> u128 {
+        let predicted_s = self.route(prompt, &[]).expect("a route").cost.first_token_s();
         let (booking, node) = self.send(prompt);
-        self.router.accepted(booking);
-        self.router.first_token(booking);
-        self.router.finished(booking);
+        self.now += Duration::from_secs_f64(predicted_s);
+        self.router.accepted(booking, self.now);
+        self.router.first_token(booking, self.now);
+        self.router.finished(booking, self.now);
         node
     }
 
@@ -103,7 +110,15 @@ impl Case {
 }
 
 fn query<'a>(prompt: &[TokenId], hashes: &'a [BlockHash], exclude: &'a [NodeId]) -> RouteQuery<'a> {
-    RouteQuery { model: MODEL, hashes, prompt_tokens: prompt.len() as u32, max_tokens: 64, exclude }
+    RouteQuery {
+        model: MODEL,
+        hashes,
+        prompt_tokens: prompt.len() as u32,
+        max_tokens: 64,
+        exclude,
+        session: None,
+        priority: Priority::default(),
+    }
 }
 
 fn prompt(first: TokenId, tokens: usize) -> Vec<TokenId> {
@@ -185,7 +200,7 @@ fn a_report_takes_over_from_the_booking() {
     assert_eq!(node, 1);
     case.load(1, load(1000.0, 0, 0));
     case.check(&prompt(2, 500), 2, RouteReason::LeastWork);
-    case.router.accepted(booking);
+    case.router.accepted(booking, case.now);
     case.load(1, load(1000.0, 0, 0));
     case.check(&prompt(2, 500), 1, RouteReason::LeastWork);
 }
@@ -226,7 +241,7 @@ fn full_nodes_are_not_chosen_and_all_full_is_busy() {
         }
         other => panic!("expected busy, got {other:?}"),
     }
-    case.router.finished(sent.pop().expect("one was sent"));
+    case.router.finished(sent.pop().expect("one was sent"), case.now);
     case.check(&prompt(1, 10), 2, RouteReason::OnlyNode);
 }
 
@@ -243,17 +258,17 @@ fn a_node_that_refused_gets_nothing_until_it_reports() {
 fn an_end_after_the_report_makes_room_at_once() {
     let mut case = Case::new(&[load(1000.0, 0, 0)]);
     let (booking, _) = case.send(&prompt(1, 10));
-    case.router.accepted(booking);
+    case.router.accepted(booking, case.now);
     case.load(1, load(1000.0, 8 + NODE_WAITING_MAX, 0));
     assert!(matches!(case.route(&prompt(1, 10), &[]), Err(RouteError::AllBusy { .. })));
-    case.router.finished(booking);
+    case.router.finished(booking, case.now);
     case.check(&prompt(1, 10), 1, RouteReason::OnlyNode);
 }
 
 #[test]
 fn unknown_models_and_missing_nodes_are_told_apart() {
     let check = |case: &Case, model: &str, expected: RouteError| {
-        let query = RouteQuery { model, hashes: &[], prompt_tokens: 1, max_tokens: 1, exclude: &[] };
+        let query = RouteQuery { model, prompt_tokens: 1, max_tokens: 1, ..query(&[], &[], &[]) };
         assert_eq!(case.router.route(&query, case.now), Err(expected));
     };
     let reason = |text: &str| RouteError::NoNode { reason: text.to_owned() };

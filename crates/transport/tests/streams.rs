@@ -396,6 +396,8 @@ async fn reports_arrive_in_order_and_the_link_tells_why_it_ended() {
             prefill_backlog_s: 0.0,
             prefill_budget_tokens: 0,
             decode_step_s: [0.0; 8],
+            cache_tail_age_s: 0.0,
+            cache_reuse_s: 0.0,
             rates,
         })
     };

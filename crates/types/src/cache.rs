@@ -143,6 +143,17 @@ pub enum CacheEvent {
     },
 }
 
+/// All that an engine's prefix cache holds, for who knows nothing of it or missed events.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheSnapshot {
+    /// Tells one life of an engine from the next.
+    pub epoch: u64,
+    /// Events that led to this since the engine started: the number of the next one.
+    pub seq: u64,
+    /// Parents before children.
+    pub blocks: Vec<BlockHash>,
+}
+
 /// A session as its engine holds it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SessionInfo {

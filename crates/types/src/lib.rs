@@ -18,7 +18,8 @@ mod sessions;
 
 pub use block::{BLOCK_TOKENS, BlockHash, block_hashes};
 pub use cache::{
-    CacheEvent, CacheScope, ClientId, Priority, Service, SessionId, SessionIdError, SessionInfo,
+    CacheEvent, CacheScope, CacheSnapshot, ClientId, Priority, Service, SessionId, SessionIdError,
+    SessionInfo,
 };
 pub use error::GenerateError;
 pub use generate::{

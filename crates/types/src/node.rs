@@ -62,6 +62,10 @@ pub struct NodeLoad {
     pub prefill_budget_tokens: u64,
     /// Seconds of a decode step with 1, 2, 4, 8, 16, 32, 64 and 128 rows of usual length.
     pub decode_step_s: [f32; 8],
+    /// Seconds since the block that would be evicted next was last used; 0 where there is none.
+    pub cache_tail_age_s: f32,
+    /// Seconds after which cached blocks that nobody uses were used again, on average; 0 until one was.
+    pub cache_reuse_s: f32,
     /// Speed.
     pub rates: NodeRates,
 }

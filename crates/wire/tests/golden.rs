@@ -119,6 +119,8 @@ fn load() -> NodeLoad {
         prefill_backlog_s: 0.5,
         prefill_budget_tokens: 900,
         decode_step_s: [0.5, 0.5, 0.5, 0.75, 0.75, 0.75, 0.75, 1.0],
+        cache_tail_age_s: 32.0,
+        cache_reuse_s: 8.0,
         rates,
     }
 }

@@ -258,8 +258,8 @@ fn load() -> impl Strategy<Value = NodeLoad> {
     let tokens = || any::<(u64, u64)>();
     let requests = any::<(u32, u32, u32)>();
     let decode_step_s = prop::array::uniform8(0f32..10.0);
-    (requests, tokens(), tokens(), tokens(), 0f32..1e6, decode_step_s, rates()).prop_map(
-        |(requests, backlog, kv_tokens, cache_and_budget, prefill_backlog_s, decode_step_s, rates)| {
+    (requests, tokens(), tokens(), tokens(), (0f32..1e6, 0f32..1e6), decode_step_s, rates()).prop_map(
+        |(requests, backlog, kv_tokens, cache_and_budget, seconds, decode_step_s, rates)| {
             NodeLoad {
                 running: requests.0,
                 waiting: requests.1,
@@ -268,9 +268,11 @@ fn load() -> impl Strategy<Value = NodeLoad> {
                 decode_backlog_tokens: backlog.1,
                 kv_tokens,
                 cached_kv_tokens: cache_and_budget.0,
-                prefill_backlog_s,
+                prefill_backlog_s: seconds.0,
                 prefill_budget_tokens: cache_and_budget.1,
                 decode_step_s,
+                cache_tail_age_s: seconds.1,
+                cache_reuse_s: seconds.1,
                 rates,
             }
         },
