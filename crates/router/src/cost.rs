@@ -95,8 +95,8 @@ impl Work<'_> {
     /// What is left of the prefill of the load report: the node has been working since.
     fn backlog_s(&self) -> f64 {
         let told_s = self.load.map_or(0.0, |load| f64::from(load.prefill_backlog_s));
-        // `max` also replaces NaN.
-        (told_s - self.since.as_secs_f64()).max(0.0).min(BACKLOG_S_MAX)
+        let left_s = told_s - self.since.as_secs_f64();
+        if left_s.is_nan() { 0.0 } else { left_s.clamp(0.0, BACKLOG_S_MAX) }
     }
 
     /// Seconds of a decode step with so many rows.

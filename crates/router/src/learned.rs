@@ -140,9 +140,8 @@ impl Predictor {
         // One request that found more cached than known, or stood behind others that were not, is no reason to panic.
         let miss = (seconds / predicted - 1.0).clamp(-MISS_MAX, MISS_MAX);
         let gain = gain_of.map(|part| part / below);
-        for at in 0..PARTS {
-            let (least, most) = (self.seed[at] / DRIFT_MAX, self.seed[at] * DRIFT_MAX);
-            self.coefficients[at] = (self.coefficients[at] + gain[at] * miss).clamp(least, most);
+        for ((coefficient, seed), gain) in self.coefficients.iter_mut().zip(self.seed).zip(gain) {
+            *coefficient = (*coefficient + gain * miss).clamp(seed / DRIFT_MAX, seed * DRIFT_MAX);
         }
         for (row, doubt) in self.doubt.iter_mut().enumerate() {
             for (column, doubt) in doubt.iter_mut().enumerate() {
