@@ -1,7 +1,7 @@
 //! What requests do to each other on the model in a folder, as one JSON line: for machines with nothing but this program
 //! and MLX's library.
 //!
-//!     engine_load MODEL [CHURN_ROWS] [STEPS]
+//!     engine_load MODEL [CHURN_ROWS] [STEPS] [TPOT_MS]
 #![expect(clippy::print_stdout, reason = "what the program prints is its result")]
 
 use bench::{LoadBenchSettings, engine_under_load};
@@ -12,6 +12,8 @@ use std::{error::Error, path::PathBuf, time::Duration};
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let argument = |at: usize, default: &str| arguments.get(at).map_or(default, String::as_str).to_owned();
+    // Ten milliseconds a token: what rows are promised on a machine as fast as a GPU.
+    let tpot_target = Duration::from_millis(argument(3, "10").parse()?);
     let settings = LoadBenchSettings {
         rows: 8,
         long_prompt: 4096,
@@ -19,11 +21,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         churn_rows: argument(1, "64").parse()?,
         churn_contexts: vec![256, 4096],
         steps: argument(2, "200").parse()?,
-        // Ten milliseconds a token: what rows are promised on a machine as fast as a GPU.
-        engine: EngineSettings { tpot_target: Duration::from_millis(10), ..EngineSettings::default() },
+        engine: EngineSettings { tpot_target, ..EngineSettings::default() },
     };
     let load = LoadSettings {
-        model: PathBuf::from(arguments.first().ok_or("usage: engine_load MODEL [CHURN_ROWS] [STEPS]")?),
+        model: PathBuf::from(arguments.first().ok_or("usage: engine_load MODEL [CHURN_ROWS] [STEPS] [TPOT_MS]")?),
         name: "model".to_owned(),
         slots: settings.slots(),
         context_tokens: None,

@@ -30,6 +30,8 @@ pub(crate) struct Targets {
     pub(crate) first_due: Instant,
     /// When its prompt is read in good time: a deadline says what may be, not what is aimed at.
     pub(crate) good_due: Instant,
+    /// The same where no request waits behind it.
+    pub(crate) calm_due: Instant,
     /// Time from token to token.
     pub(crate) tpot: Duration,
 }
@@ -232,9 +234,9 @@ impl Sequence {
         seconds_until(self.targets.first_due, now)
     }
 
-    /// Seconds until its prompt is read in good time; negative afterwards.
-    pub(crate) fn good_time_s(&self, now: Instant) -> f64 {
-        seconds_until(self.targets.good_due, now)
+    /// Seconds until its prompt is read in good time, later if no request waits behind it; negative afterwards.
+    pub(crate) fn good_time_s(&self, now: Instant, others_wait: bool) -> f64 {
+        seconds_until(if others_wait { self.targets.good_due } else { self.targets.calm_due }, now)
     }
 
     /// Its part of a step, over its next `tokens` pending tokens, for which it has the blocks.

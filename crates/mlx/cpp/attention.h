@@ -44,23 +44,73 @@ void write_value(const Pool& pool, int64_t block, int64_t head, int64_t offset, 
 // Query rows that go through a block together: so many sums fit into registers, and a block is read so many times less.
 constexpr int64_t ROWS_AT_ONCE = 4;
 
+// The operation over all lanes, halves against halves.
+#define REDUCE(NAME, COMBINED)                                                                            \
+  inline __attribute__((always_inline)) float NAME(const Lanes& lanes) {                                  \
+    Lanes x = lanes, y;                                                                                   \
+    y = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);              \
+    x = COMBINED;                                                                                         \
+    y = __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);              \
+    x = COMBINED;                                                                                         \
+    y = __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);              \
+    x = COMBINED;                                                                                         \
+    y = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);              \
+    x = COMBINED;                                                                                         \
+    return x[0];                                                                                          \
+  }
+REDUCE(largest_lane, x > y ? x : y)
+REDUCE(sum_of_lanes, x + y)
+
+// What a row's softmax has come to.
+struct Softmax {
+  float largest, total;
+};
+
+// out += weights times values over the first `tokens` of a block, for ROWS_AT_ONCE rows and `VECTORS` vectors of each.
+template <int VECTORS>
+inline __attribute__((always_inline)) void add_values(
+    const float* weights, const float* values, float* out, int64_t dim, int64_t tokens) {
+  Lanes sums[VECTORS * ROWS_AT_ONCE];
+  for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+    for (int i = 0; i < VECTORS; i++) {
+      sums[VECTORS * r + i] = *reinterpret_cast<const Lanes*>(out + r * dim + i * LANES);
+    }
+  }
+  for (int64_t t = 0; t < tokens; t++) {
+    for (int i = 0; i < VECTORS; i++) {
+      const Lanes value = *reinterpret_cast<const Lanes*>(values + t * dim + i * LANES);
+      for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+        sums[VECTORS * r + i] += weights[r * BLOCK + t] * value;
+      }
+    }
+  }
+  for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+    for (int i = 0; i < VECTORS; i++) {
+      *reinterpret_cast<Lanes*>(out + r * dim + i * LANES) = sums[VECTORS * r + i];
+    }
+  }
+}
+
 // `count` query rows of one head over its whole context, each seeing the first `seen[row]` tokens: q and out
-// [count, dim], count a multiple of ROWS_AT_ONCE; blocks are taken in order, with sums that are scaled down whenever a
-// larger score comes (online softmax, Milakov and Gimelshein 2018).
+// [count, dim], count a multiple of ROWS_AT_ONCE; blocks are taken in order, each by all rows while it is in the first
+// cache, with sums that are scaled down whenever a larger score comes (online softmax, Milakov and Gimelshein 2018).
 WIDE void attend(
     const float* q_all, const Pool& keys, const Pool& values, int64_t head, const int32_t* table, const int64_t* seen,
-    int64_t count, float scale, float* out_all) {
+    int64_t count, float scale, float* out_all, Softmax* softmax) {
   const int64_t dim = keys.dim;
-  for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
-    const float* q = q_all + first * dim;
-    float* out = out_all + first * dim;
-    float largest[ROWS_AT_ONCE], total[ROWS_AT_ONCE];
-    std::fill(largest, largest + ROWS_AT_ONCE, -std::numeric_limits<float>::infinity());
-    std::fill(total, total + ROWS_AT_ONCE, 0.0f);
-    std::fill(out, out + ROWS_AT_ONCE * dim, 0.0f);
-    const int64_t length = *std::max_element(seen + first, seen + first + ROWS_AT_ONCE);
-    for (int64_t b = 0; b * BLOCK < length; b++) {
-      const float* block = keys.at(table[b], head);
+  std::fill(softmax, softmax + count, Softmax{-std::numeric_limits<float>::infinity(), 0.0f});
+  std::fill(out_all, out_all + count * dim, 0.0f);
+  const int64_t longest = *std::max_element(seen, seen + count);
+  for (int64_t b = 0; b * BLOCK < longest; b++) {
+    const float* block = keys.at(table[b], head);
+    const float* v = values.at(table[b], head);
+    for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
+      const int64_t length = *std::max_element(seen + first, seen + first + ROWS_AT_ONCE);
+      if (b * BLOCK >= length) {
+        continue;
+      }
+      const float* q = q_all + first * dim;
+      float* out = out_all + first * dim;
       Lanes sums[2 * ROWS_AT_ONCE] = {};
       for (int64_t d = 0; d < dim; d++) {
         const Lanes low = *reinterpret_cast<const Lanes*>(block + d * BLOCK);
@@ -74,50 +124,37 @@ WIDE void attend(
       std::memcpy(weights, sums, sizeof(weights));
       for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
         float* w = weights + r * BLOCK;
+        Lanes* halves = reinterpret_cast<Lanes*>(w);
+        Softmax& row = softmax[first + r];
         const int64_t visible = std::clamp<int64_t>(seen[first + r] - b * BLOCK, 0, BLOCK);
-        float highest = largest[r];
-        for (int64_t t = 0; t < visible; t++) {
-          highest = highest > w[t] ? highest : w[t];
-        }
         if (visible == 0) {
           std::fill(w, w + BLOCK, 0.0f);
           continue;
         }
-        const float shrink = highest == largest[r] ? 1.0f : exponential((largest[r] - highest) * scale);
-        largest[r] = highest;
-        float sum = 0.0f;
+        std::fill(w + visible, w + BLOCK, -std::numeric_limits<float>::infinity());
+        const float highest = std::max(row.largest, largest_lane(halves[0] > halves[1] ? halves[0] : halves[1]));
+        const float shrink = highest == row.largest ? 1.0f : exponential((row.largest - highest) * scale);
+        row.largest = highest;
         for (int64_t t = 0; t < BLOCK; t++) {
           w[t] = exponential((w[t] - highest) * scale);
         }
         std::fill(w + visible, w + BLOCK, 0.0f);
-        for (int64_t t = 0; t < BLOCK; t++) {
-          sum += w[t];
-        }
-        total[r] = total[r] * shrink + sum;
+        row.total = row.total * shrink + sum_of_lanes(halves[0] + halves[1]);
         if (shrink != 1.0f) {
           for (int64_t d = 0; d < dim; d++) {
             out[r * dim + d] *= shrink;
           }
         }
       }
-      const float* v = values.at(table[b], head);
       const int64_t tokens = std::min(length - b * BLOCK, BLOCK);
-      for (int64_t d = 0; d + LANES <= dim; d += LANES) {
-        Lanes sums[ROWS_AT_ONCE];
-        for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-          sums[r] = *reinterpret_cast<const Lanes*>(out + r * dim + d);
-        }
-        for (int64_t t = 0; t < tokens; t++) {
-          const Lanes value = *reinterpret_cast<const Lanes*>(v + t * dim + d);
-          for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-            sums[r] += weights[r * BLOCK + t] * value;
-          }
-        }
-        for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-          *reinterpret_cast<Lanes*>(out + r * dim + d) = sums[r];
-        }
+      int64_t d = 0;
+      for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+        add_values<2>(weights, v + d, out + d, dim, tokens);
       }
-      for (int64_t d = dim - dim % LANES; d < dim; d++) {
+      for (; d + LANES <= dim; d += LANES) {
+        add_values<1>(weights, v + d, out + d, dim, tokens);
+      }
+      for (; d < dim; d++) {
         for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
           for (int64_t t = 0; t < tokens; t++) {
             out[r * dim + d] += weights[r * BLOCK + t] * v[t * dim + d];
@@ -125,11 +162,11 @@ WIDE void attend(
         }
       }
     }
-    for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-      const float inverse = total[r] > 0.0f ? 1.0f / total[r] : 0.0f;
-      for (int64_t d = 0; d < dim; d++) {
-        out[r * dim + d] *= inverse;
-      }
+  }
+  for (int64_t r = 0; r < count; r++) {
+    const float inverse = softmax[r].total > 0.0f ? 1.0f / softmax[r].total : 0.0f;
+    for (int64_t d = 0; d < dim; d++) {
+      out_all[r * dim + d] *= inverse;
     }
   }
 }
@@ -153,15 +190,18 @@ void attend_tokens(
   const int64_t padded = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE * ROWS_AT_ONCE;
   static thread_local std::vector<float> q, attended;
   static thread_local std::vector<int64_t> seen;
+  static thread_local std::vector<Softmax> softmax;
   q.assign(padded * dim, 0.0f);
   attended.resize(padded * dim);
   seen.assign(padded, 0);
+  softmax.resize(padded);
   for (int64_t i = 0; i < count; i++) {
     const auto [index, visible] = token(i);
     std::memcpy(q.data() + i * group * dim, a.q + index * a.q_stride + head * group * dim, group * dim * sizeof(float));
     std::fill_n(seen.data() + i * group, group, visible);
   }
-  attend(q.data(), a.keys, a.values, head, table, seen.data(), padded, a.scale, attended.data());
+  attend(
+      q.data(), a.keys, a.values, head, table, seen.data(), padded, a.scale, attended.data(), softmax.data());
   for (int64_t i = 0; i < count; i++) {
     const int64_t index = token(i).first;
     std::memcpy(out + (index * a.heads + head * group) * dim, attended.data() + i * group * dim,
@@ -188,6 +228,10 @@ void attend_rows(const Attention& a) {
 
 // Tokens of a run that go through the blocks together: their queries and results stay in the first cache.
 constexpr int64_t RUN_TOKENS = 16;
+// And of a short run, so that there is work for all threads.
+constexpr int64_t SHORT_RUN_TOKENS = 4;
+// Runs of fewer tokens are short ones.
+constexpr int64_t RUN_SHORT = 64;
 
 // Appends a run of tokens and attends, each to everything before and itself: `rows` is [1 + blocks], start and table.
 void attend_run(const Attention& a) {
@@ -204,11 +248,12 @@ void attend_run(const Attention& a) {
   if (a.out == nullptr) {
     return;
   }
-  const int64_t parts = (a.count + RUN_TOKENS - 1) / RUN_TOKENS;
+  const int64_t most = a.count < RUN_SHORT ? SHORT_RUN_TOKENS : RUN_TOKENS;
+  const int64_t parts = (a.count + most - 1) / most;
   parallel(kv_heads * parts, work, [&](int64_t unit) {
     // The last parts see most: they begin first.
-    const int64_t head = unit % kv_heads, first = (parts - 1 - unit / kv_heads) * RUN_TOKENS;
-    const int64_t count = std::min(RUN_TOKENS, a.count - first);
+    const int64_t head = unit % kv_heads, first = (parts - 1 - unit / kv_heads) * most;
+    const int64_t count = std::min(most, a.count - first);
     const auto token = [&](int64_t i) { return std::pair(first + i, start + first + i + 1); };
     attend_tokens(a, head, table, count, token, a.out);
   });

@@ -98,7 +98,7 @@ impl Engine {
                 pending: sequence.pending(),
                 // Where a slice takes longer than the target, steps are no longer than they must be.
                 slack_s: sequence.slack_s(at, sequence.targets.tpot + slice.min(sequence.targets.tpot)),
-                good_time_s: sequence.good_time_s(at),
+                good_time_s: sequence.good_time_s(at, !self.waiting.is_empty()),
                 priority: sequence.priority,
             };
             (candidate, index)
