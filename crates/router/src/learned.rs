@@ -1,18 +1,20 @@
 //! [`Predictor`]: how long one node takes to a first token, learned from how long it took.
 //!
-//! The time is a sum of four parts, each a feature of the request times a coefficient. Coefficients start as the node's
-//! own measurements say and are corrected by recursive least squares with forgetting (Haykin, Adaptive Filter Theory,
-//! chapter 9), each request weighted so that relative errors count.
+//! The time is a sum of four parts, each a feature of the request times a coefficient: the node's own measurement times a
+//! factor, 1 at first. Factors are learned by recursive least squares, in the form of a Kalman filter whose state drifts
+//! (Ljung, System Identification, 11.5), so that what was learned long ago fades, and only in what new requests tell of.
 
 use types::NodeRates;
 
 /// Parts of a prediction.
 pub(crate) const PARTS: usize = 4;
-/// How much of what was learned before one more request stays: the last hundred or so count.
-const FORGETTING: f64 = 0.99;
-/// Relative doubt in the node's own measurements, against which one request has a doubt of 1.
-const SEED_DOUBT: f64 = 0.3;
-/// Coefficients stay within this factor of the node's own, so that no run of odd requests makes a node free, or lost.
+/// Doubt in a node's own measurements: the variance of factors before anything is learned.
+const SEED_VARIANCE: f64 = 0.09;
+/// By so much factors may drift from one request to the next: with the noise below, some fifty requests count.
+const DRIFT_VARIANCE: f64 = 5e-5;
+/// Variance of a request's time, relative to the predicted one.
+const NOISE_VARIANCE: f64 = 0.1;
+/// Factors and their inverses stay below this, so that no run of odd requests makes a node free, or lost.
 const DRIFT_MAX: f64 = 8.0;
 /// Errors below this are noise, in seconds; also keeps weights finite.
 const TIME_S_MIN: f64 = 0.02;
@@ -24,6 +26,9 @@ const OUTLIER: f64 = 20.0;
 const MISS_MAX: f64 = 1.0;
 /// Prompt tokens that an engine prefills in one step beside its decode rows; each such step also costs a decode step.
 const PREFILL_SLICE_TOKENS: f64 = 512.0;
+/// Tokens before it that make a token take twice as long to read, until that is learned: about so many where a model with
+/// 8 billion parameters reads.
+const ATTENTION_TOKENS: f64 = 32_000.0;
 /// Assumed of a node that has not told its speed: a slow one, so that measured ones come first.
 pub(crate) const RATES_UNKNOWN: NodeRates =
     NodeRates { prefill_tokens_per_s: 200.0, decode_step_s: 0.05, decode_row_s: 0.01 };
@@ -56,10 +61,6 @@ impl Features {
             beside_s: tokens / PREFILL_SLICE_TOKENS * step_s,
         }
     }
-
-    fn parts(&self) -> [f64; PARTS] {
-        [self.backlog_s, self.kilotokens, self.attention, self.beside_s]
-    }
 }
 
 /// What was learned of a node.
@@ -82,9 +83,10 @@ pub struct Learned {
 /// See the module.
 #[derive(Debug, Clone)]
 pub(crate) struct Predictor {
+    /// The node's own measurements.
     seed: [f64; PARTS],
-    coefficients: [f64; PARTS],
-    doubt: [[f64; PARTS]; PARTS],
+    factors: [f64; PARTS],
+    variance: [[f64; PARTS]; PARTS],
     decode_scale: f64,
     requests: u64,
     bias: f64,
@@ -96,24 +98,27 @@ impl Predictor {
     pub(crate) fn new(rates: &NodeRates) -> Self {
         let rate = f64::from(rates.prefill_tokens_per_s);
         let rate = if rate.is_nan() { PREFILL_RATE.0 } else { rate.clamp(PREFILL_RATE.0, PREFILL_RATE.1) };
-        // A context of 32,000 tokens about halves the rate at which a model with 8 billion parameters reads.
-        let seed = [1.0, 1e3 / rate, 1e6 / (rate * 32_000.0), 1.0];
-        let mut doubt = [[0.0; PARTS]; PARTS];
-        for (at, row) in doubt.iter_mut().enumerate() {
-            row[at] = (seed[at] * SEED_DOUBT).powi(2);
+        let mut variance = [[0.0; PARTS]; PARTS];
+        variance.iter_mut().enumerate().for_each(|(at, row)| row[at] = SEED_VARIANCE);
+        Self {
+            seed: [1.0, 1e3 / rate, 1e6 / (rate * ATTENTION_TOKENS), 1.0],
+            factors: [1.0; PARTS],
+            variance,
+            decode_scale: 1.0,
+            requests: 0,
+            bias: 0.0,
+            error: 0.0,
         }
-        let decode_scale = 1.0;
-        Self { seed, coefficients: seed, doubt, decode_scale, requests: 0, bias: 0.0, error: 0.0 }
     }
 
     /// Seconds to the first token.
     pub(crate) fn seconds(&self, features: &Features) -> f64 {
-        self.coefficients.iter().zip(features.parts()).map(|(coefficient, part)| coefficient * part).sum()
+        dot(&self.factors, &self.seeded(features))
     }
 
     /// Seconds to read so many prompt tokens at the start of a context, alone.
     pub(crate) fn read_s(&self, tokens: f64) -> f64 {
-        self.coefficients[1] * tokens / 1e3
+        self.factors[1] * self.seed[1] * tokens / 1e3
     }
 
     /// A decode step that the node says takes so long.
@@ -125,7 +130,7 @@ impl Predictor {
     pub(crate) fn observe(&mut self, features: &Features, seconds: f64) {
         let predicted = self.seconds(features).max(TIME_S_MIN);
         let seconds = seconds.max(TIME_S_MIN);
-        if !seconds.is_finite() || seconds > predicted * OUTLIER {
+        if !seconds.is_finite() || !predicted.is_finite() || seconds > predicted * OUTLIER {
             return;
         }
         let miss = (predicted - seconds) / seconds;
@@ -134,19 +139,18 @@ impl Predictor {
         self.bias += (miss - self.bias) * weight;
         self.error += (miss.abs() - self.error) * weight;
         self.requests += 1;
-        let x = features.parts().map(|part| part / predicted);
-        let gain_of = self.doubt.map(|row| dot(&row, &x));
-        let below = FORGETTING + dot(&gain_of, &x);
+        let shares = self.seeded(features).map(|part| part / predicted);
         // One request that found more cached than known, or stood behind others that were not, is no reason to panic.
         let miss = (seconds / predicted - 1.0).clamp(-MISS_MAX, MISS_MAX);
-        let gain = gain_of.map(|part| part / below);
-        for ((coefficient, seed), gain) in self.coefficients.iter_mut().zip(self.seed).zip(gain) {
-            *coefficient = (*coefficient + gain * miss).clamp(seed / DRIFT_MAX, seed * DRIFT_MAX);
+        let spread = self.variance.map(|row| dot(&row, &shares));
+        let gain = spread.map(|part| part / (NOISE_VARIANCE + dot(&spread, &shares)));
+        for (factor, gain) in self.factors.iter_mut().zip(gain) {
+            *factor = (*factor + gain * miss).clamp(1.0 / DRIFT_MAX, DRIFT_MAX);
         }
-        for (row, doubt) in self.doubt.iter_mut().enumerate() {
-            for (column, doubt) in doubt.iter_mut().enumerate() {
-                let most = (self.seed[row] * self.seed[column]).abs();
-                *doubt = ((*doubt - gain[row] * gain_of[column]) / FORGETTING).clamp(-most, most);
+        for (at, row) in self.variance.iter_mut().enumerate() {
+            row.iter_mut().zip(spread).for_each(|(variance, spread)| *variance -= gain[at] * spread);
+            if row[at] < SEED_VARIANCE {
+                row[at] += DRIFT_VARIANCE;
             }
         }
     }
@@ -163,13 +167,20 @@ impl Predictor {
     /// What is known by now.
     pub(crate) fn learned(&self) -> Learned {
         Learned {
-            prefill_tokens_per_s: 1e3 / self.coefficients[1],
-            attention_s: self.coefficients[2],
+            prefill_tokens_per_s: 1e3 / (self.factors[1] * self.seed[1]),
+            attention_s: self.factors[2] * self.seed[2],
             decode_scale: self.decode_scale,
             requests: self.requests,
             bias: self.bias,
             error: self.error,
         }
+    }
+
+    fn seeded(&self, features: &Features) -> [f64; PARTS] {
+        let parts = [features.backlog_s, features.kilotokens, features.attention, features.beside_s];
+        let mut seeded = self.seed;
+        seeded.iter_mut().zip(parts).for_each(|(seed, part)| *seed *= part);
+        seeded
     }
 }
 
