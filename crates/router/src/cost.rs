@@ -5,8 +5,8 @@ use crate::settings::CostWeights;
 use std::time::Duration;
 use types::NodeLoad;
 
-/// Tokens that an answer is expected to have where `max_tokens` allows more: clients ask for far more than they use.
-const DECODE_TOKENS_EXPECTED_MAX: u64 = 256;
+/// The most of a node's time that is taken for spoken for: beyond it the room for more is not told apart.
+const UTILIZATION_MAX: f64 = 0.9;
 /// Assumed of a node that has not told its slots.
 const SLOTS_UNKNOWN: u32 = 1;
 /// The longest backlog believed, in seconds: past it nothing is told apart.
@@ -31,12 +31,14 @@ pub struct Cost {
     pub evict_s: f64,
     /// Writing the answer, already weighted.
     pub decode_s: f64,
+    /// By how much others are expected to wait longer for their first tokens, together, already weighted.
+    pub others_s: f64,
 }
 
 impl Cost {
     /// The sum of all terms.
     pub fn total_s(&self) -> f64 {
-        self.first_token_s() + self.evict_s + self.decode_s
+        self.first_token_s() + self.evict_s + self.decode_s + self.others_s
     }
 
     /// Until the first token is here.
@@ -50,7 +52,8 @@ impl Cost {
 pub(crate) struct Job {
     pub(crate) matched_tokens: u64,
     pub(crate) uncached_tokens: u64,
-    pub(crate) max_tokens: u32,
+    /// Tokens that the answer is expected to have.
+    pub(crate) answer_tokens: f64,
 }
 
 /// A node's work as seen now, booked requests included.
@@ -67,6 +70,12 @@ pub(crate) struct Work<'a> {
     /// Their tokens.
     pub(crate) booked_prefill: u64,
     pub(crate) booked_decode: u64,
+    /// Seconds of prefill of requests that wait at the router, are meant for it and come first.
+    pub(crate) planned_s: f64,
+    /// Requests a second that it gets, and the share of its time that their prompts take.
+    pub(crate) arrivals_per_s: f64,
+    pub(crate) utilization: f64,
+    pub(crate) answer_tokens: f64,
     pub(crate) rtt: Duration,
 }
 
@@ -118,7 +127,7 @@ impl Work<'_> {
         }
         let told = self.load.map_or(0, |load| load.decode_backlog_tokens.min(TOKENS_MAX));
         let tokens_left = told.saturating_add(self.booked_decode);
-        let tokens_left = tokens_left.min(u64::from(self.requests) * DECODE_TOKENS_EXPECTED_MAX) as f64;
+        let tokens_left = (tokens_left as f64).min(f64::from(self.requests) * self.answer_tokens);
         // Rows end one after the other, so the first of `slots` ends after a fraction of a row's mean.
         let turns = f64::from(self.requests - slots + 1) / f64::from(slots.max(1));
         tokens_left / f64::from(self.requests.max(1)) * self.step_s(self.rows()) * turns
@@ -136,15 +145,15 @@ impl Work<'_> {
         let Some(load) = self.load else { return 0.0 };
         let used = load.cached_kv_tokens.max(load.kv_tokens.0).min(TOKENS_MAX) + self.booked_prefill;
         let free = load.kv_tokens.1.saturating_sub(used);
-        let needed = job.uncached_tokens + expected_tokens(job.max_tokens);
-        needed.saturating_sub(free) as f64
+        let needed = job.uncached_tokens as f64 + job.answer_tokens;
+        (needed - free as f64).max(0.0)
     }
 
     /// The cost, where reading a token that was evicted takes `token_s` on a usual node.
     pub(crate) fn cost(&self, job: &Job, weights: &CostWeights, token_s: f64) -> Cost {
         let features = self.features(job);
         let ahead = Features::new(features.backlog_s, self.booked_prefill, 0, 0, 0.0);
-        let backlog_s = self.predictor.seconds(&ahead);
+        let backlog_s = self.predictor.seconds(&ahead) + self.planned_s;
         let told = |seconds: fn(&NodeLoad) -> f32| self.load.map_or(0.0, |load| f64::from(seconds(load)));
         let reuse_s = match told(|load| load.cache_reuse_s) {
             measured if measured > 0.0 => measured,
@@ -153,19 +162,22 @@ impl Work<'_> {
         let age_s = told(|load| load.cache_tail_age_s).max(0.0) + self.since.as_secs_f64();
         let likely = (-age_s / reuse_s).exp();
         let rows = (self.requests + 1).min(self.slots().max(1));
+        let prefill_s = self.predictor.seconds(&features) - self.predictor.seconds(&ahead);
+        // Work delays by its own length all who come until the node is idle again: until what is there and this is done,
+        // and what comes meanwhile (the busy period of an M/G/1 queue).
+        let busy_s = (backlog_s + prefill_s) / (1.0 - self.utilization.min(UTILIZATION_MAX));
+        let delayed = self.arrivals_per_s * busy_s;
+        let slower_s = f64::from(rows - 1) * (self.step_s(rows + 1) - self.step_s(rows)).max(0.0);
         Cost {
             backlog_s,
             slot_s: self.slot_s(),
-            prefill_s: self.predictor.seconds(&features) - backlog_s,
+            prefill_s,
             rtt_s: self.rtt.as_secs_f64(),
             evict_s: weights.eviction * self.evicted_tokens(job) * token_s * likely,
-            decode_s: weights.decode * expected_tokens(job.max_tokens) as f64 * self.step_s(rows),
+            decode_s: weights.decode * job.answer_tokens * (self.step_s(rows) + slower_s),
+            others_s: weights.others * prefill_s * delayed,
         }
     }
-}
-
-fn expected_tokens(max_tokens: u32) -> u64 {
-    u64::from(max_tokens).min(DECODE_TOKENS_EXPECTED_MAX)
 }
 
 fn rates_s(load: &NodeLoad, rows: u32) -> f64 {

@@ -5,6 +5,7 @@ use crate::cost::Work;
 use crate::index::Slot;
 use crate::learned::{Learned, Predictor, RATES_UNKNOWN};
 use crate::query::RouteQuery;
+use crate::settings::RouterSettings;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use types::{EngineState, ModelCard, NodeLoad};
@@ -22,6 +23,8 @@ pub struct KnownNode {
     pub(crate) bookings: BTreeMap<u64, Booking>,
     /// Not in the last load report.
     pub(crate) booked: BookedWork,
+    /// Requests whose first token did not come yet.
+    pub(crate) unread: u32,
     /// Requests that ended since the last load report, which still counts them.
     pub(crate) ended: u32,
     /// It refused a request as busy since the last load report.
@@ -29,6 +32,39 @@ pub struct KnownNode {
     /// Requests that it was given so far.
     pub(crate) given: u64,
     pub(crate) predictor: Predictor,
+    pub(crate) flow: Flow,
+}
+
+/// What is read within this time is as good as being read: short prompts share a step.
+const READ_SOON_S: f64 = 0.05;
+/// Over so many seconds requests and their work are counted to see how busy a node is.
+const FLOW_S: f64 = 20.0;
+
+/// What a node was given lately: sums that fade.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Flow {
+    requests: f64,
+    work_s: f64,
+    at: Option<Instant>,
+}
+
+impl Flow {
+    fn fade(&self, now: Instant) -> f64 {
+        self.at.map_or(0.0, |at| (-now.saturating_duration_since(at).as_secs_f64() / FLOW_S).exp())
+    }
+
+    pub(crate) fn add(&mut self, work_s: f64, now: Instant) {
+        let fade = self.fade(now);
+        self.requests = self.requests * fade + 1.0;
+        self.work_s = self.work_s * fade + work_s;
+        self.at = Some(now);
+    }
+
+    /// Requests a second, and seconds of work a second.
+    fn rates(&self, now: Instant) -> (f64, f64) {
+        let fade = self.fade(now) / FLOW_S;
+        (self.requests * fade, self.work_s * fade)
+    }
 }
 
 impl KnownNode {
@@ -42,10 +78,12 @@ impl KnownNode {
             cache: None,
             bookings: BTreeMap::new(),
             booked: BookedWork::default(),
+            unread: 0,
             ended: 0,
             full: false,
             given: 0,
             predictor: Predictor::new(&RATES_UNKNOWN),
+            flow: Flow::default(),
         }
     }
 
@@ -104,7 +142,8 @@ impl KnownNode {
         self.models.iter().any(holds)
     }
 
-    pub(crate) fn work(&self, now: Instant) -> Work<'_> {
+    pub(crate) fn work(&self, answer_tokens: f64, now: Instant) -> Work<'_> {
+        let (arrivals_per_s, utilization) = self.flow.rates(now);
         let load = self.load();
         let reported = load.map_or(0, |load| load.running.saturating_add(load.waiting));
         Work {
@@ -115,8 +154,18 @@ impl KnownNode {
             booked_requests: self.booked.requests,
             booked_prefill: self.booked.prefill_tokens,
             booked_decode: self.booked.decode_tokens,
+            planned_s: 0.0,
+            arrivals_per_s,
+            utilization,
+            answer_tokens,
             rtt: self.rtt,
         }
+    }
+
+    /// Whether one more request would be read soon: later it can still be sent then, to where that is best then.
+    pub(crate) fn has_room(&self, work: &Work<'_>, backlog_s: f64, settings: &RouterSettings) -> bool {
+        let slots = work.slots().saturating_add(settings.node_waiting_max);
+        work.requests < slots && (self.unread < settings.node_waiting_max || backlog_s < READ_SOON_S)
     }
 
     /// Its load arrived: what it accepted before is in there.

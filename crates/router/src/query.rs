@@ -84,8 +84,10 @@ pub enum Excluded {
     Tried,
     /// Its context is too small, and another node's is not.
     SmallContext,
-    /// It has as many requests as it may.
+    /// It has as many requests as it may; where it is best all the same, the request waits for it.
     Full,
+    /// It refused a request, and did not report its load since.
+    Refused,
 }
 
 impl fmt::Display for Excluded {
@@ -96,6 +98,7 @@ impl fmt::Display for Excluded {
             Self::Tried => "tried",
             Self::SmallContext => "context too small",
             Self::Full => "full",
+            Self::Refused => "refused",
         })
     }
 }

@@ -3,9 +3,10 @@
 use crate::booking::{Booking, BookingId, BookingStage};
 use crate::choice::{Candidate, Occasion, TIE_S};
 use crate::cost::Job;
-use crate::index::{CacheIndex, Slot};
+use crate::index::{CacheIndex, Matches, Slot};
 use crate::learned::Learned;
 use crate::node::KnownNode;
+use crate::plan::Plan;
 use crate::query::{Considered, Excluded, Resync, Route, RouteError, RouteQuery, RouteReason};
 use crate::sessions::Sessions;
 use crate::settings::RouterSettings;
@@ -20,11 +21,15 @@ const MODELS_REMEMBERED_MAX: usize = limits::NODES_MAX;
 const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 /// The most: beyond it no prediction is worth much.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+/// Tokens that answers are taken to have until some were seen: clients allow far more than they use.
+const ANSWER_TOKENS: f64 = 200.0;
+/// Weight of one more answer in their mean.
+const ANSWER_WEIGHT: f64 = 1.0 / 128.0;
 /// Tokens of a text from which the time of a step is learned.
 const STEP_TOKENS_MIN: u32 = 8;
 
 /// Everything one router knows, and the choice that follows from it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Router {
     settings: RouterSettings,
     nodes: BTreeMap<NodeId, KnownNode>,
@@ -34,12 +39,23 @@ pub struct Router {
     /// Requests booked so far.
     booked: u64,
     models_seen: BTreeSet<String>,
+    /// Mean tokens of an answer.
+    answer_tokens: f64,
 }
 
 impl Router {
     /// Knows no nodes.
     pub fn new(settings: RouterSettings) -> Self {
-        Self { settings, ..Self::default() }
+        Self {
+            settings,
+            nodes: BTreeMap::new(),
+            index: CacheIndex::default(),
+            speculation: Speculation::default(),
+            sessions: Sessions::default(),
+            booked: 0,
+            models_seen: BTreeSet::new(),
+            answer_tokens: ANSWER_TOKENS,
+        }
     }
 
     /// A node connected. Returns false, and changes nothing, where [`limits::NODES_MAX`] are known already.
@@ -149,11 +165,34 @@ impl Router {
     /// # Errors
     /// [`RouteError`], which tells "never heard of it", "not now" and "busy" apart.
     pub fn route(&self, query: &RouteQuery<'_>, now: Instant) -> Result<Route, RouteError> {
-        let all = self.candidates(query, now);
-        let full = all.iter().filter(|(_, excluded)| *excluded == Some(Excluded::Full));
-        let free_s = full.map(|(one, _)| one.work.slot_s()).min_by(f64::total_cmp);
-        let free: Vec<Candidate<'_>> =
-            all.into_iter().filter(|(_, excluded)| excluded.is_none()).map(|(one, _)| one).collect();
+        self.route_after(query, &mut Plan::default(), now)
+    }
+
+    /// The same for one that waits behind others: for which of them which node is meant, `plan` knows. Where the node that
+    /// is best for this one is full, that is [`RouteError::AllBusy`], and `plan` knows it from then on.
+    ///
+    /// # Errors
+    /// See [`Self::route`].
+    pub fn route_after(
+        &self,
+        query: &RouteQuery<'_>,
+        plan: &mut Plan,
+        now: Instant,
+    ) -> Result<Route, RouteError> {
+        let waits = self.settings.policy.waits();
+        let usable =
+            |excluded: Option<Excluded>| excluded.is_none() || waits && excluded == Some(Excluded::Full);
+        let (mut free, mut full, mut free_s) = (Vec::new(), Vec::new(), None::<f64>);
+        for (one, excluded) in self.candidates(query, plan, now) {
+            if matches!(excluded, Some(Excluded::Full | Excluded::Refused)) {
+                let wait_s = one.cost.backlog_s + one.work.slot_s();
+                free_s = Some(free_s.map_or(wait_s, |least| least.min(wait_s)));
+            }
+            if usable(excluded) {
+                free.push(one);
+                full.push(excluded.is_some());
+            }
+        }
         let occasion = Occasion {
             settings: &self.settings,
             hashes: query.hashes,
@@ -162,19 +201,19 @@ impl Router {
             turn: self.booked,
         };
         match (occasion.choose(&free), free_s) {
+            (Some(best), Some(wait_s)) if full[best] => {
+                plan.add(free[best].node, free[best].cost.prefill_s);
+                Err(busy(wait_s))
+            }
             (Some(best), _) => Ok(self.chosen(&free, best, query)),
-            (None, Some(free_s)) => Err(RouteError::AllBusy {
-                retry_after: Duration::try_from_secs_f64(free_s)
-                    .unwrap_or(RETRY_AFTER_MAX)
-                    .clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX),
-            }),
+            (None, Some(wait_s)) => Err(busy(wait_s)),
             (None, None) => Err(self.no_node(query)),
         }
     }
 
     /// What each node would cost, and why it cannot be chosen; in order of id.
     pub fn explain(&self, query: &RouteQuery<'_>, now: Instant) -> Vec<Considered> {
-        let all = self.candidates(query, now).into_iter();
+        let all = self.candidates(query, &Plan::default(), now).into_iter();
         let considered = all.map(|(one, excluded)| Considered {
             node: one.node,
             matched_tokens: one.matched_tokens,
@@ -192,9 +231,9 @@ impl Router {
         let job = Job {
             matched_tokens: u64::from(route.matched_tokens),
             uncached_tokens,
-            max_tokens: query.max_tokens,
+            answer_tokens: self.answer_tokens.min(f64::from(query.max_tokens)),
         };
-        let work = known.work(now);
+        let work = known.work(self.answer_tokens, now);
         let booking = Booking {
             stage: BookingStage::Sent,
             prefill_tokens: uncached_tokens,
@@ -207,7 +246,9 @@ impl Router {
             tokens: 0,
             step_s: work.step_s((work.requests + 1).min(work.slots().max(1))),
         };
+        known.flow.add(route.cost.prefill_s, now);
         known.booked.add(&booking);
+        known.unread += 1;
         known.given += 1;
         let id = BookingId { node: route.node, number: self.booked };
         known.bookings.insert(id.number, booking);
@@ -237,6 +278,7 @@ impl Router {
         }
         if booking.first_token.is_none() {
             booking.first_token = Some(now);
+            known.unread -= 1;
             booking.tokens = 1;
             let took = now.saturating_duration_since(booking.sent).saturating_sub(booking.rtt);
             known.predictor.observe(&booking.features, took.as_secs_f64());
@@ -259,14 +301,23 @@ impl Router {
             BookingStage::Reported => known.ended = known.ended.saturating_add(1),
         }
         if let Some(first) = booking.first_token {
+            self.answer_tokens += (f64::from(booking.tokens) - self.answer_tokens) * ANSWER_WEIGHT;
             if booking.tokens >= STEP_TOKENS_MIN {
                 let seconds = now.saturating_duration_since(first).as_secs_f64();
                 known.predictor.observe_step(booking.step_s, seconds / f64::from(booking.tokens - 1));
             }
             self.speculation.ended(booking.guess, known.cache.is_some(), now);
         } else {
+            known.unread -= 1;
             self.speculation.dropped(booking.guess);
         }
+    }
+
+    /// Tokens of the prompt that no node's cache is expected to hold.
+    pub fn uncached_tokens(&self, query: &RouteQuery<'_>) -> u32 {
+        let matches = self.matches(query);
+        let longest = self.nodes.values().map(|known| matches.blocks(known.slot)).max().unwrap_or(0);
+        query.prompt_tokens.saturating_sub((longest * BLOCK_TOKENS) as u32)
     }
 
     /// What was learned of a node from the requests it had.
@@ -332,22 +383,30 @@ impl Router {
         self.nodes.get_mut(&id.node)?.bookings.get_mut(&id.number)
     }
 
+    fn matches(&self, query: &RouteQuery<'_>) -> Matches {
+        let mut matches = self.index.matches(query.hashes);
+        self.speculation.matches(query.hashes, &mut matches);
+        matches
+    }
+
     /// All nodes as candidates, in order of id, with what excludes them.
     fn candidates<'a>(
         &'a self,
         query: &RouteQuery<'_>,
+        plan: &Plan,
         now: Instant,
     ) -> Vec<(Candidate<'a>, Option<Excluded>)> {
-        let mut matches = self.index.matches(query.hashes);
-        self.speculation.matches(query.hashes, &mut matches);
+        let matches = self.matches(query);
         let serving = || self.nodes.values().filter(|known| known.is_ready() && known.serves(query.model));
         // Where it fits nowhere, a node says so, with the numbers.
         let fits_somewhere = serving().any(|known| known.fits(query));
         let (nodes, read_s) = serving()
             .fold((0.0, 0.0), |(nodes, seconds), known| (nodes + 1.0, seconds + known.predictor.read_s(1.0)));
         let token_s = if nodes > 0.0 { read_s / nodes } else { 0.0 };
+        let answer_tokens = self.answer_tokens.min(f64::from(query.max_tokens));
         let all = self.nodes.iter().map(|(&node, known)| {
-            let work = known.work(now);
+            let mut work = known.work(self.answer_tokens, now);
+            work.planned_s = plan.planned_s(node);
             let blocks = matches.blocks(known.slot);
             // The last token is always computed: its logits are the answer.
             let matched_tokens =
@@ -355,11 +414,9 @@ impl Router {
             let job = Job {
                 matched_tokens: u64::from(matched_tokens),
                 uncached_tokens: u64::from(query.prompt_tokens - matched_tokens),
-                max_tokens: query.max_tokens,
+                answer_tokens,
             };
             let cost = work.cost(&job, &self.settings.cost, token_s);
-            let full =
-                known.full || work.requests >= work.slots().saturating_add(self.settings.node_waiting_max);
             let excluded = if !known.is_ready() {
                 Some(Excluded::NotReady)
             } else if !known.serves(query.model) {
@@ -368,8 +425,11 @@ impl Router {
                 Some(Excluded::Tried)
             } else if fits_somewhere && !known.fits(query) {
                 Some(Excluded::SmallContext)
+            } else if known.full {
+                Some(Excluded::Refused)
             } else {
-                full.then_some(Excluded::Full)
+                let room = known.has_room(&work, cost.backlog_s, &self.settings);
+                (!room).then_some(Excluded::Full)
             };
             (Candidate { node, matched_tokens, work, cost, given: known.given }, excluded)
         });
@@ -380,7 +440,8 @@ impl Router {
         let Candidate { node, matched_tokens, ref work, cost, .. } = all[best];
         // It was the cache if without it another node would have been cheaper, or as cheap as makes no difference.
         let uncached_tokens = u64::from(query.prompt_tokens);
-        let cold = Job { matched_tokens: 0, uncached_tokens, max_tokens: query.max_tokens };
+        let answer_tokens = self.answer_tokens.min(f64::from(query.max_tokens));
+        let cold = Job { matched_tokens: 0, uncached_tokens, answer_tokens };
         let cold_s = work.cost(&cold, &self.settings.cost, 0.0).total_s();
         let mut others = all.iter().filter(|other| other.node != node);
         let reason = if all.len() == 1 {
@@ -420,4 +481,9 @@ impl Router {
         };
         RouteError::NoNode { reason }
     }
+}
+
+fn busy(wait_s: f64) -> RouteError {
+    let wait = Duration::try_from_secs_f64(wait_s).unwrap_or(RETRY_AFTER_MAX);
+    RouteError::AllBusy { retry_after: wait.clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX) }
 }

@@ -32,6 +32,11 @@ pub enum Policy {
 }
 
 impl Policy {
+    /// Whether a request waits at the router for the node that is best for it, while that one is full and others are not.
+    pub(crate) fn waits(self) -> bool {
+        matches!(self, Self::Cost | Self::GreedyTtft | Self::LeastWork)
+    }
+
     /// All, by name.
     pub const ALL: [(Self, &str); 9] = [
         (Self::Cost, "cost"),
@@ -100,6 +105,8 @@ pub struct CostWeights {
     /// Of the time to write the answer, relative to the time until it starts. The wait for the first token is what a
     /// choice of node can change most.
     pub decode: f64,
+    /// Of the time that others wait longer.
+    pub others: f64,
     /// Of the time to read again what the request evicts.
     pub eviction: f64,
     /// Seconds after which unused blocks are used again, where a node has not measured it.
@@ -108,7 +115,7 @@ pub struct CostWeights {
 
 impl Default for CostWeights {
     fn default() -> Self {
-        Self { decode: 0.2, eviction: 3.0, reuse_s: 120.0 }
+        Self { decode: 0.2, others: 0.5, eviction: 3.0, reuse_s: 120.0 }
     }
 }
 

@@ -1,7 +1,8 @@
 //! What is chosen in one situation after the other, as data.
 
 use router::{
-    BookingId, NODE_WAITING_MAX, Route, RouteError, RouteQuery, RouteReason, Router, RouterSettings,
+    BookingId, Considered, Excluded, NODE_WAITING_MAX, Plan, Route, RouteError, RouteQuery, RouteReason,
+    Router, RouterSettings,
 };
 use std::time::{Duration, Instant};
 use types::{
@@ -80,6 +81,11 @@ impl Case {
         let exclude: Vec<NodeId> = exclude.iter().copied().map(NodeId).collect();
         let hashes = block_hashes(BlockHash(7), prompt);
         self.router.route(&query(prompt, &hashes, &exclude), self.now)
+    }
+
+    fn explain(&self, prompt: &[TokenId]) -> Vec<Considered> {
+        let hashes = block_hashes(BlockHash(7), prompt);
+        self.router.explain(&query(prompt, &hashes, &[]), self.now)
     }
 
     /// Routes and books; returns what was booked and where.
@@ -231,18 +237,43 @@ fn a_restarted_node_forgets() {
 }
 
 #[test]
-fn full_nodes_are_not_chosen_and_all_full_is_busy() {
-    let mut case = Case::new(&[load(1000.0, 8 + NODE_WAITING_MAX, 0), load(10.0, 0, 0)]);
-    case.check(&prompt(1, 1000), 2, RouteReason::OnlyNode);
-    let mut sent: Vec<BookingId> = (0..8 + NODE_WAITING_MAX).map(|_| case.send(&prompt(1, 10)).0).collect();
-    match case.route(&prompt(1, 10), &[]) {
+fn who_waits_waits_for_the_node_that_is_best() {
+    let full = load(1000.0, 8 + NODE_WAITING_MAX, 0);
+    let case = Case::new(&[full, load(1000.0, 0, 0)]);
+    case.check(&prompt(1, 1000), 2, RouteReason::LeastWork);
+    // Reading a thousand tokens there takes longer than a slot here becomes free.
+    let mut case = Case::new(&[full, load(10.0, 0, 0)]);
+    match case.route(&prompt(1, 1000), &[]) {
         Err(RouteError::AllBusy { retry_after }) => {
             assert!(retry_after >= Duration::from_secs(1) && retry_after <= Duration::from_secs(60));
         }
         other => panic!("expected busy, got {other:?}"),
     }
-    case.router.finished(sent.pop().expect("one was sent"), case.now);
-    case.check(&prompt(1, 10), 2, RouteReason::OnlyNode);
+    let excluded: Vec<_> = case.explain(&prompt(1, 1000)).into_iter().map(|one| one.excluded).collect();
+    assert_eq!(excluded, [Some(Excluded::Full), None]);
+    case.load(1, load(1000.0, 1, 0));
+    case.check(&prompt(1, 1000), 1, RouteReason::LeastWork);
+}
+
+#[test]
+fn who_waits_counts_for_who_comes_after() {
+    let mut case = Case::new(&[load(4000.0, 0, 0), load(1000.0, 0, 0)]);
+    let sent: Vec<u128> = (0..NODE_WAITING_MAX).map(|index| case.send(&prompt(index, 1000)).1).collect();
+    assert_eq!(sent, vec![1; NODE_WAITING_MAX as usize]);
+    let (hashes, mut plan) = (block_hashes(BlockHash(7), &prompt(9, 1000)), Plan::default());
+    let prompt = prompt(9, 1000);
+    let query = query(&prompt, &hashes, &[]);
+    let first = case.router.route_after(&query, &mut plan, case.now);
+    assert!(matches!(first, Err(RouteError::AllBusy { .. })), "the fast one is best: {first:?}");
+    let mut behind = 0;
+    let route = loop {
+        match case.router.route_after(&query, &mut plan, case.now) {
+            Ok(route) => break route,
+            Err(error) => assert!(behind < 10, "{error}"),
+        }
+        behind += 1;
+    };
+    assert_eq!(route.node, NodeId(2), "behind {behind} others the slow one is");
 }
 
 #[test]
