@@ -10,9 +10,9 @@
 use rustc_hash::{FxHashMap, FxHashSet};
 use types::{BlockHash, limits};
 
-/// Blocks that one node may have in here; what it stores beyond is not known. A hundred thousand blocks are 3.2 million
-/// tokens, 400 GB of KV of a model with 8 billion parameters.
-pub const NODE_BLOCKS_MAX: usize = 1 << 17;
+/// Blocks that one node may have in here; what it stores beyond is not known. A million blocks are 33 million tokens: more
+/// than any Mac's memory holds, so that one node's nonsense leaves room for the others.
+pub const NODE_BLOCKS_MAX: usize = 1 << 20;
 /// Blocks of all nodes together: at 23 bytes each in the map and 12 in the sets, what fits into 4 GiB.
 pub const INDEX_BLOCKS_MAX: usize = 110_000_000;
 /// Slots: all nodes, and as many again as may restart while their former blocks are being forgotten.

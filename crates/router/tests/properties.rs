@@ -1,7 +1,7 @@
 //! Whatever happens in whatever order: bookings balance, routes obey the rules, and the same inputs give the same routes.
 
 use proptest::prelude::*;
-use router::{BookingId, NODE_WAITING_MAX, RouteError, RouteQuery, Router, RouterSettings};
+use router::{BookingId, Considered, Excluded, RouteError, RouteQuery, Router, RouterSettings};
 use std::time::{Duration, Instant};
 use types::{
     AssetsHash, BlockHash, EngineState, ModelCard, NodeId, NodeLoad, NodeRates, Priority, block_hashes,
@@ -112,10 +112,9 @@ fn run(steps: &[Step]) -> (Router, Vec<Option<(NodeId, u32)>>, Instant) {
                     open.push(router.book(route, &query, now).expect("a known node"));
                 } else if let Err(RouteError::AllBusy { retry_after }) = &route {
                     assert!(*retry_after >= Duration::from_secs(1));
-                    assert!(router.nodes().any(|(_, known)| {
-                        known.load().is_none_or(|load| load.running + load.waiting > 0)
-                            || open.len() > NODE_WAITING_MAX as usize
-                    }));
+                    let full =
+                        |one: &Considered| matches!(one.excluded, Some(Excluded::Full | Excluded::Refused));
+                    assert!(router.explain(&query, now).iter().any(full), "busy without a full node");
                 }
                 routes.push(route.ok().map(|route| (route.node, route.matched_tokens)));
             }
