@@ -3,7 +3,7 @@
 use crate::{
     ClusterKey, ControlReceiver, Peer, RouterLink, close, handshake,
     limits::{CLOSE_TIME_MAX, HANDSHAKE_TIME_MAX, HANDSHAKES_MAX},
-    tls,
+    socket, tls,
     warnings::Warnings,
 };
 use ring::hmac;
@@ -114,8 +114,11 @@ impl Endpoint {
         let addresses: &[SocketAddr] = if address.ip().is_unspecified() { &all } else { &[address] };
         let mut bound = Err(io::ErrorKind::AddrNotAvailable.into());
         for &address in addresses {
-            // A client for now: `accept` makes it a server. It binds IPv6 sockets as dual-stack ones.
-            bound = quinn::Endpoint::client(address);
+            bound = socket::bind(address).and_then(|socket| {
+                let (config, runtime) = (quinn::EndpointConfig::default(), Arc::new(quinn::TokioRuntime));
+                // A client for now: `accept` makes it a server.
+                quinn::Endpoint::new_with_abstract_socket(config, None, Arc::new(socket), runtime)
+            });
             if bound.is_ok() {
                 break;
             }

@@ -2,6 +2,7 @@
 
 use crate::close::{ReceiveError, SendError};
 use bytes::{Buf, BytesMut};
+use futures_util::FutureExt;
 use quinn::{RecvStream, SendStream};
 use serde::{Serialize, de::DeserializeOwned};
 use wire::{Decoder, FrameClass, encode};
@@ -25,6 +26,11 @@ impl<T: DeserializeOwned> FrameReader<T> {
     /// Reads frames of another class from here on.
     pub(crate) fn with_class(self, class: FrameClass) -> Self {
         Self { decoder: Decoder::new(class), ..self }
+    }
+
+    /// Takes note of the stream's end if it has come, which leaves nothing to tell the other end when this is dropped.
+    pub(crate) fn end_now(&mut self) {
+        let _ = self.stream.read_chunk(CHUNK_BYTES, true).now_or_never();
     }
 
     /// The next message; `None` when the stream has ended between two.

@@ -170,8 +170,15 @@ struct RequestStream {
 impl RequestStream {
     /// There is no further reply to come; passes `last` on.
     fn finished<T>(mut self, last: T) -> T {
-        self.done = true;
+        self.end();
         last
+    }
+
+    /// The last reply has been read. The stream's end commonly came in the same packet: where it did, nothing has to be
+    /// said of the stream any more, otherwise a packet stops it, and the node has to acknowledge that.
+    fn end(&mut self) {
+        self.done = true;
+        self.reader.end_now();
     }
 
     /// Breaks off because of a reply that must not come now; says what came.
@@ -229,7 +236,8 @@ impl Tokens {
                 ),
             },
             Ok(Some(Reply::Done(finish))) => {
-                (self.ended, self.stream.done) = (true, true);
+                self.ended = true;
+                self.stream.end();
                 return Some((TokenEvent::Finished(finish), self));
             }
             Ok(Some(reply)) => format!("the node sent {} out of turn", name(&reply)),

@@ -5,6 +5,7 @@ use crate::{
     framed::{FrameReader, FrameWriter},
     limits::REQUEST_TIME_MAX,
 };
+use futures_util::FutureExt;
 use quinn::{Connection, RecvStream, SendStream};
 use std::{net::SocketAddr, sync::Arc};
 use tokio::{sync::Mutex, task::JoinSet, time::timeout};
@@ -128,7 +129,13 @@ impl RouterLink {
                 },
                 stream = self.0.connection.accept_bi() => {
                     let (send, receive) = stream.ok()?;
-                    arriving.spawn(read_request(send, receive, self.remote_address()));
+                    let mut read = Box::pin(read_request(send, receive, self.remote_address()));
+                    // A short request is there as its stream is.
+                    match read.as_mut().now_or_never() {
+                        Some(Some(request)) => return Some(request),
+                        Some(None) => {}
+                        None => drop(arriving.spawn(read)),
+                    }
                 }
             }
         }
