@@ -32,6 +32,8 @@ pub(crate) const REDIAL_DELAY_MAX: Duration = Duration::from_secs(2);
 pub(crate) const REDIAL_DELAY_REFUSED: Duration = Duration::from_secs(10);
 /// Routers one node dials; a cluster has a few, and configured addresses may be double.
 pub(crate) const UPLINKS_MAX: usize = 256;
+/// How long a node may keep back that it has accepted a request: a first token that is there by then shares its packet.
+pub(crate) const ACCEPT_HELD_MAX: Duration = Duration::from_millis(2);
 /// How long a request waits at a router for a node with room; OpenAI's clients give up after minutes, people sooner.
 pub(crate) const ROUTER_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Nodes that a request without a first token is tried on.

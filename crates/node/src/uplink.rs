@@ -5,13 +5,14 @@
 //! one that turns out to be this process, is connected to once, or not at all.
 
 use crate::engine_handle::{EngineHandle, NodeReport};
-use crate::settings::{REDIAL_DELAY, REDIAL_DELAY_MAX, REDIAL_DELAY_REFUSED};
+use crate::settings::{ACCEPT_HELD_MAX, REDIAL_DELAY, REDIAL_DELAY_MAX, REDIAL_DELAY_REFUSED};
 use futures_util::StreamExt;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 use transport::{Endpoint, IncomingRequest, JoinError, LinkClosed, ReplySender, RouterLink};
 use types::{EngineState, GenerateError, GenerateRequest, NodeId, TokenEvent};
 use wire::{Control, Hello, Reply};
@@ -203,7 +204,7 @@ async fn dial(settings: UplinkSettings, mut addresses: watch::Receiver<Vec<Socke
         // New addresses are tried at once.
         let wait = wait.unwrap_or(delay);
         delay = (delay * 2).min(REDIAL_DELAY_MAX);
-        if let Ok(Err(_)) = tokio::time::timeout(wait, addresses.changed()).await {
+        if let Ok(Err(_)) = timeout(wait, addresses.changed()).await {
             return DialEnd::NoAddress;
         }
     }
@@ -315,13 +316,19 @@ async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut repl
     };
     let (cancelled, arrived) = (replies.cancelled(), replies.cancelled());
     let stream = async {
+        let first = timeout(ACCEPT_HELD_MAX, events.next()).await;
         replies.send(Reply::Accepted).await?;
-        while let Some(event) = events.next().await {
+        let mut next = match first {
+            Ok(first) => first,
+            Err(_) => events.next().await,
+        };
+        while let Some(event) = next {
             let reply = match event {
                 TokenEvent::Tokens { index, tokens } => Reply::Tokens { index, tokens },
                 TokenEvent::Finished(finish) => Reply::Done(finish),
             };
             replies.send(reply).await?;
+            next = events.next().await;
         }
         Ok::<(), transport::ReplyError>(())
     };
@@ -340,7 +347,6 @@ async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut repl
 mod tests {
     use super::*;
     use std::time::Duration;
-    use tokio::time::timeout;
     use transport::{ClusterKey, Peer};
     use types::{
         CacheScope, Finish, FinishReason, GenerateDraft, ModelAssets, ModelCard, RequestId, SamplingParams,
