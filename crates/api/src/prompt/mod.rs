@@ -2,12 +2,14 @@
 //!
 //! [`TextCache`] owns the loaded [`ModelText`]s; a handler borrows one for as long as its request lives.
 
+mod byte_level;
 mod cache;
 mod clock;
 mod json;
 mod template;
 mod tokenizer;
 
+pub(crate) use byte_level::ByteLevel;
 pub(crate) use cache::TextCache;
 pub(crate) use clock::unix_seconds;
 pub(crate) use template::{ChatTemplate, TemplateError, TemplateInput, TemplateMessage};

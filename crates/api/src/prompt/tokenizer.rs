@@ -1,6 +1,6 @@
 //! A model's tokenizer and chat template, loaded.
 
-use super::{ChatTemplate, TemplateError};
+use super::{ByteLevel, ChatTemplate, TemplateError};
 use std::{collections::HashSet, fmt};
 use tokenizers::Tokenizer;
 use types::{ModelAssets, TokenId};
@@ -17,6 +17,8 @@ pub(crate) enum LoadError {
 /// What turns a model's messages into tokens and its tokens into text.
 pub(crate) struct ModelText {
     tokenizer: Tokenizer,
+    /// The fast way to the same tokens, where the tokenizer is of its kind.
+    byte_level: Option<ByteLevel>,
     special: HashSet<TokenId>,
     template: Option<ChatTemplate>,
 }
@@ -36,7 +38,8 @@ impl ModelText {
             .as_deref()
             .map(|source| ChatTemplate::new(source, assets.bos_token.as_deref(), assets.eos_token.as_deref()))
             .transpose()?;
-        Ok(Self { tokenizer, special, template })
+        let byte_level = ByteLevel::of(&tokenizer);
+        Ok(Self { tokenizer, byte_level, special, template })
     }
 
     pub(crate) fn template(&self) -> Option<&ChatTemplate> {
@@ -45,6 +48,9 @@ impl ModelText {
 
     /// The tokens of a text, with those that the tokenizer puts around every text if `special`.
     pub(crate) fn encode(&self, text: &str, special: bool) -> Result<Vec<TokenId>, String> {
+        if let (Some(byte_level), false) = (&self.byte_level, special) {
+            return byte_level.encode(&self.tokenizer, text);
+        }
         let encoding = self.tokenizer.encode_fast(text, special).map_err(|error| error.to_string())?;
         Ok(encoding.get_ids().to_vec())
     }

@@ -1,0 +1,113 @@
+//! The same tokens as the library's, whatever the text, the first time and every time after it.
+
+use super::*;
+use crate::tokenizers_for_tests::{byte_fallback, byte_level};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+/// What Qwen 2 and Llama 3 cut words with.
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Words that some merges of the test's tokenizer make longer than a byte.
+const MERGES: [(&str, &str); 6] = [("a", "b"), ("Ġ", "a"), ("Ġa", "b"), ("ab", "c"), ("1", "2"), ("Ã", "©")];
+
+/// The tests' byte-level tokenizer with other steps, and merges so that borders of words show.
+fn tokenizer(pre_tokenizer: Value, change: impl FnOnce(&mut Value)) -> Tokenizer {
+    let mut json: Value = serde_json::from_str(&byte_level()).unwrap();
+    json["pre_tokenizer"] = pre_tokenizer;
+    json["truncation"] = Value::Null;
+    let model = &mut json["model"];
+    for (index, (left, right)) in MERGES.iter().enumerate() {
+        model["vocab"][format!("{left}{right}")] = json!(300 + index);
+    }
+    model["merges"] = MERGES.iter().map(|(left, right)| json!([left, right])).collect();
+    change(&mut json);
+    Tokenizer::from_bytes(json.to_string()).unwrap()
+}
+
+fn bytes(use_regex: bool) -> Value {
+    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
+}
+
+fn after(step: Value, use_regex: bool) -> Value {
+    json!({"type": "Sequence", "pretokenizers": [step, bytes(use_regex)]})
+}
+
+fn kinds() -> Vec<Tokenizer> {
+    let split =
+        json!({"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": false});
+    let digits = json!({"type": "Digits", "individual_digits": true});
+    vec![
+        tokenizer(bytes(false), |_| ()),
+        tokenizer(bytes(true), |_| ()),
+        tokenizer(after(digits, true), |_| ()),
+        tokenizer(after(split.clone(), false), |json| json["normalizer"] = json!({"type": "NFC"})),
+        tokenizer(after(split, false), |json| json["added_tokens"][1]["normalized"] = json!(true)),
+    ]
+}
+
+fn check(tokenizer: &Tokenizer, ours: &ByteLevel, text: &str) {
+    let expected = tokenizer.encode_fast(text, false).unwrap();
+    assert_eq!(ours.encode(tokenizer, text).unwrap(), expected.get_ids(), "{text:?}");
+}
+
+thread_local! {
+    static KINDS: Vec<(Tokenizer, ByteLevel)> = kinds()
+        .into_iter()
+        .map(|tokenizer| { let ours = ByteLevel::of(&tokenizer).expect("of this kind"); (tokenizer, ours) })
+        .collect();
+}
+
+proptest! {
+    /// Cut differently, or with a word's tokens taken for another's, the merges would differ.
+    #[test]
+    fn as_the_library(text in r"([ abcAé0-9'\n\t.½😀]|<\|im_start\|>|<\|im_end\|>|<s>|'re|\PC){0,40}", times in 1..40_usize) {
+        KINDS.with(|kinds| for (tokenizer, ours) in kinds {
+            check(tokenizer, ours, &text);
+            // Long enough to be kept as a piece; the second time it is found.
+            for _ in 0..2 {
+                check(tokenizer, ours, &text.repeat(times));
+            }
+        });
+    }
+}
+
+#[test]
+fn other_kinds_are_left_to_the_library() {
+    let none = |what: &str, tokenizer: Tokenizer| assert!(ByteLevel::of(&tokenizer).is_none(), "{what}");
+    none("pieces with ▁", Tokenizer::from_bytes(byte_fallback()).unwrap());
+    let prefixed =
+        json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    none("a space before the text", tokenizer(prefixed, |_| ()));
+    none(
+        "digits in groups",
+        tokenizer(after(json!({"type": "Digits", "individual_digits": false}), true), |_| ()),
+    );
+    let stripping = |json: &mut Value| json["added_tokens"][0]["lstrip"] = json!(true);
+    none("added tokens with spaces", tokenizer(bytes(true), stripping));
+    none("lower case", tokenizer(bytes(true), |json| json["normalizer"] = json!({"type": "Lowercase"})));
+    none("dropout", tokenizer(bytes(true), |json| json["model"]["dropout"] = json!(0.5)));
+}
+
+#[test]
+fn what_is_kept_is_bounded() {
+    let tokenizer = tokenizer(bytes(true), |_| ());
+    let ours = ByteLevel::of(&tokenizer).unwrap();
+    for number in 0..WORDS_MAX + 10 {
+        ours.words.write().unwrap().keep(&number.to_string(), &[1]);
+    }
+    assert!(ours.words.read().unwrap().known.len() < 1000);
+    check(&tokenizer, &ours, "ab 12 ab");
+    let mut pieces = Pieces::default();
+    for number in 0..100 {
+        let piece = format!("{number:08}").repeat(100_000);
+        pieces.keep(&piece, &[number]);
+        assert_eq!(pieces.get(&piece).as_deref(), Some(&[number][..]));
+        let bytes = |pieces: &HashMap<Box<str>, Arc<[TokenId]>>| {
+            pieces.keys().map(|piece| piece.len()).sum::<usize>()
+        };
+        assert!(bytes(&pieces.young) + bytes(&pieces.old) <= PIECES_BYTES_MAX);
+        // Used again and again, it outlives its generation.
+        assert_eq!(pieces.get(&"00000000".repeat(100_000)).as_deref(), Some(&[0][..]));
+    }
+    assert!(pieces.get(&"00000001".repeat(100_000)).is_none());
+}
