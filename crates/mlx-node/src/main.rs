@@ -17,6 +17,10 @@ mod values;
 
 use std::process::ExitCode;
 
+/// A request makes and drops thousands of small things: templates, words, headers, packets.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The command failed.
 const EXIT_FAILED: u8 = 1;
 /// Flags, variables or the configuration file are wrong; clap's own code for it.

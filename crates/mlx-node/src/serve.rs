@@ -28,9 +28,10 @@ use tokio::{
 };
 use types::{NodeId, Role};
 
-/// Threads for sockets, JSON and tokenizers. The engine process computes on every core meanwhile (or waits for a GPU):
-/// more threads here would take time from it, and two are never both busy with what one node can generate.
-const WORKER_THREADS: usize = 2;
+/// Threads for sockets, JSON and short texts; long ones are encoded on threads of their own. One is busy for 50 µs with a
+/// short request from end to end (`docs/performance.md`), and two hand work to each other, which takes longer than most of
+/// it does. The engine process computes on every core meanwhile (or waits for a GPU).
+const WORKER_THREADS: usize = 1;
 /// Connections that wait to be accepted: a burst of clients between two turns of the accepting task.
 const BACKLOG: u32 = 1024;
 
