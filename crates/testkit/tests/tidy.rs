@@ -35,7 +35,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "mlx-sys",
         ],
     ),
-    ("bench", &["types", "engine", "mlx", "router", "api"]),
+    // The last three for what it compares whole processes with.
+    ("bench", &["types", "engine", "mlx", "router", "api", "node", "transport"]),
     // Only ever a dev-dependency of the others.
     ("testkit", &["types", "engine"]),
     ("mlx-sys", &[]),
