@@ -81,11 +81,11 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn accepted(&self) {
-        self.dispatch.lock().router.accepted(self.booking, Instant::now());
+        self.dispatch.lock().router.accepted(self.booking, now());
     }
 
     pub(crate) fn first_token(&self) {
-        self.dispatch.lock().router.first_token(self.booking, Instant::now());
+        self.dispatch.lock().router.first_token(self.booking, now());
     }
 
     /// The node said that it is full: it is left alone until it reports again.
@@ -96,7 +96,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.dispatch.change(|state| state.router.finished(self.booking, Instant::now()));
+        self.dispatch.change(|state| state.router.finished(self.booking, now()));
     }
 }
 
@@ -367,7 +367,7 @@ impl State {
         let gone = || RouteError::NoNode { reason: "the node has just gone".to_owned() };
         let entry = self.nodes.get(&route.node).ok_or_else(gone)?;
         let (target, node_name) = (entry.target.clone(), entry.hello.name.clone());
-        let booking = self.router.book(&route, &ask.query(exclude), Instant::now()).ok_or_else(gone)?;
+        let booking = self.router.book(&route, &ask.query(exclude), now()).ok_or_else(gone)?;
         tracing::debug!(node = %node_name, cost = ?route.cost, matched = route.matched_tokens, reason = %route.reason, "routed");
         let info = RouteInfo {
             node: route.node,
@@ -395,7 +395,7 @@ impl State {
                 Ok(booked) => {
                     let booking = booked.booking;
                     if waiter.reply.send(Ok(booked)).is_err() {
-                        self.router.finished(booking, Instant::now());
+                        self.router.finished(booking, now());
                     }
                 }
                 Err(RouteError::AllBusy { .. }) => {
@@ -455,7 +455,7 @@ impl Drop for Wait<'_> {
         self.receiver.close();
         match self.receiver.try_recv() {
             Ok(Ok(booked)) => {
-                self.dispatch.change(|state| state.router.finished(booked.booking, Instant::now()))
+                self.dispatch.change(|state| state.router.finished(booked.booking, now()))
             }
             _ => self.dispatch.lock().waiting.retain(|waiter| waiter.serial != self.serial),
         }
