@@ -454,9 +454,7 @@ impl Drop for Wait<'_> {
     fn drop(&mut self) {
         self.receiver.close();
         match self.receiver.try_recv() {
-            Ok(Ok(booked)) => {
-                self.dispatch.change(|state| state.router.finished(booked.booking, now()))
-            }
+            Ok(Ok(booked)) => self.dispatch.change(|state| state.router.finished(booked.booking, now())),
             _ => self.dispatch.lock().waiting.retain(|waiter| waiter.serial != self.serial),
         }
     }

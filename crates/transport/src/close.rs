@@ -14,6 +14,8 @@ pub(crate) const REFUSED: VarInt = VarInt::from_u32(1);
 pub(crate) const ITSELF: VarInt = VarInt::from_u32(2);
 /// The other end does not keep to the protocol.
 pub(crate) const PROTOCOL: VarInt = VarInt::from_u32(3);
+/// Nothing was heard of the other end for too long.
+pub(crate) const SILENT: VarInt = VarInt::from_u32(6);
 /// A request's stream: nobody wants the answer any more.
 pub(crate) const CANCELLED: VarInt = VarInt::from_u32(4);
 /// A request's stream: the node gave the request up without an answer.
@@ -41,9 +43,16 @@ pub(crate) enum SendError {
     Stream(#[from] WriteError),
 }
 
-/// Closes with a reason, cut so that it fits into one packet.
+/// Closes with a reason, cut so that it fits into one packet. One that has ended keeps the reason that it has.
 pub(crate) fn close(connection: &Connection, code: VarInt, reason: &str) {
-    connection.close(code, cut(reason).as_bytes());
+    if connection.close_reason().is_none() {
+        connection.close(code, cut(reason).as_bytes());
+    }
+}
+
+/// What is said of an end that is not heard.
+pub(crate) fn silent() -> String {
+    format!("no sign of life for {} s", NODE_SILENCE_MAX.as_secs())
 }
 
 /// At most [`limits::REASON_BYTES_MAX`] of `reason`.
@@ -62,7 +71,7 @@ pub(crate) fn connection_error(error: &ConnectionError) -> String {
             let reason = String::from_utf8_lossy(&close.reason);
             if reason.is_empty() { "closed by the other end".to_owned() } else { reason.into_owned() }
         }
-        ConnectionError::TimedOut => format!("no sign of life for {} s", NODE_SILENCE_MAX.as_secs()),
+        ConnectionError::TimedOut => silent(),
         ConnectionError::LocallyClosed => "closed here".to_owned(),
         ConnectionError::Reset => "it was restarted".to_owned(),
         error => error.to_string(),

@@ -17,6 +17,7 @@ mod key;
 pub mod limits;
 mod peer;
 mod router_link;
+mod silence;
 mod socket;
 mod tls;
 mod warnings;

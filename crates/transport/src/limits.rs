@@ -17,6 +17,11 @@ pub const STREAM_WINDOW_BYTES: u32 = 128 << 10;
 pub const SEND_WINDOW_BYTES: u64 = 8 << 20;
 /// How often a quiet connection shows that it is alive; several must fit into [`NODE_SILENCE_MAX`].
 pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(500);
+/// How often it is looked whether a connection's other end was heard.
+pub const SILENCE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
+/// Looks in a row at which it was not heard before it counts as lost: [`NODE_SILENCE_MAX`], a [`KEEP_ALIVE_INTERVAL`],
+/// which QUIC's own timeout begins with at the latest, and one more, so that QUIC comes first where it is not confused.
+pub const SILENT_CHECKS_MAX: u32 = 11;
 /// First guess of a round trip. Local networks are faster; the default of 333 ms makes the first lost packet costly.
 pub const INITIAL_ROUND_TRIP: Duration = Duration::from_millis(50);
 /// From sending a request to `Accepted` or `Rejected`: what a node may need to admit it, not to run it.
@@ -34,4 +39,8 @@ pub const WARNINGS_INTERVAL: Duration = Duration::from_secs(10);
 /// Bytes of a reason in a close frame, so that it fits into one packet.
 pub const REASON_BYTES_MAX: usize = 600;
 
+const _: () = assert!(
+    SILENCE_CHECK_INTERVAL.as_millis() * SILENT_CHECKS_MAX as u128
+        > NODE_SILENCE_MAX.as_millis() + KEEP_ALIVE_INTERVAL.as_millis()
+);
 const _: () = assert!(KEEP_ALIVE_INTERVAL.as_millis() * 3 < NODE_SILENCE_MAX.as_millis());

@@ -4,6 +4,7 @@ use crate::{
     close::{self, ReceiveError, SendError, close},
     framed::{FrameReader, FrameWriter},
     limits::{ACCEPT_TIME_MAX, ASSETS_TIME_MAX},
+    silence::SilenceWatch,
 };
 use futures_util::stream;
 use quinn::Connection;
@@ -24,11 +25,13 @@ pub struct Peer(Arc<Inner>);
 struct Inner {
     connection: Connection,
     hello: Hello,
+    _silence: SilenceWatch,
 }
 
 impl Peer {
     pub(crate) fn new(connection: Connection, hello: Hello) -> Self {
-        Self(Arc::new(Inner { connection, hello }))
+        let silence = SilenceWatch::new(connection.clone());
+        Self(Arc::new(Inner { connection, hello, _silence: silence }))
     }
 
     /// Who it said it is.

@@ -4,6 +4,7 @@ use crate::{
     close::{self, SendError, close},
     framed::{FrameReader, FrameWriter},
     limits::REQUEST_TIME_MAX,
+    silence::SilenceWatch,
 };
 use futures_util::FutureExt;
 use quinn::{Connection, RecvStream, SendStream};
@@ -24,6 +25,7 @@ struct Inner {
     control: Mutex<FrameWriter>,
     /// Requests that are being read, so that a slow one does not hold up the next.
     arriving: Mutex<JoinSet<Option<IncomingRequest>>>,
+    _silence: SilenceWatch,
 }
 
 /// The connection has ended.
@@ -90,7 +92,8 @@ pub struct ReplySender {
 impl RouterLink {
     pub(crate) fn new(connection: Connection, router: Hello, control: FrameWriter) -> Self {
         let (control, arriving) = (Mutex::new(control), Mutex::default());
-        Self(Arc::new(Inner { connection, router, control, arriving }))
+        let silence = SilenceWatch::new(connection.clone());
+        Self(Arc::new(Inner { connection, router, control, arriving, _silence: silence }))
     }
 
     /// Who it said it is.

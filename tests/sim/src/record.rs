@@ -16,7 +16,7 @@ pub(crate) const RECOVERY_TIME_MAX: Duration = Duration::from_secs(5);
 /// An engine may have a request for this long that another one has too, or that has ended: until both ends of a
 /// connection have taken its silence for its end, a cancellation has come through, and a step has ended.
 const LEFT_OVER_TIME_MAX: Duration =
-    Duration::from_millis(limits::NODE_SILENCE_MAX.as_millis() as u64 + 1500);
+    Duration::from_millis(limits::NODE_SILENCE_MAX.as_millis() as u64 + 2000);
 /// Engines that may have a request at once: the one that is silent, or slow, and the one that took over.
 const OWNERS_MAX: usize = 2;
 /// Engine deaths under one request after which it may fail: it may be what they die of.
