@@ -24,7 +24,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         engine: EngineSettings { tpot_target, ..EngineSettings::default() },
     };
     let load = LoadSettings {
-        model: PathBuf::from(arguments.first().ok_or("usage: engine_load MODEL [CHURN_ROWS] [STEPS] [TPOT_MS]")?),
+        model: PathBuf::from(
+            arguments.first().ok_or("usage: engine_load MODEL [CHURN_ROWS] [STEPS] [TPOT_MS]")?,
+        ),
         name: "model".to_owned(),
         slots: settings.slots(),
         context_tokens: None,

@@ -55,6 +55,7 @@ pub fn engine_steps(
     settings: &EngineBenchSettings,
 ) -> Result<Vec<EngineFigures>, ModelError> {
     let mut figures = Vec::new();
+    while model.prepare()? {}
     let mut next = 0;
     for &batch in &settings.batches {
         // The whole round once: the shapes of its last steps differ from those of its first.

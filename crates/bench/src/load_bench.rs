@@ -90,9 +90,10 @@ pub struct ChurnFigures {
 /// # Errors
 /// What the engine refuses, and what the model reports.
 pub fn engine_under_load(
-    model: Box<dyn Model>,
+    mut model: Box<dyn Model>,
     settings: &LoadBenchSettings,
 ) -> Result<LoadFigures, LoadBenchError> {
+    while model.prepare()? {}
     let mut drive = Drive::new(model, settings.engine.clone());
     let (quiet, during, long_ttft_ms) = drive.prompt_beside_rows(settings)?;
     let prefix_ttft_ms = drive.prefix_again(settings.prefix)?;

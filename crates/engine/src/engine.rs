@@ -27,8 +27,8 @@ const TTFT_STRETCH: f64 = 2.0;
 /// than within the second of these multiples of what reading it alone takes: who sends a long prompt waits anyway, and
 /// gentleness must not make a fast machine slow.
 const GOOD_STRETCH: [f64; 2] = [1.75, 4.0];
-/// Where no request waits behind it, this multiple is in good time as well: nobody but its sender gains by haste.
-const CALM_STRETCH: f64 = 4.0;
+/// The same where no request waits behind it: nobody but its sender gains by haste.
+const CALM_STRETCH: [f64; 2] = [4.0, 8.0];
 /// While all prompts are in good time, a step with slices takes at most this many times what its rows alone take: a reader
 /// hardly sees a pace that differs by less than a factor of two.
 const GENTLE_STRETCH: f64 = 1.75;
@@ -155,12 +155,12 @@ impl Engine {
         let stretched = |by: f64| Duration::from_secs_f64((by * alone_s).min(TARGET_MAX.as_secs_f64()));
         let allowed =
             target(request.service.ttft_target_ms, self.settings.ttft_target) + stretched(TTFT_STRETCH);
-        let good = (allowed / 2).clamp(stretched(GOOD_STRETCH[0]), stretched(GOOD_STRETCH[1]));
+        let between = |[least, most]: [f64; 2]| (allowed / 2).clamp(stretched(least), stretched(most));
         let targets = Targets {
             arrived: now,
             first_due: now + allowed,
-            good_due: now + good,
-            calm_due: now + good.max(stretched(CALM_STRETCH)),
+            good_due: now + between(GOOD_STRETCH),
+            calm_due: now + between(CALM_STRETCH),
             tpot: target(request.service.tpot_target_ms, self.settings.tpot_target),
         };
         let sequence = Sequence::new(id, request, self.model.card(), held, targets);
@@ -231,6 +231,21 @@ impl Engine {
             self.cost.observe(flight.shape, now.saturating_duration_since(begin).as_secs_f64());
             self.last_end = Some(now);
         }
+    }
+
+    /// While it is idle: lets the model do a part of what makes later steps faster. False: nothing is left of it.
+    ///
+    /// # Errors
+    /// [`ModelError::Backend`] where the model is lost, as from [`Engine::step`].
+    pub fn prepare(&mut self) -> Result<bool, ModelError> {
+        if !self.is_idle() || !matches!(self.state, State::Serving) {
+            return Ok(false);
+        }
+        let prepared = self.model.prepare();
+        if let Err(error) = &prepared {
+            self.fail(error.clone());
+        }
+        prepared
     }
 
     /// From now on nothing new is taken; what is here runs to its end.

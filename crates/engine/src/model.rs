@@ -118,4 +118,13 @@ pub trait Model: fmt::Debug {
     /// # Errors
     /// [`ModelError::Backend`] where the pass failed.
     fn collect(&mut self) -> Result<Vec<TokenId>, ModelError>;
+
+    /// While there is nothing else to do: a part, of seconds at most, of what makes later steps faster. False: nothing is
+    /// left of it.
+    ///
+    /// # Errors
+    /// [`ModelError::Backend`] where that failed.
+    fn prepare(&mut self) -> Result<bool, ModelError> {
+        Ok(false)
+    }
 }

@@ -1,11 +1,12 @@
 // Decode: each row appends one token to its last block and attends to everything before and itself. One thread group for
 // each row and key-value head; its warps share the row's blocks, a lane takes a token of a block and then some dimensions.
 //
-// q [rows, KV * G, D], k and v [rows, KV, D], not rotated, tokens any stride apart; keys and values: the pools
+// qkv [rows or more, KV * G + 2 * KV, D]: queries, keys and values, not rotated; keys and values: the pools
 // [blocks, KV, 32, D], written in place; rows [rows, 1 + blocks]: position (-1: an unused row), then the block table;
 // numbers [HALF + 1]: wavelengths, then the scale of scores; fence: orders this after the writer before.
 // out [rows, KV * G * D], after: the next fence.
 constexpr int EACH = D / 32;
+constexpr int WIDTH = KV * (G + 2) * D;
 SHARED float query[G * D];
 SHARED float new_key[D];
 SHARED float new_value[D];
@@ -39,18 +40,17 @@ for (int i = local; i < (G + 1) * D; i += threads) {
   const int d = i % D;
   // The key is turned as one more query head.
   const bool is_key = g == G;
-  const size_t from = is_key ? size_t(row) * k_strides[0] + size_t(head) * D
-                             : size_t(row) * q_strides[0] + (size_t(head) * G + g) * D;
-  float x = float(is_key ? k[from + d] : q[from + d]);
+  const size_t from = size_t(row) * WIDTH + (is_key ? KV * G + head : head * G + g) * D;
+  float x = float(qkv[from + d]);
   if (d < 2 * HALF) {
     const float angle = float(position) / numbers[d % HALF];
     const int pair = d < HALF ? d + HALF : d - HALF;
-    const float other = float(is_key ? k[from + pair] : q[from + pair]);
+    const float other = float(qkv[from + pair]);
     x = x * COS(angle) + (d < HALF ? -other : other) * SIN(angle);
   }
   const T turned = T(x);
   if (is_key) {
-    const T value = v[size_t(row) * v_strides[0] + size_t(head) * D + d];
+    const T value = qkv[size_t(row) * WIDTH + (KV * (G + 1) + head) * D + d];
     const size_t place = size_t(rows[table + last]) * pool_block + pool_head + size_t(position % 32) * D + d;
     ((DEVICE T*)keys)[place] = turned;
     ((DEVICE T*)values)[place] = value;

@@ -4,6 +4,7 @@
 #define SHARED_POINTER
 #define FUNCTION __device__ inline
 #define BARRIER() __syncthreads()
+#define WARP_BARRIER() __syncwarp()
 #define GROUP_X int(blockIdx.x)
 #define GROUP_Y int(blockIdx.y)
 #define LOCAL_X int(threadIdx.x)
@@ -12,6 +13,7 @@
 #define GLOBAL_Y int(blockIdx.y * blockDim.y + threadIdx.y)
 #define GLOBAL_Z int(blockIdx.z * blockDim.z + threadIdx.z)
 #define UNROLL _Pragma("unroll 8")
+#define UNROLL_ALL _Pragma("unroll")
 #define EXP(x) expf(x)
 #define COS(x) cosf(x)
 #define SIN(x) sinf(x)

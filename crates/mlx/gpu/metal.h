@@ -4,6 +4,7 @@
 #define SHARED_POINTER threadgroup
 #define FUNCTION inline
 #define BARRIER() threadgroup_barrier(metal::mem_flags::mem_device | metal::mem_flags::mem_threadgroup)
+#define WARP_BARRIER() simdgroup_barrier(metal::mem_flags::mem_threadgroup)
 #define GROUP_X int(threadgroup_position_in_grid.x)
 #define GROUP_Y int(threadgroup_position_in_grid.y)
 #define LOCAL_X int(thread_position_in_threadgroup.x)
@@ -12,6 +13,7 @@
 #define GLOBAL_Y int(thread_position_in_grid.y)
 #define GLOBAL_Z int(thread_position_in_grid.z)
 #define UNROLL _Pragma("clang loop unroll_count(8)")
+#define UNROLL_ALL _Pragma("clang loop unroll(full)")
 #define EXP(x) metal::precise::exp(x)
 #define COS(x) metal::precise::cos(x)
 #define SIN(x) metal::precise::sin(x)

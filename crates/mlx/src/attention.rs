@@ -4,7 +4,7 @@
 //! The first two read blocks where they lie and write new ones in place; the last copies a row's blocks together first.
 
 use crate::{
-    kernels,
+    kernels::{self, Tile},
     kv::{BLOCK, KvPool},
     layers::Path,
     native, raw,
@@ -30,10 +30,19 @@ pub(crate) struct Run {
     pub(crate) rows: (i32, i32),
     /// Tokens in the KV before them.
     pub(crate) start: usize,
-    /// `[1 + blocks]`: start, then the block table.
+    /// `[1 + blocks]`: start, then the block table; on a GPU `[3 + blocks]`: start, the first row, rows, then the table.
     pub(crate) table: Array,
     /// For the pure path.
     pub(crate) gathered: Option<Gathered>,
+}
+
+/// Tokens of runs so short that they attend in tiles of our own, all runs together.
+#[derive(Debug)]
+pub(crate) struct ShortRuns {
+    pub(crate) tile: Tile,
+    /// `[tokens / tile, 1 + tile + blocks]`: row of a tile's first token among the step's, positions of its tokens, then
+    /// their run's block table; -1 as position marks a token that is only there to fill.
+    pub(crate) table: Array,
 }
 
 /// Which blocks to copy together, for rows of equal numbers of blocks.
@@ -59,16 +68,26 @@ pub(crate) struct Attention {
     pub(crate) scale: f32,
     pub(crate) rows: Option<RowGroup>,
     pub(crate) runs: Vec<Run>,
+    /// Instead of `runs`.
+    pub(crate) short: Option<ShortRuns>,
     pub(crate) targets: Option<Targets>,
 }
 
-/// One layer's queries `[tokens, heads, head_dim]`, keys and values `[tokens, kv_heads, head_dim]`, not yet rotated;
-/// the heads of a token are adjacent.
+/// One layer's queries, keys and values of some tokens, side by side and not yet rotated.
 #[derive(Debug)]
 pub(crate) struct Qkv {
-    pub(crate) queries: Array,
-    pub(crate) keys: Array,
-    pub(crate) values: Array,
+    /// `[tokens, heads + 2 · kv_heads, head_dim]`.
+    pub(crate) product: Array,
+    pub(crate) heads: i32,
+    pub(crate) kv_heads: i32,
+}
+
+/// Queries `[tokens, heads, head_dim]`, keys and values `[tokens, kv_heads, head_dim]`.
+#[derive(Debug)]
+struct Parts {
+    queries: Array,
+    keys: Array,
+    values: Array,
 }
 
 impl Attention {
@@ -82,52 +101,16 @@ impl Attention {
         kv: &mut KvPool,
         wanted: bool,
     ) -> Result<Option<Array>> {
-        let qkv = match rope {
-            StepRope::Fused { .. } => qkv,
-            rope => Qkv { queries: rope.apply(&qkv.queries)?, keys: rope.apply(&qkv.keys)?, ..qkv },
-        };
-        if self.path == Path::Pure {
-            self.write(layer, &qkv, kv)?;
-            if !wanted {
-                return Ok(None);
+        let mut parts = match rope {
+            StepRope::Fused { wavelengths, half } => {
+                self.in_kernels(layer, &qkv, kv, (wavelengths, *half), wanted)?
             }
-        }
-        let mut parts = Vec::with_capacity(1 + self.runs.len());
-        if let Some(group) = &self.rows {
-            let part = qkv.rows((0, group.count))?;
-            parts.push(match (self.path, rope) {
-                (Path::Native, _) => {
-                    let layer = &kv.layers[layer];
-                    let Qkv { queries, keys, values } = &part;
-                    let (pool_keys, pool_values) = (&layer.keys, &layer.values);
-                    native::attend_rows(
-                        queries,
-                        keys,
-                        values,
-                        pool_keys,
-                        pool_values,
-                        &group.table,
-                        self.scale,
-                    )?
-                }
-                (Path::Kernel, StepRope::Fused { wavelengths, half }) => {
-                    kernels::attend_rows(&part, kv, layer, group, (wavelengths, *half))?
-                }
-                _ => self.gathered_rows(layer, &part, kv, group)?,
-            });
-        }
-        for run in &self.runs {
-            let part = qkv.rows(run.rows)?;
-            parts.extend(match (self.path, rope) {
-                (Path::Native, _) => self.native_run(layer, &part, kv, run, wanted)?,
-                (Path::Kernel, StepRope::Fused { wavelengths, half }) => {
-                    let (queries, keys, values) =
-                        kernels::append_run(&part, kv, layer, run, (wavelengths, *half))?;
-                    wanted.then(|| self.causal(queries, keys, values)).transpose()?
-                }
-                _ => Some(self.gathered_run(layer, &part, kv, run)?),
-            });
-        }
+            rope => {
+                let parts = qkv.parts()?;
+                let (queries, keys) = (rope.apply(&parts.queries)?, rope.apply(&parts.keys)?);
+                self.in_operations(layer, &Parts { queries, keys, ..parts }, kv, wanted)?
+            }
+        };
         if !wanted {
             // Nobody reads what attends; the writes alone must happen.
             kv.pending.append(&mut parts);
@@ -137,6 +120,61 @@ impl Attention {
             1 => parts.pop(),
             _ => Some(concatenate(&parts, 0)?),
         })
+    }
+
+    /// On a GPU: our kernels rotate, append, and attend or prepare MLX's attention.
+    fn in_kernels(
+        &self,
+        layer: usize,
+        qkv: &Qkv,
+        kv: &mut KvPool,
+        rope: (&Array, i32),
+        wanted: bool,
+    ) -> Result<Vec<Array>> {
+        let mut parts = Vec::with_capacity(2 + self.runs.len());
+        if let Some(group) = &self.rows {
+            parts.push(kernels::attend_rows(qkv, kv, layer, group, rope)?);
+        }
+        if let Some(short) = &self.short {
+            parts.extend(kernels::attend_tiles(qkv, kv, layer, short, rope, wanted)?);
+        }
+        for run in &self.runs {
+            let (queries, keys, values) = kernels::append_run(qkv, kv, layer, run, rope)?;
+            if wanted {
+                parts.push(self.causal(queries, keys, values)?);
+            }
+        }
+        Ok(parts)
+    }
+
+    /// On a CPU by our operations, or by MLX's anywhere; everything is rotated.
+    fn in_operations(&self, layer: usize, all: &Parts, kv: &mut KvPool, wanted: bool) -> Result<Vec<Array>> {
+        if self.path == Path::Pure {
+            self.write(layer, all, kv)?;
+            if !wanted {
+                return Ok(Vec::new());
+            }
+        }
+        let mut parts = Vec::with_capacity(1 + self.runs.len());
+        if let Some(group) = &self.rows {
+            let part = all.rows((0, group.count))?;
+            parts.push(if self.path == Path::Native {
+                let layer = &kv.layers[layer];
+                let Parts { queries, keys, values } = &part;
+                let (pool_keys, pool_values) = (&layer.keys, &layer.values);
+                native::attend_rows(queries, keys, values, pool_keys, pool_values, &group.table, self.scale)?
+            } else {
+                self.gathered_rows(layer, &part, kv, group)?
+            });
+        }
+        for run in &self.runs {
+            let part = all.rows(run.rows)?;
+            parts.extend(match self.path {
+                Path::Native => self.native_run(layer, &part, kv, run, wanted)?,
+                _ => Some(self.gathered_run(layer, &part, kv, run)?),
+            });
+        }
+        Ok(parts)
     }
 
     /// `queries [1, heads, count, dim]` at the end of `keys`, `values` `[1, kv_heads, length, dim]`.
@@ -150,12 +188,12 @@ impl Attention {
     fn native_run(
         &self,
         layer: usize,
-        part: &Qkv,
+        part: &Parts,
         kv: &mut KvPool,
         run: &Run,
         wanted: bool,
     ) -> Result<Option<Array>> {
-        let (pool, Qkv { queries, keys, values }) = (&kv.layers[layer], part);
+        let (pool, Parts { queries, keys, values }) = (&kv.layers[layer], part);
         let (pool_keys, pool_values) = (&pool.keys, &pool.values);
         if wanted {
             native::attend_run(queries, keys, values, pool_keys, pool_values, &run.table, self.scale)
@@ -168,11 +206,11 @@ impl Attention {
     }
 
     /// Writes all tokens of the step into their blocks, by MLX's own operations.
-    fn write(&self, layer: usize, qkv: &Qkv, kv: &mut KvPool) -> Result<()> {
+    fn write(&self, layer: usize, all: &Parts, kv: &mut KvPool) -> Result<()> {
         let Some(Targets { blocks, offsets }) = &self.targets else { return Ok(()) };
-        let shape = [qkv.keys.dim(0), 1, qkv.keys.dim(1), 1, qkv.keys.dim(2)];
+        let shape = [all.keys.dim(0), 1, all.keys.dim(1), 1, all.keys.dim(2)];
         let pool = &mut kv.layers[layer];
-        for (pool, new) in [(&mut pool.keys, &qkv.keys), (&mut pool.values, &qkv.values)] {
+        for (pool, new) in [(&mut pool.keys, &all.keys), (&mut pool.values, &all.values)] {
             // Out of its place, so that nothing else holds its buffer when the write is evaluated.
             let old = std::mem::replace(pool, Array::from_int(0));
             *pool = raw::scatter(&old, &[blocks, offsets], &new.reshape(&shape)?, &[0, 2])?;
@@ -180,7 +218,7 @@ impl Attention {
         Ok(())
     }
 
-    fn gathered_rows(&self, layer: usize, part: &Qkv, kv: &KvPool, group: &RowGroup) -> Result<Array> {
+    fn gathered_rows(&self, layer: usize, part: &Parts, kv: &KvPool, group: &RowGroup) -> Result<Array> {
         let Some(gathered) = &group.gathered else { unreachable!("the pure path gathers") };
         let (heads, dim) = (part.queries.dim(1), part.queries.dim(2));
         let (keys, values) = gather(kv, layer, &gathered.blocks, group.count)?;
@@ -192,7 +230,7 @@ impl Attention {
         attended.reshape(&[group.count, heads * dim])
     }
 
-    fn gathered_run(&self, layer: usize, part: &Qkv, kv: &KvPool, run: &Run) -> Result<Array> {
+    fn gathered_run(&self, layer: usize, part: &Parts, kv: &KvPool, run: &Run) -> Result<Array> {
         let Some(gathered) = &run.gathered else { unreachable!("the pure path gathers") };
         let (keys, values) = gather(kv, layer, &gathered.blocks, 1)?;
         let length = run.start as i32 + run.rows.1 - run.rows.0;
@@ -203,17 +241,19 @@ impl Attention {
 }
 
 impl Qkv {
-    /// Of one layer's product `[tokens, heads + 2 · kv_heads, head_dim]`.
-    pub(crate) fn of(product: &Array, heads: i32, kv_heads: i32) -> Result<Self> {
-        let (count, dim) = (product.dim(0), product.dim(2));
-        let part = |from: i32, to: i32| raw::slice(product, &[0, from, 0], &[count, to, dim]);
-        Ok(Self {
-            queries: part(0, heads)?,
-            keys: part(heads, heads + kv_heads)?,
-            values: part(heads + kv_heads, heads + 2 * kv_heads)?,
+    fn parts(&self) -> Result<Parts> {
+        let (count, dim) = (self.product.dim(0), self.product.dim(2));
+        let part = |from: i32, to: i32| raw::slice(&self.product, &[0, from, 0], &[count, to, dim]);
+        let (keys, values) = (self.heads, self.heads + self.kv_heads);
+        Ok(Parts {
+            queries: part(0, keys)?,
+            keys: part(keys, values)?,
+            values: part(values, values + self.kv_heads)?,
         })
     }
+}
 
+impl Parts {
     fn rows(&self, range: (i32, i32)) -> Result<Self> {
         Ok(Self {
             queries: rows_of(&self.queries, range)?,

@@ -5,7 +5,7 @@
 #![expect(unsafe_code, reason = "calls of the C API, each with its conditions beside it")]
 
 use crate::{
-    attention::{Qkv, RowGroup, Run},
+    attention::{Qkv, RowGroup, Run, ShortRuns},
     kv::KvPool,
     models::Heads,
 };
@@ -25,6 +25,14 @@ pub(crate) const WARP: i32 = 32;
 const PARTIAL_BYTES_MAX: i32 = 16 << 10;
 /// Thread groups of decoding below which each gets more warps: a GPU has about this many cores.
 const GROUPS_FEW: i32 = 256;
+/// Bytes of a thread group's memory that attention of tiles takes at most: what any device offers.
+const TILE_BYTES_MAX: i32 = 32 << 10;
+/// Queries of a tile, of all its heads: so many sums fit into a lane's registers.
+const TILE_QUERIES_MAX: i32 = 16;
+/// Tokens of a tile: more would fill up more where runs end.
+const TILE_TOKENS_MAX: i32 = 8;
+/// Tokens of a tile on matrix units, whose side it is.
+const MATRIX_TILE_TOKENS: i32 = 16;
 /// Warps that draw a row's token.
 const SAMPLE_WARPS: i32 = 16;
 
@@ -40,25 +48,42 @@ pub(crate) struct Source {
 
 const ATTEND_ROWS: Source = Source {
     name: c"attend_rows",
-    inputs: &[c"q", c"k", c"v", c"keys", c"values", c"rows", c"numbers", c"fence"],
+    inputs: &[c"qkv", c"keys", c"values", c"rows", c"numbers", c"fence"],
     outputs: &[c"out", c"after"],
     body: include_str!("../gpu/attend_rows.h"),
     contiguous: false,
 };
 const APPEND_RUN: Source = Source {
     name: c"append_run",
-    inputs: &[c"k", c"v", c"keys", c"values", c"table", c"numbers", c"fence"],
+    inputs: &[c"qkv", c"keys", c"values", c"table", c"numbers", c"fence"],
     outputs: &[c"all_keys", c"all_values", c"after"],
     body: include_str!("../gpu/append_run.h"),
     contiguous: false,
 };
 const TURN_RUN: Source = Source {
     name: c"turn_run",
-    inputs: &[c"q", c"table", c"numbers"],
+    inputs: &[c"qkv", c"table", c"numbers"],
     outputs: &[c"turned"],
     body: include_str!("../gpu/turn_run.h"),
     contiguous: false,
 };
+const APPEND_TOKENS: Source = Source {
+    name: c"append_tokens",
+    inputs: &[c"qkv", c"keys", c"values", c"tiles", c"numbers", c"fence"],
+    outputs: &[c"after"],
+    body: include_str!("../gpu/append_tokens.h"),
+    contiguous: false,
+};
+const ATTEND_TILES: Source = Source {
+    name: c"attend_tiles",
+    inputs: &[c"qkv", c"keys", c"values", c"tiles", c"numbers", c"fence"],
+    outputs: &[c"out", c"after"],
+    body: include_str!("../gpu/attend_tiles.h"),
+    contiguous: false,
+};
+/// CUDA's own: it needs what `gpu/half.h` has.
+const ATTEND_TILES_HALF: Source =
+    Source { name: c"attend_tiles_half", body: include_str!("../gpu/attend_tiles_half.h"), ..ATTEND_TILES };
 const SWIGLU: Source = Source {
     name: c"swiglu",
     inputs: &[c"x"],
@@ -84,6 +109,7 @@ const RESERVE: Source =
     Source { name: c"reserve", inputs: &[c"x"], outputs: &[c"out"], body: "", contiguous: true };
 
 /// A value fixed when a kernel is compiled.
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum Constant {
     Int(i32),
     Type(Dtype),
@@ -136,34 +162,26 @@ pub(crate) fn swiglu(x: &Array) -> Result<Array> {
     first(run(&SWIGLU, &[x], &launch)?)
 }
 
-/// Rotates, appends and attends: rows of one token each, `[rows, heads · head_dim]`.
+/// Rotates, appends and attends: rows of one token each, the first ones of `qkv`; `[rows, heads · head_dim]`.
 pub(crate) fn attend_rows(
-    part: &Qkv,
+    qkv: &Qkv,
     kv: &mut KvPool,
     layer: usize,
-    group: &RowGroup,
+    rows: &RowGroup,
     (numbers, half): (&Array, i32),
 ) -> Result<Array> {
-    let (count, heads, dim) = (part.queries.dim(0), part.queries.dim(1), part.queries.dim(2));
-    let kv_heads = part.keys.dim(1);
-    let dtype = part.queries.dtype();
-    let warps = warps(dim, heads / kv_heads, count * kv_heads);
+    let Heads { queries, keys, dim } = qkv.heads();
+    let (count, group) = (rows.count, queries / keys);
+    let warps = warps(dim, group, count * keys);
+    let constants = qkv.constants(half, &[(c"WARPS_MAX", Constant::Int(warps_max(dim, group)))]);
     let launch = Launch {
-        grid: [kv_heads * warps * WARP, count, 1],
+        grid: [keys * warps * WARP, count, 1],
         group: [warps * WARP, 1, 1],
-        constants: &[
-            (c"T", Constant::Type(dtype)),
-            (c"D", Constant::Int(dim)),
-            (c"G", Constant::Int(heads / kv_heads)),
-            (c"KV", Constant::Int(kv_heads)),
-            (c"HALF", Constant::Int(half)),
-            (c"WARPS_MAX", Constant::Int(warps_max(dim, heads / kv_heads))),
-        ],
-        outputs: &[(&[count, heads * dim], dtype), (&[8], Dtype::Int32)],
+        constants: &constants,
+        outputs: &[(&[count, queries * dim], qkv.product.dtype()), (&[8], Dtype::Int32)],
     };
     let pool = &kv.layers[layer];
-    let Qkv { queries, keys, values } = part;
-    let inputs = [queries, keys, values, &pool.keys, &pool.values, &group.table, numbers, &kv.fence];
+    let inputs = [&qkv.product, &pool.keys, &pool.values, &rows.table, numbers, &kv.fence];
     let [out, after] = exactly(run(&ATTEND_ROWS, &inputs, &launch)?)?;
     kv.fence = after;
     Ok(out)
@@ -172,46 +190,140 @@ pub(crate) fn attend_rows(
 /// Rotates and appends a run; returns queries `[1, heads, count, dim]`, and keys and values of everything up to its end,
 /// `[1, kv_heads, length, dim]`.
 pub(crate) fn append_run(
-    part: &Qkv,
+    qkv: &Qkv,
     kv: &mut KvPool,
     layer: usize,
     of: &Run,
     (numbers, half): (&Array, i32),
 ) -> Result<(Array, Array, Array)> {
-    let (count, heads, dim) = (part.queries.dim(0), part.queries.dim(1), part.queries.dim(2));
-    let kv_heads = part.keys.dim(1);
-    let dtype = part.queries.dtype();
+    let Heads { queries, keys, dim } = qkv.heads();
+    let dtype = qkv.product.dtype();
+    let count = of.rows.1 - of.rows.0;
     let length = of.start as i32 + count;
-    let all = [kv_heads, length, dim];
-    let common = [
-        (c"T", Constant::Type(dtype)),
-        (c"D", Constant::Int(dim)),
-        (c"HALF", Constant::Int(half)),
-        (c"KV", Constant::Int(kv_heads)),
-    ];
+    let all = [keys, length, dim];
+    let constants = qkv.constants(half, &[]);
     let launch = Launch {
-        grid: [threads(dim, WARP), threads(length, 8), kv_heads],
+        grid: [threads(dim, WARP), threads(length, 8), keys],
         group: [WARP, 8, 1],
-        constants: &common,
+        constants: &constants,
         outputs: &[(&all, dtype), (&all, dtype), (&[8], Dtype::Int32)],
     };
     let pool = &kv.layers[layer];
-    let inputs = [&part.keys, &part.values, &pool.keys, &pool.values, &of.table, numbers, &kv.fence];
-    let [keys, values, after] = exactly(run(&APPEND_RUN, &inputs, &launch)?)?;
+    let inputs = [&qkv.product, &pool.keys, &pool.values, &of.table, numbers, &kv.fence];
+    let [all_keys, all_values, after] = exactly(run(&APPEND_RUN, &inputs, &launch)?)?;
     kv.fence = after;
-    let turned = Launch {
-        grid: [threads(dim, WARP), threads(count, 8), heads],
+    let turn = Launch {
+        grid: [threads(dim, WARP), threads(count, 8), queries],
         group: [WARP, 8, 1],
-        constants: &[
-            (c"T", Constant::Type(dtype)),
-            (c"D", Constant::Int(dim)),
-            (c"HALF", Constant::Int(half)),
-            (c"H", Constant::Int(heads)),
-        ],
-        outputs: &[(&[1, heads, count, dim], dtype)],
+        constants: &constants,
+        outputs: &[(&[1, queries, count, dim], dtype)],
     };
-    let queries = first(run(&TURN_RUN, &[&part.queries, &of.table, numbers], &turned)?)?;
-    Ok((queries, keys.expand_dims(0)?, values.expand_dims(0)?))
+    let turned = first(run(&TURN_RUN, &[&qkv.product, &of.table, numbers], &turn)?)?;
+    Ok((turned, all_keys.expand_dims(0)?, all_values.expand_dims(0)?))
+}
+
+impl Qkv {
+    fn heads(&self) -> Heads {
+        Heads { queries: self.heads, keys: self.kv_heads, dim: self.product.dim(2) }
+    }
+
+    /// What the kernels that read it are told: type, dimensions, query heads to a key-value head, key-value heads, pairs
+    /// that are rotated.
+    fn constants(&self, half: i32, more: &[(&'static CStr, Constant)]) -> Vec<(&'static CStr, Constant)> {
+        let Heads { queries, keys, dim } = self.heads();
+        let same = [
+            (c"T", Constant::Type(self.product.dtype())),
+            (c"D", Constant::Int(dim)),
+            (c"G", Constant::Int(queries / keys)),
+            (c"KV", Constant::Int(keys)),
+            (c"HALF", Constant::Int(half)),
+        ];
+        same.into_iter().chain(more.iter().copied()).collect()
+    }
+}
+
+/// How tokens of short runs attend together; not at all where a device's memory does not suffice.
+pub(crate) fn tile(heads: Heads, dtype: Dtype) -> Option<Tile> {
+    let Heads { queries, keys, dim } = heads;
+    let group = queries / keys;
+    // As many as have registers: about 140 a lane, or 210.
+    let warps_max = match dim {
+        64 => 12,
+        128 => 8,
+        _ => 0,
+    };
+    let sets = (warps_max / group).min(4);
+    if cfg!(not(target_os = "macos")) && dtype != Dtype::Float32 && sets > 0 {
+        return Some(Tile { tokens: MATRIX_TILE_TOKENS, kind: TileKind::Matrix { sets } });
+    }
+    let fits = |tokens: &i32| tokens.count_ones() == 1 && tokens * group <= TILE_QUERIES_MAX;
+    let tokens = (1..=TILE_TOKENS_MAX).rfind(fits)?;
+    let rows = tokens * group;
+    // Queries; for each warp weights, partial sums, and two numbers a query.
+    let warps = (TILE_BYTES_MAX / 4 - rows * dim) / (rows * (WARP + dim + 2));
+    (warps >= 1).then_some(Tile { tokens, kind: TileKind::Lanes { warps: warps.min(4) } })
+}
+
+/// See [`tile`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tile {
+    /// Tokens of one.
+    pub(crate) tokens: i32,
+    pub(crate) kind: TileKind,
+}
+
+/// Which kernel attends.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum TileKind {
+    /// A lane for each token of a block; so many warps share a context.
+    Lanes { warps: i32 },
+    /// CUDA's matrix units; so many sets of warps share a context.
+    Matrix { sets: i32 },
+}
+
+/// Rotates, appends and attends: the tokens of short runs, `[tokens, heads · head_dim]`; only appends where the KV alone is
+/// `wanted`.
+pub(crate) fn attend_tiles(
+    qkv: &Qkv,
+    kv: &mut KvPool,
+    layer: usize,
+    runs: &ShortRuns,
+    (numbers, half): (&Array, i32),
+    wanted: bool,
+) -> Result<Option<Array>> {
+    let Heads { queries, keys, dim } = qkv.heads();
+    let Tile { tokens, kind } = runs.tile;
+    let (tiles, group) = (runs.table.dim(0), queries / keys);
+    let pool = &kv.layers[layer];
+    let tile = (c"TILE", Constant::Int(tokens));
+    let constants = qkv.constants(half, &[tile]);
+    let append = Launch {
+        grid: [threads(dim, WARP), keys, threads(tiles * tokens, 8)],
+        group: [WARP, 1, 8],
+        constants: &constants,
+        outputs: &[(&[8], Dtype::Int32)],
+    };
+    let inputs = [&qkv.product, &pool.keys, &pool.values, &runs.table, numbers, &kv.fence];
+    let appended = first(run(&APPEND_TOKENS, &inputs, &append)?)?;
+    if !wanted {
+        kv.fence = appended;
+        return Ok(None);
+    }
+    let (source, warps, shared) = match kind {
+        TileKind::Lanes { warps } => (&ATTEND_TILES, warps, (c"WARPS", Constant::Int(warps))),
+        TileKind::Matrix { sets } => (&ATTEND_TILES_HALF, group * sets, (c"SETS", Constant::Int(sets))),
+    };
+    let constants = qkv.constants(half, &[tile, shared]);
+    let attend = Launch {
+        grid: [keys * warps * WARP, tiles, 1],
+        group: [warps * WARP, 1, 1],
+        constants: &constants,
+        outputs: &[(&[tiles * tokens, queries * dim], qkv.product.dtype()), (&[8], Dtype::Int32)],
+    };
+    let inputs = [&qkv.product, &pool.keys, &pool.values, &runs.table, numbers, &appended];
+    let [out, after] = exactly(run(source, &inputs, &attend)?)?;
+    kv.fence = after;
+    Ok(Some(out))
 }
 
 /// Draws one token a row, `[rows]` as i32. The logits `[rows, vocabulary]` must be used by nothing else.

@@ -9,7 +9,7 @@ use mlx_rs::{
     Array, Dtype,
     error::Result,
     fast,
-    ops::{concatenate, dequantize, quantized_matmul},
+    ops::{addmm, concatenate, dequantize, quantized_matmul},
 };
 
 /// A matrix `[out, in]` as the forward pass uses it, and what is added to its product.
@@ -51,6 +51,11 @@ impl Linear {
             return products::product(x, weights, Around { norm, added, gated });
         }
         let normed = norm.map(|norm| norm.forward(x)).transpose()?;
+        if let (Path::Kernel, Some(added), false, Matrix::Dense { transposed, bias: None, .. }) =
+            (self.compute.path, added, gated, &self.matrix)
+        {
+            return addmm(added, normed.as_ref().unwrap_or(x), transposed, None, None);
+        }
         let product = self.product(normed.as_ref().unwrap_or(x))?;
         let product = if gated { swiglu(&product, self.compute.path)? } else { product };
         match added {
@@ -330,6 +335,8 @@ pub(crate) enum Wanted<'a> {
     All,
     /// These.
     Rows(&'a [i32]),
+    /// Those that an array `[wanted]` of i32 on a GPU names.
+    At(&'a Array),
 }
 
 impl Wanted<'_> {
@@ -343,6 +350,7 @@ impl Wanted<'_> {
             Self::Rows(at) if !at.iter().copied().eq(0..x.dim(0)) => {
                 x.take_axis(Array::from_slice(at, &[at.len() as i32]), 0)
             }
+            Self::At(at) => kernels::embed(x, at),
             _ => Ok(x.clone()),
         }
     }

@@ -12,6 +12,7 @@ mod layers;
 mod load;
 mod models;
 mod native;
+mod passes;
 mod products;
 mod raw;
 mod rope;

@@ -190,10 +190,7 @@ fn load_with(
         "model loaded"
     );
     let limits = ModelLimits { slots: settings.slots, blocks, kv_bytes_per_token };
-    let mut runner = Runner::new(card, limits, family, path)?;
-    progress("compiling", 0.0);
-    runner.warm_up()?;
-    Ok((runner, assets))
+    Ok((Runner::new(card, limits, family, path)?, assets))
 }
 
 /// Bytes that are left once the weights are loaded.

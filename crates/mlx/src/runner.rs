@@ -1,17 +1,16 @@
 //! [`engine::Model`] over a family's tensors: turns a step's slices into one forward pass and its logits into tokens.
 //!
 //! Owns the KV of all blocks and the steps in flight. A pass is one over the tokens of all slices: first those of rows
-//! that append a single token, then those of longer runs. Passes of rows alone are compiled on a GPU, for a few numbers
-//! of rows and blocks to which the real ones are filled up.
+//! that append a single token, then those of longer runs. On a GPU passes of rows, and of rows beside short runs, are
+//! compiled ones ([`crate::passes`]).
 
 use crate::{
-    attention::{Attention, RowGroup},
     kv::{KvPool, backend},
     layers::{Path, Wanted},
     models::{Family, StepInput},
-    raw::Compiled,
+    passes::Passes,
     sampler::{self, Draws},
-    step::{BLOCK_BUCKET, Ordered, block_bucket, blocks_of, rows_table},
+    step::Ordered,
 };
 use engine::{Input, Model, ModelError, ModelLimits, RowSampling, Slice};
 use mlx_rs::{
@@ -23,9 +22,6 @@ use mlx_rs::{
 use std::{collections::VecDeque, rc::Rc};
 use types::{ModelCard, TokenId};
 
-/// Rows of compiled passes.
-const ROW_BUCKETS: [usize; 14] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
-
 /// A loaded model.
 #[derive(Debug)]
 pub(crate) struct Runner {
@@ -34,7 +30,7 @@ pub(crate) struct Runner {
     family: Rc<dyn Family>,
     path: Path,
     kv: KvPool,
-    compiled: Option<Compiled>,
+    passes: Option<Passes>,
     flights: VecDeque<Flight>,
 }
 
@@ -56,35 +52,17 @@ impl Runner {
     ) -> Result<Self> {
         let kv = KvPool::new(family.dims().kv, limits.blocks, path)?;
         let family: Rc<dyn Family> = family.into();
-        let compiled = match path {
-            Path::Kernel => Some(compile(&family, &kv)?),
+        let passes = match path {
+            Path::Kernel => Some(Passes::new(&family, &kv, limits.slots, card.vocab_size)?),
             Path::Native | Path::Pure => None,
         };
-        Ok(Self { card, limits, family, path, kv, compiled, flights: VecDeque::new() })
-    }
-
-    /// Builds the graphs of passes that are sure to come, so that none is built while clients wait.
-    pub(crate) fn warm_up(&mut self) -> Result<()> {
-        if self.compiled.is_none() {
-            return Ok(());
-        }
-        let most = bucket(self.limits.slots);
-        for rows in ROW_BUCKETS.into_iter().take_while(|&rows| rows <= most) {
-            let pass = RowsPass {
-                tokens: Array::from_slice(&vec![0_i32; rows], &[rows as i32]),
-                table: rows_table(&[], rows, BLOCK_BUCKET),
-                draws: Draws::new(&[], &[], rows, self.card.vocab_size),
-            };
-            let drawn = self.rows_pass(&pass)?;
-            eval([&drawn])?;
-        }
-        Ok(())
+        Ok(Self { card, limits, family, path, kv, passes, flights: VecDeque::new() })
     }
 
     /// How many graphs of passes were built.
     #[cfg(test)]
     pub(crate) fn traced(&self) -> u64 {
-        self.compiled.as_ref().map_or(0, Compiled::traced)
+        self.passes.as_ref().map_or(0, Passes::traced)
     }
 
     fn forward(&mut self, slices: &[Slice<'_>]) -> Result<Flight> {
@@ -92,11 +70,13 @@ impl Runner {
         if self.path == Path::Pure {
             return self.forward_pure(&ordered);
         }
-        let tokens = self.tokens(&ordered)?;
-        let rows_alone = ordered.runs().is_empty() && ordered.sampling.len() == ordered.singles;
-        let drawn = if self.compiled.is_some() && rows_alone {
-            Some(self.forward_rows(&ordered, tokens)?)
+        let shape = self.passes.as_ref().and_then(|passes| passes.shape(&ordered));
+        let drawn = if let (Some(passes), Some(shape)) = (&self.passes, shape) {
+            let tokens = self.tokens(&ordered, &ordered.placed(&shape.places), shape.places.count)?;
+            passes.run(shape, &ordered, tokens, &mut self.kv)?
         } else {
+            let count = ordered.slices.iter().map(|slice| slice.input.count()).sum();
+            let tokens = self.tokens(&ordered, &(0..count).collect::<Vec<_>>(), count)?;
             let attention = ordered.attention(self.path, self.family.dims().scale);
             let positions = ordered.positions(self.path);
             let wanted = Wanted::Rows(&ordered.wanted);
@@ -159,16 +139,23 @@ impl Runner {
         Ok(Flight { tokens: drawn, order: ordered.order.clone() })
     }
 
-    /// The step's tokens `[n]` as i32, on the device where the host does not know them yet.
-    fn tokens(&self, ordered: &Ordered<'_>) -> Result<Array> {
+    /// The step's tokens as i32, on the device where the host does not know them yet: the i-th at `placed[i]` of
+    /// `[count]`, with anything between them.
+    fn tokens(&self, ordered: &Ordered<'_>, placed: &[usize], count: usize) -> Result<Array> {
         let before = self.flights.back();
-        let mut known = Vec::new();
+        let mut known = vec![0; count];
         let mut drawn = Vec::new();
+        let mut placed = placed.iter();
         for slice in &ordered.slices {
+            let mut put = |token: i32| {
+                if let Some(&at) = placed.next() {
+                    known[at] = token;
+                }
+            };
             match slice.input {
-                Input::Tokens(tokens) => known.extend(tokens.iter().map(|&token| token as i32)),
+                Input::Tokens(tokens) => tokens.iter().for_each(|&token| put(token as i32)),
                 Input::Drawn(index) => {
-                    known.push(-1);
+                    put(-1);
                     drawn.push(before.and_then(|flight| flight.order.get(index)).map_or(0, |&at| at as i32));
                 }
             }
@@ -181,9 +168,9 @@ impl Runner {
         if drawn.len() == known.len() {
             return device(&drawn);
         }
-        if known[drawn.len()..].iter().all(|&token| token >= 0) {
+        let (first, rest) = known.split_at(drawn.len());
+        if first.iter().all(|&token| token < 0) {
             // Rows that go on, then the rest.
-            let rest = &known[drawn.len()..];
             return concatenate(&[device(&drawn)?, Array::from_slice(rest, &[rest.len() as i32])], 0);
         }
         let mut next = drawn.iter();
@@ -195,70 +182,6 @@ impl Runner {
         let at = Array::from_slice(&at, &[count]);
         select(lt(&known, Array::from_int(0))?, tokens.take_axis(at, 0)?, &known)
     }
-
-    /// A pass of rows alone, filled up to a shape for which there is a graph.
-    fn forward_rows(&mut self, ordered: &Ordered<'_>, tokens: Array) -> Result<Array> {
-        let count = ordered.singles;
-        let rows = bucket(count);
-        let blocks = ordered.slices.iter().map(|slice| blocks_of(slice.start + 1)).max().unwrap_or(0);
-        let tokens = if rows == count {
-            tokens
-        } else {
-            let more = vec![0_i32; rows - count];
-            concatenate(&[tokens, Array::from_slice(&more, &[more.len() as i32])], 0)?
-        };
-        let pass = RowsPass {
-            tokens,
-            table: rows_table(&ordered.slices, rows, block_bucket(blocks)),
-            draws: Draws::new(&ordered.sampling, &ordered.late, rows, self.card.vocab_size),
-        };
-        self.rows_pass(&pass)
-    }
-
-    fn rows_pass(&mut self, pass: &RowsPass) -> Result<Array> {
-        let Some(compiled) = &self.compiled else { unreachable!("only where passes are compiled") };
-        let RowsPass { tokens, table, draws } = pass;
-        let mut outputs =
-            compiled.call(&[tokens, table, &draws.rows, &draws.changes, &self.kv.fence])?.into_iter();
-        let mut next =
-            || outputs.next().ok_or_else(|| mlx_rs::error::Exception::custom("an output is missing"));
-        let drawn = next()?;
-        self.kv.fence = next()?;
-        Ok(drawn)
-    }
-}
-
-/// What a compiled pass takes beside the fence.
-#[derive(Debug)]
-struct RowsPass {
-    tokens: Array,
-    table: Array,
-    draws: Draws,
-}
-
-/// The pass of rows alone: tokens, tables, draws, changes and fence to drawn tokens and fence.
-fn compile(family: &Rc<dyn Family>, kv: &KvPool) -> Result<Compiled> {
-    let (family, kv) = (Rc::clone(family), kv.clone());
-    Compiled::new(move |inputs: &[Array]| {
-        let [tokens, table, rows, changes, fence] = inputs else {
-            return Err(mlx_rs::error::Exception::custom(format!("{} inputs instead of 5", inputs.len())));
-        };
-        // The pools are constants of the graph: their memory stays where it is.
-        let mut kv = kv.behind(fence);
-        let attention = Attention {
-            path: Path::Kernel,
-            scale: family.dims().scale,
-            rows: Some(RowGroup { count: tokens.dim(0), table: table.clone(), gathered: None }),
-            runs: Vec::new(),
-            targets: None,
-        };
-        let input =
-            StepInput { tokens: tokens.clone(), positions: &[], attention: &attention, wanted: Wanted::All };
-        let logits = family.forward(&input, &mut kv)?;
-        let logits = logits.ok_or_else(|| mlx_rs::error::Exception::custom("no logits"))?;
-        let draws = Draws { rows: rows.clone(), changes: changes.clone() };
-        Ok(vec![sampler::draw_on_device(&logits, &draws, tokens, Path::Kernel)?, kv.fence])
-    })
 }
 
 impl Model for Runner {
@@ -288,14 +211,17 @@ impl Model for Runner {
         let drawn = known(&tokens).map_err(backend)?;
         Ok(flight.order.into_iter().map(|at| drawn[at]).collect())
     }
+
+    fn prepare(&mut self) -> std::result::Result<bool, ModelError> {
+        match &self.passes {
+            Some(passes) => passes.warm(&mut self.kv).map_err(backend),
+            None => Ok(false),
+        }
+    }
 }
 
 /// Tokens of the device on the host: the one read of a step.
 fn known(tokens: &Array) -> Result<Vec<TokenId>> {
     tokens.eval()?;
     Ok(tokens.as_slice::<i32>().iter().map(|&token| token as TokenId).collect())
-}
-
-fn bucket(rows: usize) -> usize {
-    ROW_BUCKETS.into_iter().find(|&bucket| bucket >= rows).unwrap_or_else(|| rows.next_multiple_of(64))
 }

@@ -5,13 +5,14 @@
 
 use crate::{
     attention::Qkv,
+    kernels::{self, Tile},
     kv::{KvPool, KvShape},
     layers::{Path, swiglu_of_parts},
     models::Heads,
     products::{self, Around, Weights},
     rope::{Rope, wavelengths},
     sampler::{self, Draws},
-    step::Ordered,
+    step::{Ordered, Places},
 };
 use engine::{BlockId, Input, RowSampling, SequenceId, Slice};
 use mlx_rs::{
@@ -57,10 +58,17 @@ fn agree(what: &str, differences: Result<Vec<String>>) -> bool {
 
 /// What `path` computes differently.
 pub(crate) fn differences(path: Path, dtype: Dtype, heads: Heads) -> Result<Vec<String>> {
-    let (ours, theirs) = (attended(path, dtype, heads)?, attended(Path::Pure, dtype, heads)?);
+    let theirs = attended(Path::Pure, dtype, heads, None)?;
+    let tile = if path == Path::Kernel { kernels::tile(heads, dtype) } else { None };
     let mut found = Vec::new();
-    for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
-        found.extend(off(&format!("attention {index}"), ours, theirs, tolerance(path, dtype))?);
+    for (name, tile) in [("attention", None), ("attention in tiles", tile)] {
+        if name != "attention" && tile.is_none() {
+            continue;
+        }
+        let ours = attended(path, dtype, heads, tile)?;
+        for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+            found.extend(off(&format!("{name} {index}"), ours, theirs, tolerance(path, dtype))?);
+        }
     }
     let (ours, theirs) = (drawn(path)?, drawn(Path::Pure)?);
     if ours != theirs {
@@ -126,8 +134,9 @@ pub(crate) fn product_differences(dtype: Dtype, dense: bool) -> Result<Vec<Strin
     Ok(found)
 }
 
-/// Outputs of some steps: a run, a run behind it with other rows beside it, then rows that go on.
-fn attended(path: Path, dtype: Dtype, heads: Heads) -> Result<Vec<Array>> {
+/// Outputs of some steps: a run, a run behind it with other rows beside it, then rows that go on; runs in tiles where one
+/// is given.
+fn attended(path: Path, dtype: Dtype, heads: Heads, tile: Option<Tile>) -> Result<Vec<Array>> {
     let Heads { queries, keys, dim } = heads;
     let shape = KvShape { layers: LAYERS, heads: keys, head_dim: dim, dtype };
     let mut kv = KvPool::new(shape, BLOCKS, path)?;
@@ -163,16 +172,35 @@ fn attended(path: Path, dtype: Dtype, heads: Heads) -> Result<Vec<Array>> {
             })
             .collect();
         let ordered = Ordered::new(&slices);
-        let attention = ordered.attention(path, scale);
         let positions = ordered.positions(path);
         let rope = rope.at(&positions)?;
         let count: usize = step.iter().map(|slice| slice.2).sum();
+        // In tiles there are tokens in between, which are only there to fill: copies of the first.
+        let mut from: Vec<i32> = (0..count as i32).collect();
+        let mut placed: Vec<usize> = (0..count).collect();
+        let attention = match tile {
+            Some(tile) if !ordered.runs().is_empty() => {
+                let each = tile.tokens as usize;
+                let (rows, blocks) = (ordered.singles, one.len());
+                let room = rows + ordered.tokens_in_tiles(each) + each;
+                let places = Places { rows, tile: each, count: room, blocks };
+                placed = ordered.placed(&places);
+                from = vec![0; room];
+                (0..).zip(&placed).for_each(|(token, &at)| from[at] = token);
+                ordered.attention_in_tiles(&places, tile, scale)
+            }
+            _ => ordered.attention(path, scale),
+        };
+        let indexes = |of: &[i32]| Array::from_slice(of, &[of.len() as i32]);
+        let placed: Vec<i32> = placed.into_iter().map(|at| at as i32).collect();
         for layer in 0..LAYERS {
             let shape = [count as i32, queries + 2 * keys, dim];
             let seed = mlx_rs::random::key((at * LAYERS + layer) as u64)?;
             let product = mlx_rs::random::normal::<f32>(&shape, None, None, &seed)?.as_dtype(dtype)?;
-            let qkv = Qkv::of(&product, queries, keys)?;
-            outputs.extend(attention.forward(layer, &rope, qkv, &mut kv, true)?);
+            let product = product.take_axis(indexes(&from), 0)?;
+            let qkv = Qkv { product, heads: queries, kv_heads: keys };
+            let attended = attention.forward(layer, &rope, qkv, &mut kv, true)?;
+            outputs.extend(attended.map(|attended| attended.take_axis(indexes(&placed), 0)).transpose()?);
         }
         if path == Path::Pure {
             eval(kv.arrays())?;

@@ -1,7 +1,8 @@
 //! One step's slices as the forward pass needs them: in order, with their block tables.
 
 use crate::{
-    attention::{Attention, Gathered, RowGroup, Run, Targets},
+    attention::{Attention, Gathered, RowGroup, Run, ShortRuns, Targets},
+    kernels::Tile,
     kv::BLOCK,
     layers::Path,
 };
@@ -81,9 +82,13 @@ impl<'a> Ordered<'a> {
         for slice in self.runs() {
             let count = slice.input.count();
             let used = &slice.blocks[..blocks_of(slice.start + count)];
-            let table: Vec<i32> = [slice.start as i32].into_iter().chain(ids(used)).collect();
+            let mut table = vec![slice.start as i32];
+            if path == Path::Kernel {
+                table.extend([row, count as i32]);
+            }
+            table.extend(ids(used));
             // Small arrays are passed to kernels in another way, which would be another kernel.
-            let table: Vec<i32> = filled(table, 1 + BLOCK_BUCKET);
+            let table = filled(table, 3 + BLOCK_BUCKET);
             runs.push(Run {
                 rows: (row, row + count as i32),
                 start: slice.start,
@@ -96,8 +101,76 @@ impl<'a> Ordered<'a> {
             row += count as i32;
         }
         let targets = pure.then(|| targets(&self.slices));
-        Attention { path, scale, rows, runs, targets }
+        Attention { path, scale, rows, runs, short: None, targets }
     }
+
+    /// The same on a GPU where all runs are short, for tokens placed by `places`.
+    pub(crate) fn attention_in_tiles(&self, places: &Places, tile: Tile, scale: f32) -> Attention {
+        let rows = (places.rows > 0).then(|| RowGroup {
+            count: places.rows as i32,
+            table: rows_table(&self.slices[..self.singles], places.rows, places.blocks),
+            gathered: None,
+        });
+        let short = ShortRuns { tile, table: self.tiles_table(places) };
+        let path = Path::Kernel;
+        Attention { path, scale, rows, runs: Vec::new(), short: Some(short), targets: None }
+    }
+
+    /// Where the step's tokens are among `places.count`, one after another.
+    pub(crate) fn placed(&self, places: &Places) -> Vec<usize> {
+        let mut at = places.rows;
+        let mut placed: Vec<usize> = (0..self.singles).collect();
+        for slice in self.runs() {
+            let count = slice.input.count();
+            placed.extend(at..at + count);
+            at += count.next_multiple_of(places.tile);
+        }
+        placed
+    }
+
+    /// Tokens of all runs, each filled up to whole tiles of `tile` tokens.
+    pub(crate) fn tokens_in_tiles(&self, tile: usize) -> usize {
+        self.runs().iter().map(|slice| slice.input.count().next_multiple_of(tile)).sum()
+    }
+
+    /// Most blocks that a slice's tokens attend to.
+    pub(crate) fn blocks(&self) -> usize {
+        let blocks = self.slices.iter().map(|slice| blocks_of(slice.start + slice.input.count()));
+        blocks.max().unwrap_or(0)
+    }
+
+    /// See [`ShortRuns::table`].
+    pub(crate) fn tiles_table(&self, places: &Places) -> Array {
+        let tiles = (places.count - places.rows) / places.tile;
+        let width = 1 + places.tile + places.blocks;
+        let mut first_rows = (places.rows..).step_by(places.tile).map(|row| row as i32);
+        let mut table = Vec::with_capacity(tiles * width);
+        for slice in self.runs() {
+            let end = slice.start + slice.input.count();
+            for start in (slice.start..end).step_by(places.tile) {
+                let positions = (start..start + places.tile).map(|at| if at < end { at as i32 } else { -1 });
+                table.extend(first_rows.next());
+                table.extend(positions);
+                let used = &slice.blocks[..blocks_of(end)];
+                table.extend(ids(used).chain(std::iter::repeat(0)).take(places.blocks));
+            }
+        }
+        table.resize(tiles * width, -1);
+        Array::from_slice(&table, &[tiles as i32, width as i32])
+    }
+}
+
+/// Where the tokens of a step with short runs are: rows first, then runs, each filled up to whole tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Places {
+    /// Room for rows.
+    pub(crate) rows: usize,
+    /// Tokens of a tile.
+    pub(crate) tile: usize,
+    /// Room for all tokens.
+    pub(crate) count: usize,
+    /// Blocks of a table.
+    pub(crate) blocks: usize,
 }
 
 /// Blocks of a row in passes that are compiled for it.

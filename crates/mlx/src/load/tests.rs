@@ -169,6 +169,7 @@ fn gpu_passes_are_traced_once() {
     }
     let Some(mut model) = small(Path::Kernel, Dequantize::Never, DeviceChoice::Gpu) else { return };
     let prompts: Vec<_> = goldens().iter().take(5).map(|golden| golden.prompt[..20].to_vec()).collect();
+    while model.prepare().unwrap() {}
     let warmed = model.traced();
     assert!(warmed > 0);
     let mut rows = Rows::new(prompts.clone());

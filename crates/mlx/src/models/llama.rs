@@ -44,7 +44,6 @@ fn default_context() -> usize {
 pub(super) struct Llama {
     compute: Compute,
     dims: Dims,
-    heads: i32,
     embedding: Embedding,
     layers: Vec<Layer>,
     norm: RmsNorm,
@@ -125,12 +124,13 @@ impl Llama {
         };
         let dims = Dims {
             kv,
+            heads: heads as i32,
             vocabulary: config.vocab_size,
             context: config.max_position_embeddings,
             scale: (head_dim as f32).powf(-0.5),
         };
         let rope = Rope::new(compute.path, &lengths, dims.scale);
-        Ok(Self { compute, dims, heads: heads as i32, embedding, layers, norm, head, rope })
+        Ok(Self { compute, dims, embedding, layers, norm, head, rope })
     }
 
     pub(super) fn limit_context(&mut self, tokens: usize) {
@@ -189,15 +189,15 @@ impl Family for Llama {
     }
 
     fn forward(&self, input: &StepInput<'_>, kv: &mut KvPool) -> Result<Option<Array>> {
-        let KvShape { heads: kv_heads, head_dim, .. } = self.dims.kv;
+        let (heads, KvShape { heads: kv_heads, head_dim, .. }) = (self.dims.heads, self.dims.kv);
         let count = input.tokens.dim(0);
         let rope = self.rope.at(input.positions)?;
         let mut x = self.embedding.forward(&input.tokens, self.compute.activations)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = Between { norm: Some(&layer.attention_norm), ..Between::default() };
             let product = layer.qkv.forward(&x, normed)?;
-            let product = product.reshape(&[count, self.heads + 2 * kv_heads, head_dim])?;
-            let qkv = Qkv::of(&product, self.heads, kv_heads)?;
+            let product = product.reshape(&[count, heads + 2 * kv_heads, head_dim])?;
+            let qkv = Qkv { product, heads, kv_heads };
             let last = index + 1 == self.layers.len();
             // Nothing after the last layer's keys and values is needed in the middle of a prompt.
             let wanted = !(last && input.wanted.is_empty());

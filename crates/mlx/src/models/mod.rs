@@ -39,6 +39,8 @@ pub(crate) trait Family: fmt::Debug {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Dims {
     pub(crate) kv: KvShape,
+    /// Heads of queries.
+    pub(crate) heads: i32,
     pub(crate) vocabulary: u32,
     pub(crate) context: usize,
     /// Multiplies attention scores.

@@ -58,6 +58,14 @@ impl EngineHost {
         self.engine.is_idle() && self.leaving
     }
 
+    /// While it is idle: a part, of seconds at most, of what makes later steps faster. False: nothing is left of it.
+    ///
+    /// # Errors
+    /// Where the model is lost.
+    pub fn prepare(&mut self) -> Result<bool, ModelError> {
+        self.engine.prepare()
+    }
+
     /// The engine, to look at.
     pub fn engine(&self) -> &Engine {
         &self.engine

@@ -126,9 +126,11 @@ fn serve(
     if link.send(ready).is_err() {
         return Ok(());
     }
+    let mut unprepared = true;
     loop {
         let mut reports = Vec::new();
-        let parent_gone = take_commands(&mut host, link, &mut reports);
+        let wait = host.is_idle() && !unprepared;
+        let parent_gone = take_commands(&mut host, link, wait, &mut reports);
         if parent_gone || host.is_over() {
             let _ = link.send(reports);
             return Ok(());
@@ -139,12 +141,19 @@ fn serve(
             return Ok(());
         }
         stepped.map_err(|error| Failure(error.to_string()))?;
+        if unprepared && host.is_idle() {
+            unprepared = host.prepare().map_err(|error| Failure(error.to_string()))?;
+        }
     }
 }
 
-/// Takes all commands that are there; while there is nothing else to do, waits for one. True: the parent is gone.
-fn take_commands(host: &mut EngineHost, link: &Link, reports: &mut Vec<EngineReport>) -> bool {
-    let mut wait = host.is_idle();
+/// Takes all commands that are there; waits for one if told so. True: the parent is gone.
+fn take_commands(
+    host: &mut EngineHost,
+    link: &Link,
+    mut wait: bool,
+    reports: &mut Vec<EngineReport>,
+) -> bool {
     loop {
         // Without a wait, only what is there already.
         let wait_time = if wait { limits::LOAD_INTERVAL_MAX } else { Duration::ZERO };

@@ -12,8 +12,6 @@ use types::{BLOCK_TOKENS, NodeRates, SamplingParams, TokenId};
 const PROBE_TIME_MAX: Duration = Duration::from_secs(2);
 /// Tokens of the measured prompt: long enough to be like prompts, short enough for a slow machine.
 const PREFILL_TOKENS: usize = 128;
-/// Tokens of the prompt that only warms up: buffers, kernels, pages.
-const WARM_UP_TOKENS: usize = 16;
 /// Decode steps measured with each number of rows, after one that only warms up.
 const DECODE_STEPS: usize = 6;
 /// Blocks of a row of decode steps: with 1, 2, 4 and so on up to 1024 rows the first one comes to have 88 tokens.
@@ -32,7 +30,8 @@ pub(super) struct Measured {
 /// Measures a model before anybody else uses it.
 pub(super) fn measure(model: &mut dyn Model, clock: impl Fn() -> Instant) -> Result<Measured, ModelError> {
     let mut probe = Probe::new(model, clock);
-    probe.read(WARM_UP_TOKENS)?;
+    // The first only warms up: buffers, kernels, pages.
+    probe.read(PREFILL_TOKENS)?;
     let prefill_tokens_per_s = probe.read(PREFILL_TOKENS)?;
     let mut decode_step_s = vec![(1, probe.decode(1)?)];
     for rows in row_counts(probe.rows_max()).skip(1) {

@@ -1,0 +1,276 @@
+//! Compiled passes of a GPU: rows alone, and rows beside short runs, each for a few shapes to which the real ones are
+//! filled up. Building a pass takes the host longer than the device takes to compute a small one, and MLX's attention
+//! plans anew for each new length of a run; a compiled pass costs neither.
+
+use crate::{
+    attention::{Attention, RowGroup, ShortRuns},
+    kernels::{self, Tile, TileKind},
+    kv::KvPool,
+    layers::{Path, Wanted},
+    models::{Family, Heads, StepInput},
+    raw::Compiled,
+    sampler::{self, Draws},
+    step::{BLOCK_BUCKET, Ordered, Places, block_bucket, rows_table},
+};
+use mlx_rs::{
+    Array,
+    error::{Exception, Result},
+    transforms::eval,
+};
+use std::{cell::RefCell, collections::VecDeque, rc::Rc};
+use types::BLOCK_TOKENS;
+
+/// Rows of passes of rows alone.
+const ROW_BUCKETS: [usize; 14] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
+/// Room for rows beside runs: fewer kinds, since each comes with each number of tokens.
+const ROW_BUCKETS_BESIDE: [usize; 6] = [1, 8, 16, 32, 64, 128];
+/// Room for the tokens of runs.
+const TOKEN_BUCKETS: [usize; 11] = [16, 32, 48, 64, 128, 256, 512, 768, 1024, 1536, 2048];
+/// Blocks of tables in passes with runs: 4096 tokens, doubled as often as needed. Room costs little, each kind is built.
+const RUN_BLOCKS_MIN: usize = 4096 / BLOCK_TOKENS;
+/// More tokens than these are faster by MLX's attention, unless ours runs on matrix units too.
+const LANES_TOKENS_MAX: usize = 256;
+/// Room for which passes are built before anybody needs them.
+const WARM_TOKENS_MAX: usize = 512;
+
+/// The compiled passes of one model.
+#[derive(Debug)]
+pub(crate) struct Passes {
+    rows: Compiled,
+    runs: Option<RunPasses>,
+    vocabulary: u32,
+    /// Shapes that are sure to come and were not built yet.
+    to_warm: RefCell<VecDeque<Shape>>,
+}
+
+/// Passes with runs.
+#[derive(Debug)]
+struct RunPasses {
+    tile: Tile,
+    /// Beside rows, or drawing tokens of their own.
+    beside_rows: Compiled,
+    /// Parts of prompts and nothing else: no logits.
+    alone: Compiled,
+}
+
+/// A kind of pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) places: Places,
+    /// Room for drawn tokens.
+    draws: usize,
+}
+
+impl Passes {
+    pub(crate) fn new(family: &Rc<dyn Family>, kv: &KvPool, slots: usize, vocabulary: u32) -> Result<Self> {
+        let dims = family.dims();
+        let heads = Heads { queries: dims.heads, keys: dims.kv.heads, dim: dims.kv.head_dim };
+        let rows = {
+            let (family, kv) = (Rc::clone(family), kv.clone());
+            Compiled::new(move |inputs| pass_of_rows(inputs, &*family, &kv))?
+        };
+        let runs = match kernels::tile(heads, dims.kv.dtype) {
+            Some(tile) => {
+                let (of_rows, kv_of_rows) = (Rc::clone(family), kv.clone());
+                let (alone, kv_alone) = (Rc::clone(family), kv.clone());
+                Some(RunPasses {
+                    tile,
+                    beside_rows: Compiled::new(move |inputs| {
+                        pass_beside_rows(inputs, &*of_rows, &kv_of_rows, tile)
+                    })?,
+                    alone: Compiled::new(move |inputs| pass_of_runs(inputs, &*alone, &kv_alone, tile))?,
+                })
+            }
+            None => None,
+        };
+        let passes = Self { rows, runs, vocabulary, to_warm: RefCell::default() };
+        passes.to_warm.borrow_mut().extend(passes.expected(slots));
+        Ok(passes)
+    }
+
+    /// Builds one of the graphs that are sure to come, so that it is not built while clients wait; false: none is left.
+    pub(crate) fn warm(&self, kv: &mut KvPool) -> Result<bool> {
+        let Some(shape) = self.to_warm.borrow_mut().pop_front() else { return Ok(false) };
+        let tokens = Array::from_slice(&vec![0_i32; shape.places.count], &[shape.places.count as i32]);
+        let drawn = self.run(shape, &Ordered::new(&[]), tokens, kv)?;
+        eval(drawn.iter().chain([&kv.fence]))?;
+        Ok(true)
+    }
+
+    /// Shapes of short texts: longer ones only differ in their tables. The most likely first.
+    fn expected(&self, slots: usize) -> Vec<Shape> {
+        let room = |buckets: &[usize]| {
+            let most = bucket(slots, buckets);
+            buckets.iter().copied().take_while(move |&rows| rows <= most).collect::<Vec<_>>()
+        };
+        let mut expected = Vec::new();
+        for rows in room(&ROW_BUCKETS) {
+            let places = Places { rows, tile: 1, count: rows, blocks: BLOCK_BUCKET };
+            expected.push(Shape { places, draws: rows });
+        }
+        if let Some(RunPasses { tile, .. }) = &self.runs {
+            let tile = tile.tokens as usize;
+            for rows in room(&ROW_BUCKETS_BESIDE) {
+                for tokens in self.token_buckets().filter(|&tokens| tokens <= WARM_TOKENS_MAX) {
+                    let places = Places { rows, tile, count: rows + tokens, blocks: RUN_BLOCKS_MIN };
+                    expected.push(Shape { places, draws: rows });
+                }
+            }
+            for tokens in self.token_buckets() {
+                let places = Places { rows: 0, tile, count: tokens, blocks: RUN_BLOCKS_MIN };
+                expected.push(Shape { places, draws: 0 });
+            }
+        }
+        expected
+    }
+
+    fn token_buckets(&self) -> impl Iterator<Item = usize> + use<> {
+        let matrix = self.runs.as_ref().is_some_and(|runs| matches!(runs.tile.kind, TileKind::Matrix { .. }));
+        let most = if matrix { usize::MAX } else { LANES_TOKENS_MAX };
+        TOKEN_BUCKETS.into_iter().take_while(move |&tokens| tokens <= most)
+    }
+
+    /// How many graphs were built.
+    #[cfg(test)]
+    pub(crate) fn traced(&self) -> u64 {
+        let runs = self.runs.as_ref().map_or(0, |runs| runs.beside_rows.traced() + runs.alone.traced());
+        self.rows.traced() + runs
+    }
+
+    /// The shape to which the step is filled up; none where there is no compiled pass for such steps.
+    pub(crate) fn shape(&self, ordered: &Ordered<'_>) -> Option<Shape> {
+        let singles = &ordered.slices[..ordered.singles];
+        if singles.iter().any(|slice| slice.sample.is_none()) {
+            return None;
+        }
+        let blocks = block_bucket(ordered.blocks());
+        if ordered.runs().is_empty() {
+            let rows = bucket(ordered.singles, &ROW_BUCKETS);
+            let places = Places { rows, tile: 1, count: rows, blocks };
+            return Some(Shape { places, draws: rows });
+        }
+        let tile = self.runs.as_ref()?.tile.tokens as usize;
+        let tokens = ordered.tokens_in_tiles(tile);
+        let tokens = self.token_buckets().find(|&room| room >= tokens)?;
+        let blocks = blocks.max(RUN_BLOCKS_MIN);
+        if ordered.sampling.is_empty() {
+            let places = Places { rows: 0, tile, count: tokens, blocks };
+            return Some(Shape { places, draws: 0 });
+        }
+        // Without any row there is room for one all the same: no kernel takes none.
+        let rows = bucket(ordered.singles, &ROW_BUCKETS_BESIDE);
+        let places = Places { rows, tile, count: rows + tokens, blocks };
+        Some(Shape { places, draws: bucket(ordered.sampling.len().max(rows), &ROW_BUCKETS_BESIDE) })
+    }
+
+    /// Runs a pass over tokens placed as `shape` says; the drawn ones `[draws]`, if any.
+    pub(crate) fn run(
+        &self,
+        shape: Shape,
+        ordered: &Ordered<'_>,
+        tokens: Array,
+        kv: &mut KvPool,
+    ) -> Result<Option<Array>> {
+        let Shape { places, draws: room } = shape;
+        let table = || rows_table(&ordered.slices[..ordered.singles], places.rows, places.blocks);
+        let draws = || Draws::new(&ordered.sampling, &ordered.late, room, self.vocabulary);
+        let outputs = match &self.runs {
+            Some(passes) if places.rows == 0 => {
+                passes.alone.call(&[&tokens, &ordered.tiles_table(&places), &kv.fence])?
+            }
+            Some(passes) if places.count > places.rows => {
+                let placed = ordered.placed(&places);
+                let mut wanted: Vec<i32> =
+                    ordered.wanted.iter().map(|&at| placed[at as usize] as i32).collect();
+                wanted.resize(room, 0);
+                let wanted = Array::from_slice(&wanted, &[room as i32]);
+                let (table, tiles, draws) = (table(), ordered.tiles_table(&places), draws());
+                let inputs = [&tokens, &table, &tiles, &wanted, &draws.rows, &draws.changes, &kv.fence];
+                passes.beside_rows.call(&inputs)?
+            }
+            _ => {
+                let (table, draws) = (table(), draws());
+                self.rows.call(&[&tokens, &table, &draws.rows, &draws.changes, &kv.fence])?
+            }
+        };
+        let mut outputs = outputs.into_iter();
+        kv.fence = outputs.next().ok_or_else(|| Exception::custom("the fence is missing"))?;
+        Ok(outputs.next())
+    }
+}
+
+/// Tokens, tables, draws, changes and fence to fence and drawn tokens.
+fn pass_of_rows(inputs: &[Array], family: &dyn Family, kv: &KvPool) -> Result<Vec<Array>> {
+    let [tokens, table, rows, changes, fence] = inputs else {
+        return Err(Exception::custom(format!("{} inputs instead of 5", inputs.len())));
+    };
+    let attention = Attention {
+        path: Path::Kernel,
+        scale: family.dims().scale,
+        rows: Some(RowGroup { count: tokens.dim(0), table: table.clone(), gathered: None }),
+        runs: Vec::new(),
+        short: None,
+        targets: None,
+    };
+    let draws = Draws { rows: rows.clone(), changes: changes.clone() };
+    pass(tokens, &attention, Wanted::All, &draws, family, kv.behind(fence))
+}
+
+/// Tokens, tables of rows and of tiles, wanted rows, draws, changes and fence to fence and drawn tokens.
+fn pass_beside_rows(inputs: &[Array], family: &dyn Family, kv: &KvPool, tile: Tile) -> Result<Vec<Array>> {
+    let [tokens, table, tiles, wanted, rows, changes, fence] = inputs else {
+        return Err(Exception::custom(format!("{} inputs instead of 7", inputs.len())));
+    };
+    let count = table.dim(0);
+    let attention = Attention {
+        path: Path::Kernel,
+        scale: family.dims().scale,
+        rows: Some(RowGroup { count, table: table.clone(), gathered: None }),
+        runs: Vec::new(),
+        short: Some(ShortRuns { tile, table: tiles.clone() }),
+        targets: None,
+    };
+    let draws = Draws { rows: rows.clone(), changes: changes.clone() };
+    pass(tokens, &attention, Wanted::At(wanted), &draws, family, kv.behind(fence))
+}
+
+/// Tokens, tables of tiles and fence to fence.
+fn pass_of_runs(inputs: &[Array], family: &dyn Family, kv: &KvPool, tile: Tile) -> Result<Vec<Array>> {
+    let [tokens, tiles, fence] = inputs else {
+        return Err(Exception::custom(format!("{} inputs instead of 3", inputs.len())));
+    };
+    let attention = Attention {
+        path: Path::Kernel,
+        scale: family.dims().scale,
+        rows: None,
+        runs: Vec::new(),
+        short: Some(ShortRuns { tile, table: tiles.clone() }),
+        targets: None,
+    };
+    let mut kv = kv.behind(fence);
+    let wanted = Wanted::Rows(&[]);
+    family.forward(
+        &StepInput { tokens: tokens.clone(), positions: &[], attention: &attention, wanted },
+        &mut kv,
+    )?;
+    Ok(vec![kv.fence])
+}
+
+/// The pools of `kv` are constants of the graph: their memory stays where it is.
+fn pass(
+    tokens: &Array,
+    attention: &Attention,
+    wanted: Wanted<'_>,
+    draws: &Draws,
+    family: &dyn Family,
+    mut kv: KvPool,
+) -> Result<Vec<Array>> {
+    let input = StepInput { tokens: tokens.clone(), positions: &[], attention, wanted };
+    let logits = family.forward(&input, &mut kv)?.ok_or_else(|| Exception::custom("no logits"))?;
+    let drawn = sampler::draw_on_device(&logits, draws, tokens, Path::Kernel)?;
+    Ok(vec![kv.fence, drawn])
+}
+
+fn bucket(rows: usize, buckets: &[usize]) -> usize {
+    buckets.iter().copied().find(|&bucket| bucket >= rows).unwrap_or_else(|| rows.next_multiple_of(64))
+}
