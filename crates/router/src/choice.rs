@@ -1,8 +1,11 @@
 //! Which of the nodes that could take a request gets it, by each policy.
 
-use crate::cost::{Cost, Work};
+use crate::cost::Work;
+use crate::node::KnownNode;
+use crate::query::Excluded;
 use crate::settings::{Policy, RivalSettings, RouterSettings};
 use std::cmp::Ordering;
+use std::time::Instant;
 use types::{BLOCK_TOKENS, BlockHash, NodeId};
 
 /// Costs within this fraction of the least one are equal: no prediction is better than that.
@@ -18,11 +21,13 @@ const SPILL_MAX: f64 = 64.0;
 #[derive(Debug)]
 pub(crate) struct Candidate<'a> {
     pub(crate) node: NodeId,
+    pub(crate) known: &'a KnownNode,
     pub(crate) matched_tokens: u32,
-    pub(crate) work: Work<'a>,
-    pub(crate) cost: Cost,
-    /// Requests that it was given so far.
-    pub(crate) given: u64,
+    pub(crate) requests: u32,
+    /// Of its cost.
+    pub(crate) total_s: f64,
+    pub(crate) first_token_s: f64,
+    pub(crate) excluded: Option<Excluded>,
 }
 
 /// What the choice depends on beside the candidates.
@@ -35,6 +40,9 @@ pub(crate) struct Occasion<'a> {
     pub(crate) session: Option<NodeId>,
     /// Requests routed so far.
     pub(crate) turn: u64,
+    /// See [`KnownNode::work`].
+    pub(crate) answer_tokens: f64,
+    pub(crate) now: Instant,
 }
 
 impl Occasion<'_> {
@@ -42,11 +50,11 @@ impl Occasion<'_> {
     pub(crate) fn choose(&self, all: &[Candidate<'_>]) -> Option<usize> {
         let rivals = &self.settings.rivals;
         match self.settings.policy {
-            Policy::Cost => self.least(all, |one| one.cost.total_s()),
-            Policy::GreedyTtft => self.least(all, |one| one.cost.first_token_s()),
+            Policy::Cost => self.least(all, |one| one.total_s),
+            Policy::GreedyTtft => self.least(all, |one| one.first_token_s),
             Policy::LeastWork => self.least(all, |one| {
-                let all_tokens = one.work.predictor.read_s(f64::from(self.prompt_tokens));
-                one.cost.backlog_s + one.cost.slot_s + one.cost.rtt_s + all_tokens
+                let work = self.work(one);
+                work.backlog_s() + work.slot_s() + work.predictor.read_s(f64::from(self.prompt_tokens))
             }),
             Policy::RoundRobin => (self.turn as usize).checked_rem(all.len()),
             Policy::Lmetric => best(all, |one| -self.lmetric(one)),
@@ -69,11 +77,15 @@ impl Occasion<'_> {
         tied.min_by(|(_, one), (_, other)| order(one, other)).map(|(index, _)| index)
     }
 
+    fn work<'a>(&self, one: &Candidate<'a>) -> Work<'a> {
+        one.known.work(self.answer_tokens, 0.0, self.now)
+    }
+
     fn lmetric(&self, one: &Candidate<'_>) -> f64 {
         let block = BLOCK_TOKENS as f64;
         let uncached = f64::from(self.prompt_tokens - one.matched_tokens);
-        let to_read = (one.work.prefill_tokens() as f64 + uncached) / block;
-        to_read * (one.work.kv_tokens().0 as f64 / block + 1.0)
+        let to_read = (self.work(one).prefill_tokens() as f64 + uncached) / block;
+        to_read * (self.work(one).kv_tokens().0 as f64 / block + 1.0)
     }
 
     fn matched(&self, one: &Candidate<'_>) -> f64 {
@@ -83,16 +95,16 @@ impl Occasion<'_> {
     fn prefix_hash(&self, all: &[Candidate<'_>], rivals: &RivalSettings) -> Option<usize> {
         let beginning = self.hashes.get(self.hashes.len().min(PREFIX_BLOCKS).wrapping_sub(1));
         let beginning = beginning.map_or(0, |hash| hash.0 as u64);
-        let total: u64 = all.iter().map(|one| u64::from(one.work.requests)).sum();
+        let total: u64 = all.iter().map(|one| u64::from(one.requests)).sum();
         let most = rivals.bounded_load * (total + 1) as f64 / all.len() as f64;
         let place =
             |one: &Candidate<'_>| mixed(beginning ^ mixed(one.node.0 as u64 ^ (one.node.0 >> 64) as u64));
-        let fits = all.iter().enumerate().filter(|(_, one)| f64::from(one.work.requests) < most);
+        let fits = all.iter().enumerate().filter(|(_, one)| f64::from(one.requests) < most);
         fits.max_by_key(|(_, one)| place(one)).map(|(index, _)| index).or_else(|| least_loaded(all))
     }
 
     fn sglang_rule(&self, all: &[Candidate<'_>], rivals: &RivalSettings) -> Option<usize> {
-        let loads = || all.iter().map(|one| one.work.requests);
+        let loads = || all.iter().map(|one| one.requests);
         let (least, most) = (loads().min()?, loads().max()?);
         let uneven =
             most - least > rivals.balance_abs && f64::from(most) > rivals.balance_rel * f64::from(least);
@@ -102,11 +114,11 @@ impl Occasion<'_> {
     }
 
     fn smg_spill(&self, all: &[Candidate<'_>], rivals: &RivalSettings) -> Option<usize> {
-        let total: u64 = all.iter().map(|one| u64::from(one.work.requests)).sum();
+        let total: u64 = all.iter().map(|one| u64::from(one.requests)).sum();
         let mean = total as f64 / all.len().max(1) as f64;
         let above = (rivals.spill_root * mean.sqrt()).max(rivals.spill_min).min(SPILL_MAX);
         let spills = |one: &Candidate<'_>| {
-            let load = f64::from(one.work.requests);
+            let load = f64::from(one.requests);
             load > mean * rivals.spill_rel && load > mean + above
         };
         let match_of = |one: &Candidate<'_>| if spills(one) { -1.0 } else { self.matched(one) };
@@ -115,12 +127,12 @@ impl Occasion<'_> {
     }
 
     fn llmd_322(&self, all: &[Candidate<'_>], rivals: &RivalSettings) -> Option<usize> {
-        let queues = || all.iter().map(|one| f64::from(one.work.waiting()));
+        let queues = || all.iter().map(|one| f64::from(self.work(one).waiting()));
         let (least, most) = (queues().fold(f64::INFINITY, f64::min), queues().fold(0.0, f64::max));
         best(all, |one| {
-            let waiting = f64::from(one.work.waiting());
+            let waiting = f64::from(self.work(one).waiting());
             let queue = if most > least { (most - waiting) / (most - least) } else { 1.0 };
-            let (held, total) = one.work.kv_tokens();
+            let (held, total) = self.work(one).kv_tokens();
             let free = 1.0 - (held as f64 / total.max(1) as f64).min(1.0);
             let scores = [self.matched(one), queue, free];
             rivals.weights.iter().zip(scores).map(|(weight, score)| weight * score).sum()
@@ -131,9 +143,10 @@ impl Occasion<'_> {
 impl Candidate<'_> {
     /// Between equal costs: lower load, then more of the prompt cached, then id.
     fn tie_order(&self, other: &Self) -> Ordering {
-        let load = |work: &Work<'_>, slots: u32| u64::from(work.requests) * u64::from(slots.max(1));
-        load(&self.work, other.work.slots())
-            .cmp(&load(&other.work, self.work.slots()))
+        let slots = |one: &Self| one.known.load().map_or(1, |load| load.slots.max(1));
+        let load = |one: &Self, slots: u32| u64::from(one.requests) * u64::from(slots);
+        load(self, slots(other))
+            .cmp(&load(other, slots(self)))
             .then(other.matched_tokens.cmp(&self.matched_tokens))
             .then(self.node.cmp(&other.node))
     }
@@ -154,7 +167,7 @@ fn least_loaded(all: &[Candidate<'_>]) -> Option<usize> {
 
 /// As the gateways count: requests, then requests so far, then id.
 fn by_load(one: &Candidate<'_>, other: &Candidate<'_>) -> Ordering {
-    let key = |one: &Candidate<'_>| (one.work.requests, one.given, one.node);
+    let key = |one: &Candidate<'_>| (one.requests, one.known.given, one.node);
     key(one).cmp(&key(other))
 }
 

@@ -1,6 +1,7 @@
 //! What a request would cost on a node, in seconds, so that unlike machines compare.
 
 use crate::learned::{Features, Predictor};
+use crate::query::RouteQuery;
 use crate::settings::CostWeights;
 use std::time::Duration;
 use types::NodeLoad;
@@ -13,9 +14,6 @@ const SLOTS_UNKNOWN: u32 = 1;
 const BACKLOG_S_MAX: f64 = 86_400.0;
 /// The most tokens believed, of anything: past it sums lose digits.
 const TOKENS_MAX: u64 = 1 << 48;
-/// Rows of [`NodeLoad::decode_step_s`].
-const TABLE_ROWS: [u32; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
-
 /// The terms of a node's cost for one request, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Cost {
@@ -54,6 +52,17 @@ pub(crate) struct Job {
     pub(crate) uncached_tokens: u64,
     /// Tokens that the answer is expected to have.
     pub(crate) answer_tokens: f64,
+}
+
+impl Job {
+    /// Of a request of which a node has so many tokens, where answers are usually so long.
+    pub(crate) fn new(query: &RouteQuery<'_>, matched_tokens: u32, answer_tokens: f64) -> Self {
+        Self {
+            matched_tokens: u64::from(matched_tokens),
+            uncached_tokens: u64::from(query.prompt_tokens.saturating_sub(matched_tokens)),
+            answer_tokens: answer_tokens.min(f64::from(query.max_tokens)),
+        }
+    }
 }
 
 /// A node's work as seen now, booked requests included.
@@ -101,8 +110,14 @@ impl Work<'_> {
         (held.min(TOKENS_MAX).saturating_add(self.booked_prefill), total)
     }
 
+    /// Seconds until the prompts that are at the node or on their way to it are read.
+    pub(crate) fn backlog_s(&self) -> f64 {
+        let ahead = Features::new(self.told_backlog_s(), self.booked_prefill, 0, 0, 0.0);
+        self.predictor.seconds(&ahead)
+    }
+
     /// What is left of the prefill of the load report: the node has been working since.
-    fn backlog_s(&self) -> f64 {
+    fn told_backlog_s(&self) -> f64 {
         let told_s = self.load.map_or(0.0, |load| f64::from(load.prefill_backlog_s));
         let left_s = told_s - self.since.as_secs_f64();
         if left_s.is_nan() { 0.0 } else { left_s.clamp(0.0, BACKLOG_S_MAX) }
@@ -137,45 +152,46 @@ impl Work<'_> {
     pub(crate) fn features(&self, job: &Job) -> Features {
         let step_s = if self.requests == 0 { 0.0 } else { self.step_s(self.rows()) };
         let ahead = self.booked_prefill;
-        Features::new(self.backlog_s(), ahead, job.uncached_tokens, job.matched_tokens, step_s)
+        Features::new(self.told_backlog_s(), ahead, job.uncached_tokens, job.matched_tokens, step_s)
     }
 
-    /// Tokens of cache that the request takes from others.
-    fn evicted_tokens(&self, job: &Job) -> f64 {
+    /// Seconds to read again what the request takes from others in the cache, as far as that will be used again.
+    fn evict_s(&self, job: &Job, weights: &CostWeights, token_s: f64) -> f64 {
         let Some(load) = self.load else { return 0.0 };
         let used = load.cached_kv_tokens.max(load.kv_tokens.0).min(TOKENS_MAX) + self.booked_prefill;
         let free = load.kv_tokens.1.saturating_sub(used);
-        let needed = job.uncached_tokens as f64 + job.answer_tokens;
-        (needed - free as f64).max(0.0)
+        let tokens = job.uncached_tokens as f64 + job.answer_tokens - free as f64;
+        if tokens <= 0.0 {
+            return 0.0;
+        }
+        let measured = f64::from(load.cache_reuse_s);
+        let reuse_s = if measured > 0.0 { measured } else { weights.reuse_s };
+        let age_s = f64::from(load.cache_tail_age_s).max(0.0) + self.since.as_secs_f64();
+        tokens * token_s * (-age_s / reuse_s).exp()
     }
 
     /// The cost, where reading a token that was evicted takes `token_s` on a usual node.
     pub(crate) fn cost(&self, job: &Job, weights: &CostWeights, token_s: f64) -> Cost {
         let features = self.features(job);
-        let ahead = Features::new(features.backlog_s, self.booked_prefill, 0, 0, 0.0);
-        let backlog_s = self.predictor.seconds(&ahead) + self.planned_s;
-        let told = |seconds: fn(&NodeLoad) -> f32| self.load.map_or(0.0, |load| f64::from(seconds(load)));
-        let reuse_s = match told(|load| load.cache_reuse_s) {
-            measured if measured > 0.0 => measured,
-            _ => weights.reuse_s,
-        };
-        let age_s = told(|load| load.cache_tail_age_s).max(0.0) + self.since.as_secs_f64();
-        let likely = (-age_s / reuse_s).exp();
+        let node_s = self.backlog_s();
+        let backlog_s = node_s + self.planned_s;
         let rows = (self.requests + 1).min(self.slots().max(1));
-        let prefill_s = self.predictor.seconds(&features) - self.predictor.seconds(&ahead);
+        let prefill_s = self.predictor.seconds(&features) - node_s;
         // Work delays by its own length all who come until the node is idle again: until what is there and this is done,
         // and what comes meanwhile (the busy period of an M/G/1 queue).
         let busy_s = (backlog_s + prefill_s) / (1.0 - self.utilization.min(UTILIZATION_MAX));
         let delayed = self.arrivals_per_s * busy_s;
-        let slower_s = f64::from(rows - 1) * (self.step_s(rows + 1) - self.step_s(rows)).max(0.0);
+        let step_s = self.step_s(rows);
+        let slower_s = f64::from(rows - 1) * (self.step_s(rows + 1) - step_s).max(0.0);
         Cost {
             backlog_s,
             slot_s: self.slot_s(),
             prefill_s,
             rtt_s: self.rtt.as_secs_f64(),
-            evict_s: weights.eviction * self.evicted_tokens(job) * token_s * likely,
-            decode_s: weights.decode * job.answer_tokens * (self.step_s(rows) + slower_s),
-            others_s: weights.others * prefill_s * delayed,
+            evict_s: weights.eviction * self.evict_s(job, weights, token_s),
+            decode_s: weights.decode * job.answer_tokens * (step_s + slower_s),
+            others_s: weights.others * delayed * prefill_s
+                + weights.work * job.uncached_tokens as f64 * token_s,
         }
     }
 }
@@ -187,8 +203,10 @@ fn rates_s(load: &NodeLoad, rows: u32) -> f64 {
 
 /// From the table, in a straight line between its places and beyond the last.
 fn table_s(load: &NodeLoad, rows: u32) -> f64 {
-    let above = TABLE_ROWS.partition_point(|&at| at < rows).clamp(1, TABLE_ROWS.len() - 1);
-    let (low, high) = (f64::from(TABLE_ROWS[above - 1]), f64::from(TABLE_ROWS[above]));
+    // Its places are the powers of two.
+    let above = (rows.max(2) - 1).ilog2() as usize + 1;
+    let above = above.min(load.decode_step_s.len() - 1);
+    let (low, high) = (f64::from(1u32 << (above - 1)), f64::from(1u32 << above));
     let (low_s, high_s) = (f64::from(load.decode_step_s[above - 1]), f64::from(load.decode_step_s[above]));
     low_s + (high_s - low_s) * (f64::from(rows.max(1)) - low) / (high - low)
 }

@@ -42,13 +42,17 @@ pub(crate) fn key(hash: BlockHash) -> u64 {
 
 /// A set of slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct SlotSet([u64; SLOTS / 64]);
+pub(crate) struct SlotSet([u64; SLOTS / 64]);
 
 impl SlotSet {
-    const EMPTY: Self = Self([0; SLOTS / 64]);
+    pub(crate) const EMPTY: Self = Self([0; SLOTS / 64]);
 
-    fn insert(&mut self, slot: Slot) {
-        self.0[slot.index() / 64] |= 1 << (slot.index() % 64);
+    /// Whether it was not in there.
+    pub(crate) fn insert(&mut self, slot: Slot) -> bool {
+        let (word, bit) = (&mut self.0[slot.index() / 64], 1 << (slot.index() % 64));
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
     }
 
     fn remove(&mut self, slot: Slot) {
@@ -274,9 +278,9 @@ impl CacheIndex {
         let mut set = SlotSet::EMPTY;
         match self.holders(hash) {
             None => {}
-            Some(Holders::One(slot)) => set.insert(slot),
+            Some(Holders::One(slot)) => _ = set.insert(slot),
             Some(Holders::Few(at)) => {
-                self.few.all[at as usize].iter().flatten().for_each(|&slot| set.insert(slot));
+                self.few.all[at as usize].iter().flatten().for_each(|&slot| _ = set.insert(slot));
             }
             Some(Holders::Many(at)) => set = self.many.all[at as usize].clone(),
         }
@@ -308,7 +312,7 @@ impl CacheIndex {
                     return;
                 }
                 let mut set = SlotSet::EMPTY;
-                list.iter().flatten().for_each(|&slot| set.insert(slot));
+                list.iter().flatten().for_each(|&slot| _ = set.insert(slot));
                 set.insert(slot);
                 self.few.free.push(at);
                 Holders::Many(self.many.add(set))

@@ -11,6 +11,7 @@
 mod booking;
 mod choice;
 mod cost;
+mod decide;
 mod index;
 mod learned;
 mod node;

@@ -4,7 +4,7 @@ use crate::booking::{BookedWork, Booking, BookingStage};
 use crate::cost::Work;
 use crate::index::Slot;
 use crate::learned::{Learned, Predictor, RATES_UNKNOWN};
-use crate::query::RouteQuery;
+use crate::query::Excluded;
 use crate::settings::RouterSettings;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -132,17 +132,15 @@ impl KnownNode {
     }
 
     pub(crate) fn serves(&self, model: &str) -> bool {
-        self.models.iter().any(|card| card.name == model)
+        self.card(model).is_some()
     }
 
-    /// Whether it serves the model with a context that holds the request: machines with less memory have a smaller one.
-    pub(crate) fn fits(&self, query: &RouteQuery<'_>) -> bool {
-        let tokens = u64::from(query.prompt_tokens) + u64::from(query.max_tokens);
-        let holds = |card: &ModelCard| card.name == query.model && tokens <= u64::from(card.context_tokens);
-        self.models.iter().any(holds)
+    pub(crate) fn card(&self, model: &str) -> Option<&ModelCard> {
+        self.models.iter().find(|card| card.name == model)
     }
 
-    pub(crate) fn work(&self, answer_tokens: f64, now: Instant) -> Work<'_> {
+    /// Its work at `now`, where `planned_s` of what waits at the router comes before the next request.
+    pub(crate) fn work(&self, answer_tokens: f64, planned_s: f64, now: Instant) -> Work<'_> {
         let (arrivals_per_s, utilization) = self.flow.rates(now);
         let load = self.load();
         let reported = load.map_or(0, |load| load.running.saturating_add(load.waiting));
@@ -154,7 +152,7 @@ impl KnownNode {
             booked_requests: self.booked.requests,
             booked_prefill: self.booked.prefill_tokens,
             booked_decode: self.booked.decode_tokens,
-            planned_s: 0.0,
+            planned_s,
             arrivals_per_s,
             utilization,
             answer_tokens,
@@ -162,10 +160,18 @@ impl KnownNode {
         }
     }
 
-    /// Whether one more request would be read soon: later it can still be sent then, to where that is best then.
-    pub(crate) fn has_room(&self, work: &Work<'_>, backlog_s: f64, settings: &RouterSettings) -> bool {
+    /// Why it has no room for one more request now: that would not be read soon, so it can still be sent later, to where
+    /// that is best then.
+    pub(crate) fn lacks_room(&self, work: &Work<'_>, settings: &RouterSettings) -> Option<Excluded> {
         let slots = work.slots().saturating_add(settings.node_waiting_max);
-        work.requests < slots && (self.unread < settings.node_waiting_max || backlog_s < READ_SOON_S)
+        let soon = || self.unread < settings.node_waiting_max || work.backlog_s() < READ_SOON_S;
+        if self.full {
+            Some(Excluded::Refused)
+        } else if work.requests < slots && soon() {
+            None
+        } else {
+            Some(Excluded::Full)
+        }
     }
 
     /// Its load arrived: what it accepted before is in there.

@@ -16,6 +16,6 @@ impl Plan {
 
     /// Seconds of prefill that will be sent there before the next request.
     pub(crate) fn planned_s(&self, node: NodeId) -> f64 {
-        self.seconds.get(&node).copied().unwrap_or(0.0)
+        if self.seconds.is_empty() { 0.0 } else { self.seconds.get(&node).copied().unwrap_or(0.0) }
     }
 }

@@ -1,26 +1,22 @@
 //! The state machine: nodes, what was sent to them, and the choice between them.
 
 use crate::booking::{Booking, BookingId, BookingStage};
-use crate::choice::{Candidate, Occasion, TIE_S};
 use crate::cost::Job;
-use crate::index::{CacheIndex, Matches, Slot};
+use crate::index::{CacheIndex, Slot};
 use crate::learned::Learned;
 use crate::node::KnownNode;
-use crate::plan::Plan;
-use crate::query::{Considered, Excluded, Resync, Route, RouteError, RouteQuery, RouteReason};
+use crate::query::{Resync, Route, RouteQuery};
 use crate::sessions::Sessions;
 use crate::settings::RouterSettings;
 use crate::speculation::Speculation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
-use types::{BLOCK_TOKENS, CacheEvent, CacheSnapshot, EngineState, ModelCard, NodeId, NodeLoad, limits};
+use types::{CacheEvent, CacheSnapshot, EngineState, ModelCard, NodeId, NodeLoad, limits};
 
+/// After so many load reports the mean speed of nodes is looked at again: it changes slowly.
+const REPORTS_LOOKED_AT: u64 = 256;
 /// Names of models remembered after their last node left, so that asking for them is "not now" and not "unknown".
 const MODELS_REMEMBERED_MAX: usize = limits::NODES_MAX;
-/// The least time after which a refused client is asked to come back.
-const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
-/// The most: beyond it no prediction is worth much.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 /// Tokens that answers are taken to have until some were seen: clients allow far more than they use.
 const ANSWER_TOKENS: f64 = 200.0;
 /// Weight of one more answer in their mean.
@@ -31,16 +27,20 @@ const STEP_TOKENS_MIN: u32 = 8;
 /// Everything one router knows, and the choice that follows from it.
 #[derive(Debug)]
 pub struct Router {
-    settings: RouterSettings,
-    nodes: BTreeMap<NodeId, KnownNode>,
-    index: CacheIndex,
-    speculation: Speculation,
-    sessions: Sessions,
+    pub(crate) settings: RouterSettings,
+    pub(crate) nodes: BTreeMap<NodeId, KnownNode>,
+    pub(crate) index: CacheIndex,
+    pub(crate) speculation: Speculation,
+    pub(crate) sessions: Sessions,
     /// Requests booked so far.
-    booked: u64,
-    models_seen: BTreeSet<String>,
+    pub(crate) booked: u64,
+    pub(crate) models_seen: BTreeSet<String>,
     /// Mean tokens of an answer.
-    answer_tokens: f64,
+    pub(crate) answer_tokens: f64,
+    /// Seconds in which a usual node reads a token.
+    pub(crate) token_s: f64,
+    /// Load reports so far.
+    reports: u64,
 }
 
 impl Router {
@@ -55,6 +55,8 @@ impl Router {
             booked: 0,
             models_seen: BTreeSet::new(),
             answer_tokens: ANSWER_TOKENS,
+            token_s: 0.0,
+            reports: 0,
         }
     }
 
@@ -92,7 +94,14 @@ impl Router {
     /// A node told its load: it includes every request that the node had accepted before.
     pub fn load(&mut self, node: NodeId, load: NodeLoad, now: Instant) {
         if let Some(known) = self.nodes.get_mut(&node) {
+            let first = known.load.is_none();
             known.reported(load, now);
+            self.reports += 1;
+            if first || self.reports.is_multiple_of(REPORTS_LOOKED_AT) {
+                let told = || self.nodes.values().filter(|known| known.load.is_some());
+                let sum: f64 = told().map(|known| known.predictor.read_s(1.0)).sum();
+                self.token_s = sum / told().count().max(1) as f64;
+            }
         }
     }
 
@@ -160,83 +169,14 @@ impl Router {
         Ok(())
     }
 
-    /// Where the request should go, or why nowhere.
-    ///
-    /// # Errors
-    /// [`RouteError`], which tells "never heard of it", "not now" and "busy" apart.
-    pub fn route(&self, query: &RouteQuery<'_>, now: Instant) -> Result<Route, RouteError> {
-        self.route_after(query, &mut Plan::default(), now)
-    }
-
-    /// The same for one that waits behind others: for which of them which node is meant, `plan` knows. Where the node that
-    /// is best for this one is full, that is [`RouteError::AllBusy`], and `plan` knows it from then on.
-    ///
-    /// # Errors
-    /// See [`Self::route`].
-    pub fn route_after(
-        &self,
-        query: &RouteQuery<'_>,
-        plan: &mut Plan,
-        now: Instant,
-    ) -> Result<Route, RouteError> {
-        let waits = self.settings.policy.waits();
-        let usable =
-            |excluded: Option<Excluded>| excluded.is_none() || waits && excluded == Some(Excluded::Full);
-        let (mut free, mut full, mut free_s) = (Vec::new(), Vec::new(), None::<f64>);
-        for (one, excluded) in self.candidates(query, plan, now) {
-            if matches!(excluded, Some(Excluded::Full | Excluded::Refused)) {
-                let wait_s = one.cost.backlog_s + one.work.slot_s();
-                free_s = Some(free_s.map_or(wait_s, |least| least.min(wait_s)));
-            }
-            if usable(excluded) {
-                free.push(one);
-                full.push(excluded.is_some());
-            }
-        }
-        let occasion = Occasion {
-            settings: &self.settings,
-            hashes: query.hashes,
-            prompt_tokens: query.prompt_tokens,
-            session: query.session.and_then(|session| self.sessions.node(session)),
-            turn: self.booked,
-        };
-        match (occasion.choose(&free), free_s) {
-            (Some(best), Some(wait_s)) if full[best] => {
-                plan.add(free[best].node, free[best].cost.prefill_s);
-                Err(busy(wait_s))
-            }
-            (Some(best), _) => Ok(self.chosen(&free, best, query)),
-            (None, Some(wait_s)) => Err(busy(wait_s)),
-            (None, None) => Err(self.no_node(query)),
-        }
-    }
-
-    /// What each node would cost, and why it cannot be chosen; in order of id.
-    pub fn explain(&self, query: &RouteQuery<'_>, now: Instant) -> Vec<Considered> {
-        let all = self.candidates(query, &Plan::default(), now).into_iter();
-        let considered = all.map(|(one, excluded)| Considered {
-            node: one.node,
-            matched_tokens: one.matched_tokens,
-            cost: one.cost,
-            requests: one.work.requests,
-            excluded,
-        });
-        considered.collect()
-    }
-
     /// Commits to a route just given: counts its work as the node's until the node's reports do.
     pub fn book(&mut self, route: &Route, query: &RouteQuery<'_>, now: Instant) -> Option<BookingId> {
         let known = self.nodes.get_mut(&route.node)?;
-        let uncached_tokens = u64::from(query.prompt_tokens.saturating_sub(route.matched_tokens));
-        let job = Job {
-            matched_tokens: u64::from(route.matched_tokens),
-            uncached_tokens,
-            answer_tokens: self.answer_tokens.min(f64::from(query.max_tokens)),
-        };
-        let work = known.work(self.answer_tokens, now);
+        let job = Job::new(query, route.matched_tokens, self.answer_tokens);
+        let work = known.work(self.answer_tokens, 0.0, now);
         let booking = Booking {
             stage: BookingStage::Sent,
-            prefill_tokens: uncached_tokens,
+            prefill_tokens: job.uncached_tokens,
             decode_tokens: u64::from(query.max_tokens),
             guess: self.speculation.sent(known.slot, query.hashes),
             sent: now,
@@ -313,13 +253,6 @@ impl Router {
         }
     }
 
-    /// Tokens of the prompt that no node's cache is expected to hold.
-    pub fn uncached_tokens(&self, query: &RouteQuery<'_>) -> u32 {
-        let matches = self.matches(query);
-        let longest = self.nodes.values().map(|known| matches.blocks(known.slot)).max().unwrap_or(0);
-        query.prompt_tokens.saturating_sub((longest * BLOCK_TOKENS) as u32)
-    }
-
     /// What was learned of a node from the requests it had.
     pub fn learned(&self, node: NodeId) -> Option<Learned> {
         self.nodes.get(&node).map(KnownNode::learned)
@@ -382,108 +315,4 @@ impl Router {
     fn booking(&mut self, id: BookingId) -> Option<&mut Booking> {
         self.nodes.get_mut(&id.node)?.bookings.get_mut(&id.number)
     }
-
-    fn matches(&self, query: &RouteQuery<'_>) -> Matches {
-        let mut matches = self.index.matches(query.hashes);
-        self.speculation.matches(query.hashes, &mut matches);
-        matches
-    }
-
-    /// All nodes as candidates, in order of id, with what excludes them.
-    fn candidates<'a>(
-        &'a self,
-        query: &RouteQuery<'_>,
-        plan: &Plan,
-        now: Instant,
-    ) -> Vec<(Candidate<'a>, Option<Excluded>)> {
-        let matches = self.matches(query);
-        let serving = || self.nodes.values().filter(|known| known.is_ready() && known.serves(query.model));
-        // Where it fits nowhere, a node says so, with the numbers.
-        let fits_somewhere = serving().any(|known| known.fits(query));
-        let (nodes, read_s) = serving()
-            .fold((0.0, 0.0), |(nodes, seconds), known| (nodes + 1.0, seconds + known.predictor.read_s(1.0)));
-        let token_s = if nodes > 0.0 { read_s / nodes } else { 0.0 };
-        let answer_tokens = self.answer_tokens.min(f64::from(query.max_tokens));
-        let all = self.nodes.iter().map(|(&node, known)| {
-            let mut work = known.work(self.answer_tokens, now);
-            work.planned_s = plan.planned_s(node);
-            let blocks = matches.blocks(known.slot);
-            // The last token is always computed: its logits are the answer.
-            let matched_tokens =
-                (blocks * BLOCK_TOKENS).min(query.prompt_tokens.saturating_sub(1) as usize) as u32;
-            let job = Job {
-                matched_tokens: u64::from(matched_tokens),
-                uncached_tokens: u64::from(query.prompt_tokens - matched_tokens),
-                answer_tokens,
-            };
-            let cost = work.cost(&job, &self.settings.cost, token_s);
-            let excluded = if !known.is_ready() {
-                Some(Excluded::NotReady)
-            } else if !known.serves(query.model) {
-                Some(Excluded::OtherModel)
-            } else if query.exclude.contains(&node) {
-                Some(Excluded::Tried)
-            } else if fits_somewhere && !known.fits(query) {
-                Some(Excluded::SmallContext)
-            } else if known.full {
-                Some(Excluded::Refused)
-            } else {
-                let room = known.has_room(&work, cost.backlog_s, &self.settings);
-                (!room).then_some(Excluded::Full)
-            };
-            (Candidate { node, matched_tokens, work, cost, given: known.given }, excluded)
-        });
-        all.collect()
-    }
-
-    fn chosen(&self, all: &[Candidate<'_>], best: usize, query: &RouteQuery<'_>) -> Route {
-        let Candidate { node, matched_tokens, ref work, cost, .. } = all[best];
-        // It was the cache if without it another node would have been cheaper, or as cheap as makes no difference.
-        let uncached_tokens = u64::from(query.prompt_tokens);
-        let answer_tokens = self.answer_tokens.min(f64::from(query.max_tokens));
-        let cold = Job { matched_tokens: 0, uncached_tokens, answer_tokens };
-        let cold_s = work.cost(&cold, &self.settings.cost, 0.0).total_s();
-        let mut others = all.iter().filter(|other| other.node != node);
-        let reason = if all.len() == 1 {
-            RouteReason::OnlyNode
-        } else if matched_tokens > 0 && others.any(|other| other.cost.total_s() <= cold_s + TIE_S) {
-            RouteReason::Affinity
-        } else {
-            RouteReason::LeastWork
-        };
-        Route { node, matched_tokens, cost, reason }
-    }
-
-    fn no_node(&self, query: &RouteQuery<'_>) -> RouteError {
-        let serving = || self.nodes.iter().filter(|(_, known)| known.serves(query.model));
-        let unfinished = self.nodes.values().any(|known| known.models.is_empty() && !known.is_ready());
-        let reason = if self.nodes.is_empty() {
-            "no node is connected".to_owned()
-        } else if serving().next().is_none() && unfinished {
-            "nodes are still loading their models".to_owned()
-        } else if serving().next().is_none() && self.models_seen.contains(query.model) {
-            "no connected node serves it any more".to_owned()
-        } else if serving().next().is_none() {
-            let served = self.models().into_iter().map(|card| card.name).collect();
-            return RouteError::UnknownModel { model: query.model.to_owned(), served };
-        } else {
-            let states = serving().map(|(id, known)| match &known.state {
-                EngineState::Loading => "a node is loading it".to_owned(),
-                EngineState::Ready if query.exclude.contains(id) => {
-                    "a node failed on this request".to_owned()
-                }
-                EngineState::Ready => "a node is ready".to_owned(),
-                EngineState::Draining => "a node is leaving".to_owned(),
-                EngineState::Restarting(seen) => format!("a node is restarting ({seen})"),
-            });
-            let states: BTreeSet<String> = states.collect();
-            states.into_iter().collect::<Vec<_>>().join(", ")
-        };
-        RouteError::NoNode { reason }
-    }
-}
-
-fn busy(wait_s: f64) -> RouteError {
-    let wait = Duration::try_from_secs_f64(wait_s).unwrap_or(RETRY_AFTER_MAX);
-    RouteError::AllBusy { retry_after: wait.clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX) }
 }

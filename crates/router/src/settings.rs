@@ -107,6 +107,8 @@ pub struct CostWeights {
     pub decode: f64,
     /// Of the time that others wait longer.
     pub others: f64,
+    /// Of the time to read its prompt, beyond that it waits for it: what is read twice could have been read once.
+    pub work: f64,
     /// Of the time to read again what the request evicts.
     pub eviction: f64,
     /// Seconds after which unused blocks are used again, where a node has not measured it.
@@ -115,7 +117,7 @@ pub struct CostWeights {
 
 impl Default for CostWeights {
     fn default() -> Self {
-        Self { decode: 0.2, others: 0.5, eviction: 3.0, reuse_s: 120.0 }
+        Self { decode: 0.2, others: 0.5, work: 0.0, eviction: 3.0, reuse_s: 120.0 }
     }
 }
 

@@ -4,7 +4,7 @@
 //! same prefix finds it there, or waits for it there. So it counts as cached while the request is open, and for a while
 //! after, until the node's own word must have come.
 
-use crate::index::{Matches, Slot, key};
+use crate::index::{Matches, Slot, SlotSet, key};
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -98,12 +98,19 @@ impl Speculation {
 
     /// Raises what slots hold of a chain by what they were sent.
     pub(crate) fn matches(&self, hashes: &[BlockHash], matches: &mut Matches) {
-        if self.blocks.is_empty() {
-            return;
-        }
-        for (index, &hash) in hashes.iter().enumerate() {
+        // Whole prompts are noted, so whoever is to have a block is to have those before it.
+        let noted = hashes.partition_point(|&hash| self.blocks.contains_key(&key(hash)));
+        let mut left = hashes.first().map_or(0, |&hash| self.blocks.get(&key(hash)).map_or(0, Vec::len));
+        let mut found = SlotSet::EMPTY;
+        for (index, &hash) in hashes[..noted].iter().enumerate().rev() {
             for &(slot, _) in self.blocks.get(&key(hash)).into_iter().flatten() {
-                matches.raise(slot, index + 1);
+                if found.insert(slot) {
+                    matches.raise(slot, index + 1);
+                    left -= 1;
+                }
+            }
+            if left == 0 {
+                return;
             }
         }
     }
