@@ -6,6 +6,7 @@
 //! tokens, and long pieces too: of a conversation that goes on only what is new is cut at all. What a word becomes is always
 //! the library's answer. A tokenizer of another kind, or one that gives other tokens for [`SAMPLES`], is left to the library.
 
+use super::words::{self, Words};
 use aho_corasick::{AhoCorasick, MatchKind};
 use std::{
     collections::HashMap,
@@ -17,14 +18,12 @@ use tokenizers::{
 };
 use types::TokenId;
 
-/// What GPT-2 cuts words with, and every pre-tokenizer `ByteLevel` that brings no pattern of its own.
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 /// Words kept with their tokens, about 6 MB; when there are more, all are forgotten. A language has fewer in common use.
 const WORDS_MAX: usize = 1 << 16;
 /// Bytes of a word that is kept: longer ones hardly come twice.
 const WORD_BYTES_MAX: usize = 64;
 /// Bytes of a piece that is kept: shorter ones are cut again as fast.
-const PIECE_BYTES_MIN: usize = 256;
+const PIECE_BYTES_MIN: usize = 64;
 /// Bytes of all pieces kept of one model, their tokens included: some hundred long conversations.
 const PIECES_BYTES_MAX: usize = 32 << 20;
 /// What a tokenizer must encode here as the library does before this is used for it.
@@ -48,7 +47,7 @@ pub(crate) struct ByteLevel {
     ascii: bool,
     /// The character that stands for each byte.
     chars: [char; 256],
-    words: RwLock<Words>,
+    words: RwLock<KnownWords>,
     pieces: Mutex<Pieces>,
 }
 
@@ -62,11 +61,17 @@ enum Step {
     /// Each numeric character is a part of its own.
     Digits,
     /// Each match is, and what lies between two.
-    Regex(SysRegex),
+    Regex(SysRegex, Option<Words>),
+}
+
+impl Step {
+    fn regex(pattern: &str) -> Option<Self> {
+        Some(Self::Regex(SysRegex::new(pattern).ok()?, Words::of(pattern)))
+    }
 }
 
 #[derive(Default)]
-struct Words {
+struct KnownWords {
     /// Where in `tokens` a word's are.
     known: HashMap<Box<str>, (u32, u32)>,
     tokens: Vec<TokenId>,
@@ -204,7 +209,7 @@ impl ByteLevel {
     }
 }
 
-impl Words {
+impl KnownWords {
     fn keep(&mut self, word: &str, tokens: &[TokenId]) {
         if self.known.len() >= WORDS_MAX {
             *self = Self::default();
@@ -265,7 +270,15 @@ fn apply<'a>(steps: &[Step], text: &'a str, word: &mut impl FnMut(&'a str)) {
                 part(at, at + char.len_utf8());
             }
         }
-        Step::Regex(regex) => regex.find_iter(text).for_each(|(from, to)| part(from, to)),
+        Step::Regex(_, Some(words)) if text.is_ascii() => {
+            let mut at = 0;
+            while at < text.len() {
+                let end = words.end(text.as_bytes(), at);
+                part(at, end);
+                at = end;
+            }
+        }
+        Step::Regex(regex, _) => regex.find_iter(text).for_each(|(from, to)| part(from, to)),
     }
     if rest < text.len() {
         apply(steps, &text[rest..], word);
@@ -316,7 +329,7 @@ fn steps(pre_tokenizer: &PreTokenizerWrapper) -> Option<Vec<Step>> {
                 if split.behavior == SplitDelimiterBehavior::Isolated && !split.invert =>
             {
                 let SplitPattern::Regex(pattern) = &split.pattern else { return None };
-                Step::Regex(SysRegex::new(pattern).ok()?)
+                Step::regex(pattern)?
             }
             _ => return None,
         });
@@ -324,7 +337,7 @@ fn steps(pre_tokenizer: &PreTokenizerWrapper) -> Option<Vec<Step>> {
     match last {
         PreTokenizerWrapper::ByteLevel(bytes) if !bytes.add_prefix_space => {
             if bytes.use_regex {
-                steps.push(Step::Regex(SysRegex::new(GPT2).ok()?));
+                steps.push(Step::regex(words::GPT2)?);
             }
             Some(steps)
         }

@@ -5,7 +5,7 @@ use crate::tokenizers_for_tests::{byte_fallback, byte_level};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-/// What Qwen 2 and Llama 3 cut words with.
+/// As Qwen 2 has it.
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Words that some merges of the test's tokenizer make longer than a byte.
 const MERGES: [(&str, &str); 6] = [("a", "b"), ("Ġ", "a"), ("Ġa", "b"), ("ab", "c"), ("1", "2"), ("Ã", "©")];
@@ -33,15 +33,18 @@ fn after(step: Value, use_regex: bool) -> Value {
 }
 
 fn kinds() -> Vec<Tokenizer> {
-    let split =
-        json!({"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": false});
+    let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+    let llama3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|");
+    // Leaves gaps between its matches, and is not known by hand.
+    let other = r"[a-c]+|\d\d|<\|";
     let digits = json!({"type": "Digits", "individual_digits": true});
     vec![
         tokenizer(bytes(false), |_| ()),
         tokenizer(bytes(true), |_| ()),
         tokenizer(after(digits, true), |_| ()),
-        tokenizer(after(split.clone(), false), |json| json["normalizer"] = json!({"type": "NFC"})),
-        tokenizer(after(split, false), |json| json["added_tokens"][1]["normalized"] = json!(true)),
+        tokenizer(after(split(QWEN2), false), |json| json["normalizer"] = json!({"type": "NFC"})),
+        tokenizer(after(split(&llama3), false), |_| ()),
+        tokenizer(after(split(other), true), |json| json["added_tokens"][1]["normalized"] = json!(true)),
     ]
 }
 
@@ -58,7 +61,20 @@ thread_local! {
 }
 
 proptest! {
-    /// Cut differently, or with a word's tokens taken for another's, the merges would differ.
+    /// Cut differently, the words would.
+    #[test]
+    fn words_as_the_expressions(text in r"([ abcstmdrevlRVLS'0-9.,!<>\n\r\t\x0b\x00]|'re|'LL){0,24}") {
+        for pattern in [words::GPT2, QWEN2, &QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")] {
+            let words = Words::of(pattern).expect("known");
+            let regex = SysRegex::new(pattern).unwrap();
+            let mut at = 0;
+            let ends = std::iter::from_fn(|| (at < text.len()).then(|| { at = words.end(text.as_bytes(), at); at }));
+            let expected: Vec<usize> = regex.find_iter(&text).map(|(_, end)| end).collect();
+            prop_assert_eq!(ends.collect::<Vec<_>>(), expected, "{:?}", pattern);
+        }
+    }
+
+    /// With a word's tokens taken for another's, or cut elsewhere, the merges would differ.
     #[test]
     fn as_the_library(text in r"([ abcAé0-9'\n\t.½😀]|<\|im_start\|>|<\|im_end\|>|<s>|'re|\PC){0,40}", times in 1..40_usize) {
         KINDS.with(|kinds| for (tokenizer, ours) in kinds {

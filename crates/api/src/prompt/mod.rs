@@ -8,6 +8,7 @@ mod clock;
 mod json;
 mod template;
 mod tokenizer;
+mod words;
 
 pub(crate) use byte_level::ByteLevel;
 pub(crate) use cache::TextCache;
