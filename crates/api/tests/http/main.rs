@@ -3,6 +3,7 @@
 
 mod disconnect;
 mod errors;
+mod latency;
 mod sessions;
 mod streams;
 mod support;

@@ -17,6 +17,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 use tokio::sync::watch;
 use tower::ServiceExt;
@@ -32,6 +33,8 @@ pub(crate) enum Script {
     Refuse(GenerateError),
     /// Sends these events, and ends the stream.
     Events(Vec<TokenEvent>),
+    /// Sends these events, each after a pause.
+    Paced(Vec<TokenEvent>, Duration),
     /// Sends these events and then nothing.
     Hang(Vec<TokenEvent>),
 }
@@ -117,10 +120,11 @@ impl Cluster {
 impl Generate for Cluster {
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, GenerateError>> {
         self.asked.lock().unwrap().push(request);
-        let (events, hang) = match self.script.clone() {
+        let (events, pause, hang) = match self.script.clone() {
             Script::Refuse(error) => return Box::pin(async { Err(error) }),
-            Script::Events(events) => (events, false),
-            Script::Hang(events) => (events, true),
+            Script::Events(events) => (events, None, false),
+            Script::Paced(events, pause) => (events, Some(pause), false),
+            Script::Hang(events) => (events, None, true),
         };
         let cancelled = self.cancelled.clone();
         let route = RouteInfo {
@@ -133,6 +137,9 @@ impl Generate for Cluster {
             let running = CancelGuard { cancelled, ended: false };
             let events =
                 stream::unfold((running, events.into_iter()), move |(mut running, mut events)| async move {
+                    if let Some(pause) = pause {
+                        tokio::time::sleep(pause).await;
+                    }
                     match events.next() {
                         Some(event) => {
                             running.ended = matches!(event, TokenEvent::Finished(_));
