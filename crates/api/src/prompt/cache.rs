@@ -15,6 +15,8 @@ const MODELS_KEPT_MAX: usize = 8;
 /// Texts above this many bytes are encoded on a blocking thread: at 1–4 MB/s smaller ones hold a server thread for a few
 /// milliseconds, about as long as the hand-over takes on a busy machine.
 const ENCODE_INLINE_BYTES_MAX: usize = 8 << 10;
+/// The same of byte-level tokenizers, at some 50 MB/s and more.
+const ENCODE_INLINE_BYTE_LEVEL_BYTES_MAX: usize = 64 << 10;
 /// Large texts encoded at once: the engine needs the processor too.
 const ENCODES_MAX: usize = 2;
 
@@ -52,7 +54,9 @@ impl TextCache {
         bytes: usize,
         encode: impl FnOnce(&ModelText) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        if bytes <= ENCODE_INLINE_BYTES_MAX {
+        let inline_max =
+            if text.is_byte_level() { ENCODE_INLINE_BYTE_LEVEL_BYTES_MAX } else { ENCODE_INLINE_BYTES_MAX };
+        if bytes <= inline_max {
             return encode(text);
         }
         // The turn lasts as long as the work, also where the client does not wait for it.

@@ -42,6 +42,11 @@ impl ModelText {
         Ok(Self { tokenizer, byte_level, special, template })
     }
 
+    /// Whether texts are encoded the fast way.
+    pub(crate) fn is_byte_level(&self) -> bool {
+        self.byte_level.is_some()
+    }
+
     pub(crate) fn template(&self) -> Option<&ChatTemplate> {
         self.template.as_ref()
     }
