@@ -163,6 +163,7 @@ impl Drive {
             ignore_eos: true,
             service: Service::default(),
             cache: CacheScope::default(),
+            output: Vec::new(),
         };
         let request = GenerateRequest::try_from(draft)
             .map_err(|error| GenerateError::Invalid { message: error.to_string(), param: None })?;

@@ -61,8 +61,8 @@ pub struct StepSummary {
 ///
 /// Contract: the caller alternates [`Engine::step`] with the time before it and [`Engine::observe`] with the time after
 /// it, back to back while [`Engine::is_idle`] is false, and calls [`Engine::submit`] and [`Engine::cancel`] in between.
-/// Every request that `submit` accepted gets [`TokenEvent::Tokens`] with gapless indexes and then exactly one
-/// [`TokenEvent::Finished`], whatever happens, as long as `step` is called.
+/// Every request that `submit` accepted gets [`TokenEvent::Started`] and [`TokenEvent::Tokens`] with gapless indexes, if it
+/// gets a token at all, and then exactly one [`TokenEvent::Finished`], whatever happens, as long as `step` is called.
 #[derive(Debug)]
 pub struct Engine {
     model: Box<dyn Model>,
@@ -85,6 +85,8 @@ pub struct Engine {
     last_end: Option<Instant>,
     next_id: u64,
     admissions: u64,
+    /// Passes that were collected.
+    passes: u64,
     state: State,
 }
 
@@ -122,13 +124,15 @@ impl Engine {
             last_end: None,
             next_id: 0,
             admissions: 0,
+            passes: 0,
             state: State::Serving,
             model,
             settings,
         }
     }
 
-    /// Takes a request into the waiting queue.
+    /// Takes a request into the waiting queue. One that brings a part of its answer goes on after it, as if that had been
+    /// drawn here.
     ///
     /// # Errors
     /// [`GenerateError::Unavailable`] when draining or after a failure, [`GenerateError::UnknownModel`],
@@ -145,13 +149,13 @@ impl Engine {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let root = self.settings.prefix_cache.then(|| request.cache.root(self.model.card().root));
-        let held = Held::new(root, &request.prompt);
-        let cached = self.memory.matched(held.reusable(request.prompt.len())).0 * BLOCK_TOKENS;
+        let given = [request.prompt.as_slice(), &request.output].concat();
+        let held = Held::new(root, &given);
+        let cached = self.memory.matched(held.reusable(given.len())).0 * BLOCK_TOKENS;
         let target = |given: Option<u32>, usual: Duration| {
             given.map_or(usual, |ms| Duration::from_millis(u64::from(ms)).min(TARGET_MAX))
         };
-        let alone_s =
-            self.cost.first_slice_seconds() + self.cost.slice_seconds(cached, request.prompt.len() - cached);
+        let alone_s = self.cost.first_slice_seconds() + self.cost.slice_seconds(cached, given.len() - cached);
         let stretched = |by: f64| Duration::from_secs_f64((by * alone_s).min(TARGET_MAX.as_secs_f64()));
         let allowed =
             target(request.service.ttft_target_ms, self.settings.ttft_target) + stretched(TTFT_STRETCH);
@@ -271,6 +275,8 @@ impl Engine {
             cost: &self.cost,
             slots: self.model.limits().slots,
             ttft_target: self.settings.ttft_target,
+            passes: self.passes,
+            step_s: self.flight.as_ref().map_or(0.0, |flight| flight.expected_s),
         };
         view.load()
     }
@@ -332,6 +338,9 @@ impl Engine {
             let token = request.prompt[at];
             let message = format!("token {token} at position {at} of the prompt is not below {vocab}");
             return invalid(message, "prompt");
+        }
+        if let Some(token) = request.output.iter().find(|token| **token >= vocab) {
+            return invalid(format!("token {token} of the answer so far is not below {vocab}"), "output");
         }
         if let Some((token, _)) = request.sampling.logit_bias.iter().find(|(token, _)| *token >= vocab) {
             return invalid(format!("token {token} of logit_bias is not below {vocab}"), "logit_bias");

@@ -17,6 +17,10 @@ pub(crate) struct LoadView<'a> {
     pub(crate) cost: &'a CostModel,
     pub(crate) slots: usize,
     pub(crate) ttft_target: Duration,
+    /// Passes collected.
+    pub(crate) passes: u64,
+    /// Expected of the pass in flight.
+    pub(crate) step_s: f64,
 }
 
 /// An age to within a fifth: what grows every moment would else be news every moment.
@@ -49,6 +53,8 @@ impl LoadView<'_> {
             prefill_budget_tokens: self.prefill_budget(prefill_s),
             cache_tail_age_s: told_s(tail_age_s),
             cache_reuse_s: told_s(reuse_s),
+            passes: self.passes,
+            step_s: self.step_s as f32,
             decode_step_s: TABLE_ROWS.map(|rows| self.cost.decode_seconds(rows) as f32),
             rates: self.cost.rates(),
         }

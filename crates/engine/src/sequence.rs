@@ -50,6 +50,8 @@ pub(crate) struct Sequence {
     /// Prompt, then output.
     tokens: Vec<TokenId>,
     prompt_tokens: usize,
+    /// Output tokens that came with the request.
+    given: u32,
     /// Tokens in the KV once all steps in flight have run.
     submitted: usize,
     /// Tokens in the KV by steps that were collected.
@@ -81,6 +83,8 @@ enum Emitted {
 /// What a drawn token led to.
 #[derive(Debug)]
 pub(crate) struct Drawn {
+    /// Prompt tokens that a cache had, where the token is the first one drawn here.
+    pub(crate) started: Option<u32>,
     /// Index and token to pass on; none where the text ended before it.
     pub(crate) token: Option<(u32, TokenId)>,
     pub(crate) end: Option<Finish>,
@@ -96,7 +100,7 @@ pub(crate) struct Submitted {
 }
 
 impl Sequence {
-    /// `held`: nothing yet, of the prompt.
+    /// `held`: nothing yet, of prompt and output.
     pub(crate) fn new(
         id: SequenceId,
         request: GenerateRequest,
@@ -110,6 +114,9 @@ impl Sequence {
             ends.extend_from_slice(&card.eos_tokens);
         }
         let client = draft.service.client;
+        let (prompt_tokens, given) = (draft.prompt.len(), draft.output.len() as u32);
+        let mut tokens = draft.prompt;
+        tokens.extend(draft.output);
         Self {
             id,
             request: draft.id,
@@ -118,8 +125,9 @@ impl Sequence {
             session: draft.cache.session.map(|session| (client, session)),
             targets,
             held,
-            prompt_tokens: draft.prompt.len(),
-            tokens: draft.prompt,
+            prompt_tokens,
+            given,
+            tokens,
             submitted: 0,
             computed: 0,
             ahead: 0,
@@ -216,7 +224,7 @@ impl Sequence {
     /// Token j is due at `first_due + j·tpot` (FairBatching, arXiv 2510.14392), so time not used by early tokens may be
     /// spent on others' prompts; but never so much that the row pauses for longer than `pause_max`.
     pub(crate) fn slack_s(&self, at: Instant, pause_max: Duration) -> f64 {
-        let mut due = self.targets.first_due + self.targets.tpot * self.output_tokens();
+        let mut due = self.targets.first_due + self.targets.tpot * (self.output_tokens() - self.given);
         let last = match self.emitted {
             // What is being drawn comes out when the step before ends.
             _ if self.ahead > 0 => Some(at),
@@ -281,21 +289,22 @@ impl Sequence {
     pub(crate) fn draw(&mut self, token: TokenId) -> Drawn {
         self.ahead -= 1;
         let index = self.known_output();
+        let started = (index == self.given).then(|| self.cached.unwrap_or(0));
         if self.ends.contains(&token) {
             let mut end = self.finish(FinishReason::Stop);
             end.usage.completion_tokens += 1;
-            return Drawn { token: None, end: Some(end) };
+            return Drawn { started: None, token: None, end: Some(end) };
         }
         self.tokens.push(token);
         self.emitted = Emitted::ThisStep;
         let end = (self.known_output() == self.max_tokens).then(|| self.finish(FinishReason::Length));
-        Drawn { token: Some((index, token)), end }
+        Drawn { started, token: Some((index, token)), end }
     }
 
     /// Tells when the step that was just collected ended.
     pub(crate) fn settle(&mut self, now: Instant) {
         if matches!(self.emitted, Emitted::ThisStep) {
-            if self.known_output() == 1 {
+            if self.known_output() == self.given + 1 {
                 // A first token that came late is not made up for by hurrying those after it.
                 self.targets.first_due = self.targets.first_due.max(now);
             }

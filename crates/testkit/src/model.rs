@@ -115,10 +115,11 @@ pub struct Output {
 }
 
 impl FakeSettings {
-    /// What a request must give, whatever runs beside it, as long as nothing is cancelled or fails.
+    /// What a request must give, whatever runs beside it, as long as nothing is cancelled or fails; with the part of the
+    /// answer that it brought.
     pub fn output(&self, request: &GenerateRequest) -> Output {
         let text = self.text(&request.prompt, &request.sampling);
-        let mut tokens = Vec::new();
+        let mut tokens = request.output.clone();
         while (tokens.len() as u32) < request.max_tokens {
             let token = text.token(tokens.len() as u32);
             if (token == EOS && !request.ignore_eos) || request.stop_tokens.contains(&token) {

@@ -22,6 +22,12 @@ pub enum StreamFault {
         /// What was due.
         expected: u32,
     },
+    /// It began twice, or after a token.
+    #[error("it began, after {tokens} tokens, again")]
+    Started {
+        /// Tokens that had come.
+        tokens: u32,
+    },
     /// An event of no tokens.
     #[error("an event at index {index} holds no tokens")]
     Empty {
@@ -47,6 +53,7 @@ pub enum StreamFault {
 /// What has come of one request.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Stream {
+    started: bool,
     tokens: Vec<TokenId>,
     finish: Option<Finish>,
 }
@@ -59,6 +66,11 @@ impl Stream {
         }
         let expected = self.tokens.len() as u32;
         match event {
+            TokenEvent::Started { .. } if self.started => Err(StreamFault::Started { tokens: expected }),
+            TokenEvent::Started { .. } => {
+                self.started = true;
+                Ok(())
+            }
             TokenEvent::Tokens { index, .. } if *index != expected => {
                 Err(StreamFault::Index { index: *index, expected })
             }
@@ -66,6 +78,7 @@ impl Stream {
                 Err(StreamFault::Empty { index: *index })
             }
             TokenEvent::Tokens { tokens, .. } => {
+                self.started = true;
                 self.tokens.extend_from_slice(tokens);
                 Ok(())
             }
@@ -105,7 +118,16 @@ impl Streams {
     /// # Panics
     /// When it is expected already.
     pub fn accepted(&mut self, id: RequestId) {
-        assert!(self.streams.insert(id, Stream::default()).is_none(), "{id} was accepted twice");
+        self.accepted_after(id, &[]);
+    }
+
+    /// Expects the events of an accepted request that brought a part of its answer.
+    ///
+    /// # Panics
+    /// When it is expected already.
+    pub fn accepted_after(&mut self, id: RequestId, output: &[TokenId]) {
+        let stream = Stream { tokens: output.to_vec(), ..Stream::default() };
+        assert!(self.streams.insert(id, stream).is_none(), "{id} was accepted twice");
     }
 
     /// Takes an event.
@@ -120,7 +142,7 @@ impl Streams {
         }
     }
 
-    /// Tokens of a request so far; none where it was not accepted.
+    /// Tokens of a request so far, those that it brought included; none where it was not accepted.
     pub fn tokens(&self, id: RequestId) -> &[TokenId] {
         self.streams.get(&id).map_or(&[], |stream| &stream.tokens)
     }
@@ -160,6 +182,10 @@ mod tests {
         check(&[tokens(1, &[7])], "index 1 came where 0 was due");
         check(&[tokens(0, &[7]), tokens(0, &[7])], "index 0 came where 1 was due");
         check(&[tokens(0, &[])], "holds no tokens");
+        let started = TokenEvent::Started { cached_tokens: 1 };
+        check(&[started.clone(), tokens(0, &[7]), end(1)], "[7]");
+        check(&[started.clone(), started.clone()], "after 0 tokens, again");
+        check(&[tokens(0, &[7]), started], "after 1 tokens, again");
         check(&[end(0), end(0)], "came after");
         check(&[end(0), tokens(0, &[7])], "came after");
         check(&[tokens(0, &[7]), end(3)], "does not fit the 1 tokens");

@@ -24,8 +24,9 @@ pub const SILENCE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 pub const SILENT_CHECKS_MAX: u32 = 11;
 /// First guess of a round trip. Local networks are faster; the default of 333 ms makes the first lost packet costly.
 pub const INITIAL_ROUND_TRIP: Duration = Duration::from_millis(50);
-/// From sending a request to `Accepted` or `Rejected`: what a node may need to admit it, not to run it.
-pub const ACCEPT_TIME_MAX: Duration = Duration::from_secs(10);
+/// From sending a request to `Accepted` or `Rejected`: what a node may need to admit it, not to run it. One that swaps
+/// needs seconds; past this another node is better.
+pub const ACCEPT_TIME_MAX: Duration = Duration::from_secs(4);
 /// From asking for assets to having them: the largest over a slow Wi-Fi link.
 pub const ASSETS_TIME_MAX: Duration = Duration::from_secs(60);
 /// From a stream's start to its request being complete.

@@ -39,16 +39,19 @@ impl Peer {
         &self.0.hello
     }
 
-    /// Has the node generate. `Err` when it refuses or does not answer within [`ACCEPT_TIME_MAX`]; afterwards
+    /// Has the node generate. `Err` when it refuses, or is lost or does not answer within [`ACCEPT_TIME_MAX`]; afterwards
     /// everything is an event, also the loss of the node. Dropping the stream, or this future, cancels.
     pub async fn generate(&self, request: GenerateRequest) -> Result<TokenStream, GenerateError> {
         let (model, prompt_tokens) = (request.model.clone(), request.prompt.len() as u32);
+        let next_index = request.output.len() as u32;
         let exchange = self.ask(Request::Generate(request.into()), FrameClass::Reply);
         let answer = self.answer(ACCEPT_TIME_MAX, exchange).await;
-        let (stream, reply) = answer.map_err(|error| unavailable(&model, error.to_string()))?;
+        let lost =
+            |error: NoAnswer| GenerateError::NodeLost { tokens: next_index, reason: error.to_string() };
+        let (stream, reply) = answer.map_err(lost)?;
         match reply {
             Reply::Accepted => {
-                let tokens = Tokens { stream, next_index: 0, prompt_tokens, ended: false };
+                let tokens = Tokens { stream, started: false, next_index, prompt_tokens, ended: false };
                 Ok(Box::pin(stream::unfold(tokens, Tokens::next)))
             }
             Reply::Rejected(error) => Err(stream.finished(error)),
@@ -79,6 +82,19 @@ impl Peer {
         match reply {
             Reply::Sessions(sessions) => Ok(stream.finished(sessions)),
             Reply::Rejected(error) => Err(self.no_answer(stream.finished(error).to_string())),
+            reply => Err(self.no_answer(stream.out_of_turn(&reply))),
+        }
+    }
+
+    /// Has the node send a snapshot of its cache on the control stream; within [`ACCEPT_TIME_MAX`] it says that it will.
+    pub async fn resync(&self) -> Result<(), NoAnswer> {
+        let exchange = self.ask(Request::Resync, FrameClass::Reply);
+        let (stream, reply) = self.answer(ACCEPT_TIME_MAX, exchange).await?;
+        match reply {
+            Reply::Resyncing => {
+                stream.finished(reply);
+                Ok(())
+            }
             reply => Err(self.no_answer(stream.out_of_turn(&reply))),
         }
     }
@@ -210,12 +226,16 @@ fn name(reply: &Reply) -> &'static str {
         Reply::Done(_) => "`Done`",
         Reply::Assets(_) => "`Assets`",
         Reply::Sessions(_) => "`Sessions`",
+        Reply::Started { .. } => "`Started`",
+        Reply::Resyncing => "`Resyncing`",
     }
 }
 
 /// An accepted request's events: holds the node to the contract of [`TokenStream`], and keeps it when the node is lost.
 struct Tokens {
     stream: RequestStream,
+    /// Whether tokens, or the word that they begin, came.
+    started: bool,
     next_index: u32,
     prompt_tokens: u32,
     ended: bool,
@@ -227,9 +247,13 @@ impl Tokens {
             return None;
         }
         let reason = match self.stream.reader.next().await {
+            Ok(Some(Reply::Started { cached_tokens })) if !self.started => {
+                self.started = true;
+                return Some((TokenEvent::Started { cached_tokens }, self));
+            }
             Ok(Some(Reply::Tokens { index, tokens })) => match self.after(index, &tokens) {
                 Some(next_index) => {
-                    self.next_index = next_index;
+                    (self.started, self.next_index) = (true, next_index);
                     return Some((TokenEvent::Tokens { index, tokens }, self));
                 }
                 None => format!(
@@ -284,10 +308,8 @@ impl ControlReceiver {
             Ok(Some(Control::State { models, .. })) if models.len() > NODE_MODELS_MAX => {
                 format!("{} models; at most {NODE_MODELS_MAX} are allowed", models.len())
             }
-            Ok(Some(report @ (Control::State { .. } | Control::Load(_) | Control::Leaving))) => {
-                return Some(report);
-            }
             Ok(Some(Control::Hello(_) | Control::Welcome(_))) => "a second hello".to_owned(),
+            Ok(Some(report)) => return Some(report),
             Ok(None) => "the control stream was ended".to_owned(),
             Err(error) => error.to_string(),
         };

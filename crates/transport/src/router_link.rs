@@ -60,6 +60,11 @@ pub enum IncomingRequest {
         /// For the answer.
         replies: ReplySender,
     },
+    /// A snapshot of the cache, on the control stream.
+    Resync {
+        /// For the word that it comes.
+        replies: ReplySender,
+    },
 }
 
 /// Why a reply was not sent.
@@ -173,6 +178,7 @@ async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr)
         Ok(Ok((Some(Request::Sessions(request)), true))) => {
             return Some(IncomingRequest::Sessions { request, replies });
         }
+        Ok(Ok((Some(Request::Resync), true))) => return Some(IncomingRequest::Resync { replies }),
         Ok(Ok((None, _))) => "no request on its stream".to_owned(),
         Ok(Ok((Some(_), false))) => "more than one request on a stream".to_owned(),
         // The router changed its mind, or is gone.
@@ -186,8 +192,8 @@ async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr)
 }
 
 impl ReplySender {
-    /// Sends a reply, waiting while the router does not read. After `Rejected`, `Done`, `Assets` or `Sessions` the
-    /// stream is finished. Safe to cancel: a reply is sent whole or not at all.
+    /// Sends a reply, waiting while the router does not read. After any but `Accepted`, `Started` and `Tokens` the stream
+    /// is finished. Safe to cancel: a reply is sent whole or not at all.
     pub async fn send(&mut self, reply: Reply) -> Result<(), ReplyError> {
         if self.last {
             // A cancelled call may have left a part of it.
@@ -196,7 +202,7 @@ impl ReplySender {
             return Err(ReplyError::Finished);
         }
         let class = if matches!(reply, Reply::Assets(_)) { FrameClass::Assets } else { FrameClass::Reply };
-        let last = !matches!(reply, Reply::Accepted | Reply::Tokens { .. });
+        let last = !matches!(reply, Reply::Accepted | Reply::Started { .. } | Reply::Tokens { .. });
         self.writer.flush().await?;
         self.last = last;
         let sent = self.writer.send(class, &reply).await;

@@ -54,13 +54,25 @@ async fn lost(stream: TokenStream) -> (u32, String) {
 #[tokio::test]
 async fn a_request_comes_back_as_its_events() {
     let pair = pair().await;
-    let replies =
-        vec![Reply::Accepted, tokens(0, &[5]), tokens(1, &[6, 7]), tokens(3, &[8]), Reply::Done(done())];
+    let started = Reply::Started { cached_tokens: 3 };
+    let replies = vec![
+        Reply::Accepted,
+        started,
+        tokens(0, &[5]),
+        tokens(1, &[6, 7]),
+        tokens(3, &[8]),
+        Reply::Done(done()),
+    ];
     let stream = answered(&pair, replies).await.0.expect("accepted");
     let events: Vec<_> = within(stream.collect()).await;
     let token_event = |index, tokens: &[u32]| TokenEvent::Tokens { index, tokens: tokens.to_vec() };
-    let expected =
-        [token_event(0, &[5]), token_event(1, &[6, 7]), token_event(3, &[8]), TokenEvent::Finished(done())];
+    let expected = [
+        TokenEvent::Started { cached_tokens: 3 },
+        token_event(0, &[5]),
+        token_event(1, &[6, 7]),
+        token_event(3, &[8]),
+        TokenEvent::Finished(done()),
+    ];
     assert_eq!(events, expected);
     assert_eq!(pair.peer.hello().name, "node");
     assert_eq!(pair.link.router().name, "router");
@@ -174,7 +186,8 @@ async fn a_node_that_goes_in_mid_stream_is_a_lost_node_with_its_reason() {
     assert_eq!(within(pair.peer.closed()).await, "the node stops");
     let error = within(pair.peer.generate(request(8))).await.map(drop).expect_err("gone");
     assert!(error.is_retryable(), "{error}");
-    assert_eq!(error.to_string(), "no node can serve \"smollm2\" now: node \"node\": the node stops");
+    let text = "the node serving this request was lost after 0 tokens: node \"node\": the node stops";
+    assert_eq!(error.to_string(), text);
 }
 
 /// Killed, or its cable pulled: nothing more comes from it, not even a goodbye.
@@ -293,6 +306,7 @@ async fn a_slow_reader_holds_up_its_own_stream_only() {
                     next += tokens.len() as u32;
                 }
                 TokenEvent::Finished(finish) => assert_eq!(finish, done()),
+                TokenEvent::Started { .. } => panic!("nobody said so"),
             }
         }
         next
@@ -398,6 +412,8 @@ async fn reports_arrive_in_order_and_the_link_tells_why_it_ended() {
             decode_step_s: [0.0; 8],
             cache_tail_age_s: 0.0,
             cache_reuse_s: 0.0,
+            passes: 0,
+            step_s: 0.0,
             rates,
         })
     };

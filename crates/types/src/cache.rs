@@ -113,6 +113,21 @@ pub enum Priority {
     High,
 }
 
+/// What requests that belong together have in common: a hash of a client's session, or of its user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct AffinityKey(pub u64);
+
+impl AffinityKey {
+    /// The key of what a client calls `name`: others' requests with the same name do not belong to it.
+    pub fn new(client: ClientId, name: &str) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&client.0.to_le_bytes()).update(name.as_bytes());
+        let mut first = [0; 8];
+        first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+        Self(u64::from_le_bytes(first))
+    }
+}
+
 /// How a request is to be served among others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Service {
@@ -124,6 +139,9 @@ pub struct Service {
     pub ttft_target_ms: Option<u32>,
     /// Milliseconds from token to token that are aimed at; the engine's own target if none.
     pub tpot_target_ms: Option<u32>,
+    /// Requests with the same key belong together, as those of a session or a user do, and go to the same node where that
+    /// costs little.
+    pub affinity: Option<AffinityKey>,
 }
 
 /// What changed in an engine's prefix cache.

@@ -10,16 +10,22 @@ use std::{fmt, future::Future, pin::Pin, sync::Arc};
 /// A boxed future, so that the traits below can be used as objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// Any number of [`TokenEvent::Tokens`] with gapless indexes, then exactly one [`TokenEvent::Finished`], then the end.
-/// Dropping it cancels the request.
+/// Perhaps one [`TokenEvent::Started`], any number of [`TokenEvent::Tokens`] with gapless indexes, then exactly one
+/// [`TokenEvent::Finished`], then the end. Dropping it cancels the request.
 pub type TokenStream = Pin<Box<dyn Stream<Item = TokenEvent> + Send>>;
 
 /// One thing that happened to an accepted request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum TokenEvent {
+    /// The prompt was read; the first token comes at once. Where a request ended without one, this does not come.
+    Started {
+        /// Tokens of the prompt whose KV was found in a cache.
+        cached_tokens: u32,
+    },
     /// Tokens were generated.
     Tokens {
-        /// Index in the output of the first of them; counts from 0, gapless.
+        /// Index in the output of the first of them; gapless, counts from the tokens that came with the request
+        /// ([`crate::GenerateDraft::output`]), and so commonly from 0.
         index: u32,
         /// The tokens, at least one. An end-of-text token is not among them.
         tokens: Vec<TokenId>,
@@ -74,6 +80,54 @@ pub struct RouteInfo {
     pub reason: String,
 }
 
+/// What would become of a request, were it made now: nothing is sent.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RoutePlan {
+    /// The model.
+    pub model: String,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens to generate at most.
+    pub max_tokens: u32,
+    /// Where it would go; none where it would wait.
+    pub route: Option<RouteInfo>,
+    /// Requests that wait at this router.
+    pub waiting: u32,
+    /// Seconds that it is expected to wait for a node, where it would.
+    pub wait_s: Option<f64>,
+    /// All nodes, by id.
+    pub nodes: Vec<RouteNode>,
+}
+
+/// What speaks for and against a node, for one request.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RouteNode {
+    /// The node.
+    pub node: NodeId,
+    /// Its name for people.
+    pub name: String,
+    /// Tokens of the prompt expected in its cache.
+    pub matched_tokens: u32,
+    /// Requests there, or on their way to it.
+    pub requests: u32,
+    /// Seconds until the prompts ahead are read.
+    pub backlog_s: f64,
+    /// Seconds until a slot is free.
+    pub slot_s: f64,
+    /// Seconds until the request's own prompt is read.
+    pub prefill_s: f64,
+    /// Seconds there and back.
+    pub rtt_s: f64,
+    /// Seconds to read again what the request would evict, weighted.
+    pub evict_s: f64,
+    /// Seconds of writing the answer, weighted.
+    pub decode_s: f64,
+    /// Their sum: the least is chosen, by the policy `cost`.
+    pub total_s: f64,
+    /// Why it cannot be chosen, where it cannot.
+    pub excluded: Option<String>,
+}
+
 /// An accepted request.
 pub struct Generation {
     /// Where it went.
@@ -101,6 +155,9 @@ pub trait Directory: Send + Sync + 'static {
 
     /// A model's tokenizer and template, from a cache or from a node that serves it.
     fn assets(&self, hash: AssetsHash) -> BoxFuture<'_, Result<Arc<ModelAssets>, GenerateError>>;
+
+    /// What would become of a request now, and why; nothing is sent.
+    fn plan(&self, request: &GenerateRequest) -> Result<RoutePlan, GenerateError>;
 
     /// Everything there is to show.
     fn view(&self) -> ClusterView;

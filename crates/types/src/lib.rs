@@ -18,13 +18,13 @@ mod sessions;
 
 pub use block::{BLOCK_TOKENS, BlockHash, block_hashes};
 pub use cache::{
-    CacheEvent, CacheScope, CacheSnapshot, ClientId, Priority, Service, SessionId, SessionIdError,
-    SessionInfo,
+    AffinityKey, CacheEvent, CacheScope, CacheSnapshot, ClientId, Priority, Service, SessionId,
+    SessionIdError, SessionInfo,
 };
 pub use error::GenerateError;
 pub use generate::{
-    BoxFuture, Directory, Finish, FinishReason, Generate, Generation, RouteInfo, TokenEvent, TokenStream,
-    Usage,
+    BoxFuture, Directory, Finish, FinishReason, Generate, Generation, RouteInfo, RouteNode, RoutePlan,
+    TokenEvent, TokenStream, Usage,
 };
 pub use id::{NodeId, ParseIdError, RequestId};
 pub use model::{AssetsHash, ModelAssets, ModelCard};

@@ -32,6 +32,11 @@ pub const ENGINE_WAITING_MAX: usize = 64;
 pub const ROUTER_WAITING_MAX: usize = 1024;
 /// Token events a consumer may lag behind before its request is cancelled as stalled (one event is a step's tokens).
 pub const EVENTS_BUFFERED_MAX: usize = 4096;
+/// Blocks of an engine's cache that its node tells of: 33 million tokens, which no machine's memory holds. Past it routers
+/// know less than there is.
+pub const CACHE_BLOCKS_MAX: usize = 1 << 20;
+/// Blocks in one report of an engine's cache: keeps frames small, so that a load report never waits long behind one.
+pub const CACHE_BLOCKS_SENT_MAX: usize = 4096;
 /// Nodes a router keeps.
 pub const NODES_MAX: usize = 1024;
 /// Models one node may serve.

@@ -66,6 +66,10 @@ pub struct NodeLoad {
     pub cache_tail_age_s: f32,
     /// Seconds after which cached blocks that nobody uses were used again, on average; 0 until one was.
     pub cache_reuse_s: f32,
+    /// Passes that have ended since the engine started: where this does not grow though requests run, it hangs.
+    pub passes: u64,
+    /// Seconds that the pass in flight is expected to take; 0 where there is none.
+    pub step_s: f32,
     /// Speed.
     pub rates: NodeRates,
 }

@@ -24,6 +24,9 @@ pub struct GenerateDraft {
     pub service: Service,
     /// Which cached prefixes it may use, and who keeps its own.
     pub cache: CacheScope,
+    /// Tokens of the answer that there are already, fewer than `max_tokens`, which counts them: another node drew them and
+    /// was lost. What is generated follows them, as if they had been drawn here.
+    pub output: Vec<TokenId>,
 }
 
 /// A request that is valid by itself; whether it fits a model's context is the engine's to say.
@@ -63,6 +66,14 @@ pub enum GenerateRequestError {
         /// Bytes given.
         bytes: usize,
     },
+    /// Nothing is left to generate.
+    #[error("the answer has {tokens} tokens already, and max_tokens is {max_tokens}")]
+    Output {
+        /// Tokens that there are.
+        tokens: usize,
+        /// Tokens asked for.
+        max_tokens: u32,
+    },
     /// Too many stop tokens.
     #[error("{count} stop tokens; at most {} are allowed", limits::STOP_TOKENS_MAX)]
     StopTokens {
@@ -83,6 +94,10 @@ impl TryFrom<GenerateDraft> for GenerateRequest {
         }
         if draft.max_tokens == 0 || draft.max_tokens > limits::NEW_TOKENS_MAX {
             return Err(GenerateRequestError::MaxTokens { value: draft.max_tokens });
+        }
+        if draft.output.len() >= draft.max_tokens as usize {
+            let (tokens, max_tokens) = (draft.output.len(), draft.max_tokens);
+            return Err(GenerateRequestError::Output { tokens, max_tokens });
         }
         if draft.stop_tokens.len() > limits::STOP_TOKENS_MAX {
             return Err(GenerateRequestError::StopTokens { count: draft.stop_tokens.len() });
@@ -135,6 +150,7 @@ mod tests {
                 ignore_eos: false,
                 service: Service::default(),
                 cache: CacheScope::default(),
+                output: Vec::new(),
             };
             assert!(GenerateRequest::try_from(draft.clone()).is_ok());
             change(&mut draft);
@@ -143,6 +159,7 @@ mod tests {
         };
         check(|d| d.prompt.clear(), "the prompt is empty");
         check(|d| d.max_tokens = 0, "max_tokens is 0; it must be from 1 to 1048576");
+        check(|d| d.output = vec![1], "the answer has 1 tokens already, and max_tokens is 1");
         check(|d| d.stop_tokens = vec![0; 65], "65 stop tokens; at most 64 are allowed");
         let expected = "ttft_target_ms is 0; it must be from 1 to 3600000";
         check(|d| d.service.ttft_target_ms = Some(0), expected);

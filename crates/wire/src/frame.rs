@@ -12,10 +12,12 @@ use types::limits;
 pub const HEADER_BYTES: usize = 4;
 /// Bytes of a `Hello` or `Welcome`: a few names.
 const HELLO_BYTES_MAX: usize = 16 << 10;
-/// Bytes of a report on the control stream: up to [`limits::NODE_MODELS_MAX`] model cards with room to spare.
+/// Bytes of a report on the control stream: up to [`limits::NODE_MODELS_MAX`] model cards, or
+/// [`limits::CACHE_BLOCKS_SENT_MAX`] blocks of a cache, with room to spare.
 const CONTROL_BYTES_MAX: usize = 1 << 20;
-/// Bytes of a request: a prompt of [`limits::PROMPT_TOKENS_MAX`] tokens at up to 5 bytes, plus its parameters.
-const REQUEST_BYTES_MAX: usize = 6 << 20;
+/// Bytes of a request: [`limits::PROMPT_TOKENS_MAX`] tokens of its prompt and [`limits::NEW_TOKENS_MAX`] of its answer at
+/// up to 5 bytes, plus its parameters.
+const REQUEST_BYTES_MAX: usize = 11 << 20;
 /// Bytes of an answer to `Generate` or `Sessions`: one step's tokens, an error with its text, or the sessions of an engine.
 const REPLY_BYTES_MAX: usize = 256 << 10;
 /// Bytes of an answer to `Assets`: the assets and some lengths.
@@ -25,7 +27,11 @@ const ENGINE_BYTES_MAX: usize = ASSETS_BYTES_MAX + CONTROL_BYTES_MAX;
 /// The largest of all.
 pub(crate) const PAYLOAD_BYTES_MAX: usize = ENGINE_BYTES_MAX;
 
-const _: () = assert!(REQUEST_BYTES_MAX > limits::PROMPT_TOKENS_MAX * 5 + (64 << 10));
+const _: () = assert!(
+    REQUEST_BYTES_MAX > (limits::PROMPT_TOKENS_MAX + limits::NEW_TOKENS_MAX as usize) * 5 + (64 << 10)
+);
+// A hash takes 17 bytes; an event of one block has its parent and a few numbers besides.
+const _: () = assert!(CONTROL_BYTES_MAX > limits::CACHE_BLOCKS_SENT_MAX * (2 * 17 + 4));
 const _: () = assert!(ASSETS_BYTES_MAX > REPLY_BYTES_MAX && ENGINE_BYTES_MAX > REQUEST_BYTES_MAX);
 const _: () = assert!(PAYLOAD_BYTES_MAX <= u32::MAX as usize);
 // A session is its name, and up to 23 bytes of numbers and length.

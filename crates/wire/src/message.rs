@@ -3,8 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 use types::{
-    AssetsHash, EngineState, Finish, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId,
-    NodeLoad, NodeRates, RequestId, Role, SessionInfo, SessionRequest, TokenEvent, TokenId,
+    AssetsHash, BlockHash, CacheEvent, EngineState, Finish, GenerateError, GenerateRequest, ModelAssets,
+    ModelCard, NodeId, NodeLoad, NodeRates, RequestId, Role, SessionInfo, SessionRequest, TokenEvent,
+    TokenId,
 };
 
 /// Who one end of a connection is.
@@ -45,6 +46,27 @@ pub enum Control {
     Load(NodeLoad),
     /// The node takes nothing new and will go once it has finished.
     Leaving,
+    /// A part of what the engine's cache holds, parents before children: what was told of it before is void. Only parts
+    /// of the same snapshot come between its first and its last one.
+    CacheSnapshot {
+        /// The engine's life.
+        epoch: u64,
+        /// Number of the first event that it does not include.
+        seq: u64,
+        /// Up to [`types::limits::CACHE_BLOCKS_SENT_MAX`] blocks.
+        blocks: Vec<BlockHash>,
+        /// Whether the snapshot is complete with this part.
+        last: bool,
+    },
+    /// What changed in the engine's cache, in order.
+    CacheEvents {
+        /// The engine's life.
+        epoch: u64,
+        /// Number of the first of them; the others follow it.
+        first_seq: u64,
+        /// At least one, with up to [`types::limits::CACHE_BLOCKS_SENT_MAX`] blocks together.
+        events: Vec<CacheEvent>,
+    },
 }
 
 /// The first and only frame from a router on a request's stream.
@@ -56,12 +78,14 @@ pub enum Request {
     Assets(AssetsHash),
     /// Name or end sessions.
     Sessions(SessionRequest),
+    /// Send a snapshot of the cache on the control stream: something that came does not fit what came before.
+    Resync,
 }
 
 /// A node's frames on a request's stream.
 ///
-/// `Generate`: `Rejected`, or `Accepted`, `Tokens`…, `Done`. `Assets`: `Rejected` or `Assets`. `Sessions`: `Rejected` or
-/// `Sessions`.
+/// `Generate`: `Rejected`, or `Accepted`, `Started`, `Tokens`…, `Done`; without tokens, without `Started`. `Assets`:
+/// `Rejected` or `Assets`. `Sessions`: `Rejected` or `Sessions`. `Resync`: `Resyncing`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
     /// The engine has the request.
@@ -81,13 +105,20 @@ pub enum Reply {
     Assets(ModelAssets),
     /// The sessions that were asked about; the last frame.
     Sessions(Vec<SessionInfo>),
+    /// The prompt was read; the first token follows.
+    Started {
+        /// Tokens of the prompt whose KV was found in a cache.
+        cached_tokens: u32,
+    },
+    /// A snapshot follows on the control stream; the last frame.
+    Resyncing,
 }
 
 /// To an engine child, over its standard input. The end of the input means `Shutdown`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum EngineCommand {
     /// Take a request.
-    Submit(GenerateRequest),
+    Submit(Box<GenerateRequest>),
     /// Forget a request.
     Cancel(RequestId),
     /// Exit.
@@ -150,6 +181,8 @@ pub enum EngineReport {
         /// The sessions that it was about.
         sessions: Vec<SessionInfo>,
     },
+    /// What changed in its cache, in order; at its start there is nothing in it.
+    Cache(Vec<CacheEvent>),
 }
 
 /// [`EngineState`] is tagged for JSON, which bincode cannot read back; here it is an ordinary enum.

@@ -4,9 +4,10 @@
 use bytes::BytesMut;
 use serde::Serialize;
 use types::{
-    AssetsHash, BlockHash, CacheScope, ClientId, EngineState, Finish, FinishReason, GenerateDraft,
-    GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, Priority, RequestId,
-    Role, SamplingDraft, Service, SessionId, SessionInfo, SessionRequest, TokenEvent, Usage,
+    AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, EngineState, Finish, FinishReason,
+    GenerateDraft, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates,
+    Priority, RequestId, Role, SamplingDraft, Service, SessionId, SessionInfo, SessionRequest, TokenEvent,
+    Usage,
 };
 use wire::{Control, EngineCommand, EngineReport, FrameClass, Hello, Reply, Request, encode};
 
@@ -82,13 +83,16 @@ fn request(full: bool) -> GenerateRequest {
             priority: Priority::High,
             ttft_target_ms: Some(500),
             tpot_target_ms: Some(50),
+            affinity: Some(AffinityKey(0xaff)),
         },
         cache: CacheScope { salt: Some("salt".to_owned()), session: Some(session()) },
+        output: vec![5, 70_001],
     };
     let draft = if full {
         draft
     } else {
-        GenerateDraft { service: Service::default(), cache: CacheScope::default(), ..draft }
+        let (service, cache) = Default::default();
+        GenerateDraft { service, cache, output: Vec::new(), ..draft }
     };
     draft.try_into().expect("valid")
 }
@@ -121,8 +125,21 @@ fn load() -> NodeLoad {
         decode_step_s: [0.5, 0.5, 0.5, 0.75, 0.75, 0.75, 0.75, 1.0],
         cache_tail_age_s: 32.0,
         cache_reuse_s: 8.0,
+        passes: 300,
+        step_s: 0.25,
         rates,
     }
+}
+
+fn blocks() -> Vec<BlockHash> {
+    vec![BlockHash(1), BlockHash(u128::MAX)]
+}
+
+fn cache_events() -> Vec<CacheEvent> {
+    vec![
+        CacheEvent::Removed { blocks: vec![BlockHash(9)] },
+        CacheEvent::Stored { parent: BlockHash(0x77), blocks: blocks() },
+    ]
 }
 
 fn errors() -> [GenerateError; 7] {
@@ -161,14 +178,16 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
     let state = |state| Control::State { state, models: vec![card()] };
     add!(Hello: Control::Hello(hello()), Control::Welcome(hello()));
     add!(Control: state(EngineState::Loading), state(EngineState::Ready), state(EngineState::Draining),
-        state(EngineState::Restarting("killed".to_owned())), Control::Load(load()), Control::Leaving);
+        state(EngineState::Restarting("killed".to_owned())), Control::Load(load()), Control::Leaving,
+        Control::CacheSnapshot { epoch: 3, seq: 300, blocks: blocks(), last: true },
+        Control::CacheEvents { epoch: 3, first_seq: 300, events: cache_events() });
     add!(Request: Request::Generate(request(true).into()), Request::Generate(request(false).into()),
-        Request::Assets(AssetsHash([0xab; 32])));
+        Request::Assets(AssetsHash([0xab; 32])), Request::Resync);
     for request in session_requests() {
         add!(Request: Request::Sessions(request.clone()));
         add!(Engine: EngineCommand::Sessions { call: 7, request: request.clone() });
     }
-    add!(Reply: Reply::Accepted, Reply::Tokens { index: 5, tokens: vec![1, 2, 3] },
+    add!(Reply: Reply::Accepted, Reply::Started { cached_tokens: 300 }, Reply::Resyncing, Reply::Tokens { index: 5, tokens: vec![1, 2, 3] },
         Reply::Done(finish(FinishReason::Stop)), Reply::Done(finish(FinishReason::Length)),
         Reply::Done(finish(FinishReason::Cancelled)));
     for error in errors() {
@@ -176,15 +195,16 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
     }
     add!(Reply: Reply::Sessions(sessions()));
     add!(Assets: Reply::Assets(assets()));
-    add!(Engine: EngineCommand::Submit(request(true)), EngineCommand::Cancel(RequestId(0xfeed)), EngineCommand::Shutdown);
+    add!(Engine: EngineCommand::Submit(request(true).into()), EngineCommand::Cancel(RequestId(0xfeed)), EngineCommand::Shutdown);
     let event = |event| EngineReport::Event { id: RequestId(0xfeed), event };
     add!(Engine: EngineReport::Loading { what: "weights".to_owned(), fraction: 0.5 },
         EngineReport::Ready { card: card(), assets: assets(), rates: load().rates, slots: 8 },
         EngineReport::Rejected { id: RequestId(1), error: GenerateError::Busy { retry_after_ms: 1 } },
+        event(TokenEvent::Started { cached_tokens: 300 }),
         event(TokenEvent::Tokens { index: 5, tokens: vec![1, 2, 3] }),
         event(TokenEvent::Finished(finish(FinishReason::Stop))),
         EngineReport::Load(load()), EngineReport::Failed { message: "abort".to_owned() },
-        EngineReport::Sessions { call: 7, sessions: sessions() });
+        EngineReport::Sessions { call: 7, sessions: sessions() }, EngineReport::Cache(cache_events()));
     assert!(
         all == GOLDEN,
         "the wire format changed: bump wire::VERSION and store this as golden.txt (if VERSION is already bumped, \

@@ -160,6 +160,9 @@ impl Engine {
                 self.memory.store(held, tokens, computed);
             }
             let Some(outcome) = outcome else { continue };
+            if let Some(cached_tokens) = outcome.started {
+                events.push((sequence.request, TokenEvent::Started { cached_tokens }));
+            }
             if let Some((index, token)) = outcome.token {
                 events.push((sequence.request, TokenEvent::Tokens { index, tokens: vec![token] }));
                 summary.tokens += 1;
@@ -175,6 +178,7 @@ impl Engine {
                 self.forget(sequence);
             }
         }
+        self.passes += 1;
         self.passed = Some(flight);
         Ok(())
     }

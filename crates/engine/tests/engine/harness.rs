@@ -27,6 +27,7 @@ pub(crate) fn draft(id: u128, prompt_tokens: usize, max_tokens: u32) -> Generate
         ignore_eos: false,
         service: Service::default(),
         cache: CacheScope::default(),
+        output: Vec::new(),
     }
 }
 
@@ -76,7 +77,7 @@ impl Bench {
         let request = GenerateRequest::try_from(draft).expect("a valid request");
         let id = request.id;
         self.engine.submit(self.clock.now(), request.clone())?;
-        self.streams.accepted(id);
+        self.streams.accepted_after(id, &request.output);
         self.arrivals.insert(id, self.clock.now());
         self.accepted.insert(id, request);
         Ok(id)
@@ -99,6 +100,9 @@ impl Bench {
         self.engine.observe(self.clock.now());
         for (id, event) in &events {
             self.streams.record(*id, event);
+            if matches!(event, TokenEvent::Started { .. }) {
+                continue;
+            }
             self.times.entry(*id).or_default().push(self.clock.now());
         }
         if let Ok(summary) = &result {

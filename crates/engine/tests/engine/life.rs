@@ -3,7 +3,9 @@
 use crate::harness::{Bench, draft, sampling};
 use engine::ModelLimits;
 use testkit::{FakeSettings, Fault};
-use types::{FinishReason, GenerateDraft, GenerateError, RequestId, SamplingDraft, SamplingParams, limits};
+use types::{
+    FinishReason, GenerateDraft, GenerateError, RequestId, SamplingDraft, SamplingParams, TokenEvent, limits,
+};
 
 fn slots(slots: usize) -> FakeSettings {
     let defaults = FakeSettings::default();
@@ -260,6 +262,34 @@ fn where_kv_runs_out_the_youngest_goes_on_later() {
     assert!(ids.iter().all(|id| bench.finish(*id).usage.completion_tokens == 1500));
     assert!(bench.times[&ids[0]].last() < bench.times[&ids[1]].last(), "the oldest never yields");
     assert!(bench.times[&ids[1]].last() < bench.times[&ids[2]].last(), "who yielded comes before who waited");
+}
+
+/// Wherever an answer was cut off, with whatever of it in the cache: the rest is what it would have been.
+#[test]
+fn what_was_cut_off_elsewhere_goes_on_here() {
+    let settings = FakeSettings { eos_at: Some(40..=120), ..FakeSettings::default() };
+    let mut bench = Bench::measured(settings.clone());
+    let whole = GenerateDraft { sampling: sampling(7), ..draft(1, 100, 200) };
+    let text = settings.output(&whole.clone().try_into().expect("valid"));
+    assert_eq!(text.reason, FinishReason::Stop);
+    for cut in 0..=text.tokens.len() {
+        let output = text.tokens[..cut].to_vec();
+        let id = bench.accept(GenerateDraft { id: RequestId(cut as u128), output, ..whole.clone() });
+        bench.events.clear();
+        bench.run();
+        let started = (0..).zip(&bench.events).find(|(_, (_, e))| matches!(e, TokenEvent::Started { .. }));
+        assert_eq!(started.map(|(index, _)| index), (cut < text.tokens.len()).then_some(0), "cut {cut}");
+        assert_eq!(bench.times.get(&id).map_or(0, Vec::len), text.tokens.len() - cut + 1, "cut {cut}");
+        let usage = bench.finish(id).usage;
+        assert_eq!((usage.prompt_tokens, usage.completion_tokens), (100, text.completion_tokens));
+        // A prompt of three blocks and a bit; the fourth holds its end and 28 tokens of the answer.
+        let cached = [0, 96, 100][usize::from(cut > 0) + usize::from(cut > 28)];
+        assert_eq!(usage.cached_tokens, cached, "cut {cut}");
+    }
+    bench.check_end();
+    let vocab = settings.vocab_size;
+    let error = bench.submit(GenerateDraft { output: vec![vocab], ..whole }).expect_err("no such token");
+    assert_eq!(error.to_string(), "token 1000 of the answer so far is not below 1000");
 }
 
 #[test]

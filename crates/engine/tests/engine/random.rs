@@ -41,30 +41,38 @@ fn settings(random: &mut Random) -> FakeSettings {
     }
 }
 
-fn request(id: u128, random: &mut Random) -> GenerateDraft {
+/// One in three brings the beginning of its own text.
+fn request(id: u128, random: &mut Random, settings: &FakeSettings) -> GenerateDraft {
     let prompt_tokens = 1 + random.pick(&[3, 100, 1500]) * random.below(1000) as usize / 1000;
     let below = random.pick(&[1, 10, 80]);
     let max_tokens = 1 + random.below(below) as u32;
     // A few prompts and seeds, so that many requests are alike.
     let alike = draft(random.pick(&[1, 2, id]), prompt_tokens, max_tokens);
-    GenerateDraft {
+    let mut draft = GenerateDraft {
         id: RequestId(id),
         sampling: sampling(random.below(3)),
         stop_tokens: (0..random.below(20)).map(|_| random.below(1000) as u32).collect(),
         ignore_eos: random.one_in(4),
         ..alike
+    };
+    if random.one_in(3) {
+        let whole = settings.output(&draft.clone().try_into().expect("valid"));
+        draft.output = whole.tokens;
+        draft.output.truncate(random.below(u64::from(max_tokens)) as usize);
     }
+    draft
 }
 
 /// Runs the traffic of a seed; returns its events.
 fn traffic(seed: u64) -> Vec<(RequestId, TokenEvent)> {
     let mut random = Random(seed);
-    let mut bench = Bench::new(settings(&mut random), EngineSettings::default());
+    let settings = settings(&mut random);
+    let mut bench = Bench::new(settings.clone(), EngineSettings::default());
     let faults = random.one_in(3);
     let mut known = Vec::new();
     for number in 0..300_u128 {
         match random.below(10) {
-            0..3 => match bench.submit(request(number, &mut random)) {
+            0..3 => match bench.submit(request(number, &mut random, &settings)) {
                 Ok(id) => known.push(id),
                 Err(GenerateError::ContextExceeded { .. } | GenerateError::Busy { .. }) => {}
                 Err(error) => panic!("refused: {error}"),

@@ -58,6 +58,7 @@ pub(crate) fn request(id: u128) -> GenerateRequest {
         ignore_eos: false,
         service: Service::default(),
         cache: CacheScope::default(),
+        output: Vec::new(),
     };
     draft.try_into().expect("valid")
 }

@@ -2,10 +2,10 @@
 
 use proptest::{collection::vec, option, prelude::*};
 use types::{
-    AssetsHash, BlockHash, CacheScope, ClientId, EngineState, Finish, FinishReason, GenerateDraft,
-    GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, Priority, RequestId,
-    Role, SamplingDraft, SamplingParams, Service, SessionId, SessionInfo, SessionRequest, TokenEvent, Usage,
-    limits,
+    AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, EngineState, Finish, FinishReason,
+    GenerateDraft, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates,
+    Priority, RequestId, Role, SamplingDraft, SamplingParams, Service, SessionId, SessionInfo,
+    SessionRequest, TokenEvent, Usage, limits,
 };
 use wire::{Control, EngineCommand, EngineReport, Hello, Reply, Request};
 
@@ -30,6 +30,10 @@ pub(crate) fn control() -> impl Strategy<Value = Control> {
         (state, vec(card(), 0..4)).prop_map(|(state, models)| Control::State { state, models }),
         load().prop_map(Control::Load),
         Just(Control::Leaving),
+        (any::<u64>(), any::<u64>(), blocks(), any::<bool>())
+            .prop_map(|(epoch, seq, blocks, last)| Control::CacheSnapshot { epoch, seq, blocks, last }),
+        (any::<u64>(), any::<u64>(), vec(cache_event(), 1..5))
+            .prop_map(|(epoch, first_seq, events)| Control::CacheEvents { epoch, first_seq, events }),
     ]
 }
 
@@ -38,6 +42,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
         generate_request().prop_map(|request| Request::Generate(request.into())),
         any::<[u8; 32]>().prop_map(|hash| Request::Assets(AssetsHash(hash))),
         session_request().prop_map(Request::Sessions),
+        Just(Request::Resync),
     ]
 }
 
@@ -48,6 +53,8 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
         (any::<u32>(), tokens()).prop_map(|(index, tokens)| Reply::Tokens { index, tokens }),
         finish().prop_map(Reply::Done),
         sessions().prop_map(Reply::Sessions),
+        any::<u32>().prop_map(|cached_tokens| Reply::Started { cached_tokens }),
+        Just(Reply::Resyncing),
     ]
 }
 
@@ -57,7 +64,7 @@ pub(crate) fn assets() -> impl Strategy<Value = Reply> {
 
 pub(crate) fn engine_command() -> impl Strategy<Value = EngineCommand> {
     prop_oneof![
-        generate_request().prop_map(EngineCommand::Submit),
+        generate_request().prop_map(|request| EngineCommand::Submit(request.into())),
         any::<u128>().prop_map(|id| EngineCommand::Cancel(RequestId(id))),
         Just(EngineCommand::Shutdown),
         (any::<u64>(), session_request())
@@ -70,6 +77,7 @@ pub(crate) fn engine_report() -> impl Strategy<Value = EngineReport> {
     let event = prop_oneof![
         (any::<u32>(), tokens()).prop_map(|(index, tokens)| TokenEvent::Tokens { index, tokens }),
         finish().prop_map(TokenEvent::Finished),
+        any::<u32>().prop_map(|cached_tokens| TokenEvent::Started { cached_tokens }),
     ];
     prop_oneof![
         (text(), 0f32..=1.0).prop_map(|(what, fraction)| EngineReport::Loading { what, fraction }),
@@ -80,6 +88,7 @@ pub(crate) fn engine_report() -> impl Strategy<Value = EngineReport> {
         load().prop_map(EngineReport::Load),
         text().prop_map(|message| EngineReport::Failed { message }),
         (any::<u64>(), sessions()).prop_map(|(call, sessions)| EngineReport::Sessions { call, sessions }),
+        vec(cache_event(), 1..5).prop_map(EngineReport::Cache),
     ]
 }
 
@@ -95,7 +104,20 @@ pub(crate) fn draft(prompt: Vec<u32>) -> GenerateDraft {
         ignore_eos: false,
         service: Service::default(),
         cache: CacheScope::default(),
+        output: Vec::new(),
     }
+}
+
+fn blocks() -> impl Strategy<Value = Vec<BlockHash>> {
+    vec(any::<u128>().prop_map(BlockHash), 1..6)
+}
+
+fn cache_event() -> impl Strategy<Value = CacheEvent> {
+    prop_oneof![
+        (any::<u128>(), blocks())
+            .prop_map(|(parent, blocks)| CacheEvent::Stored { parent: BlockHash(parent), blocks }),
+        blocks().prop_map(|blocks| CacheEvent::Removed { blocks }),
+    ]
 }
 
 fn session_id() -> impl Strategy<Value = SessionId> {
@@ -126,12 +148,14 @@ fn sessions() -> impl Strategy<Value = Vec<SessionInfo>> {
 fn service() -> impl Strategy<Value = Service> {
     let priority = prop_oneof![Just(Priority::Low), Just(Priority::Normal), Just(Priority::High)];
     let target = || option::of(1..=limits::TARGET_MS_MAX);
-    (any::<u64>(), priority, target(), target()).prop_map(
-        |(client, priority, ttft_target_ms, tpot_target_ms)| Service {
+    let affinity = option::of(any::<u64>().prop_map(AffinityKey));
+    (any::<u64>(), priority, target(), target(), affinity).prop_map(
+        |(client, priority, ttft_target_ms, tpot_target_ms, affinity)| Service {
             client: ClientId(client),
             priority,
             ttft_target_ms,
             tpot_target_ms,
+            affinity,
         },
     )
 }
@@ -159,7 +183,7 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
         1u32..=1 << 20,
         vec(any::<u32>(), 0..8),
         any::<bool>(),
-        (service(), cache_scope()),
+        (service(), cache_scope(), vec(any::<u32>(), 0..8)),
     )
         .prop_map(
             |(id, model, prompt, (sampling, logit_bias), max_tokens, stop_tokens, ignore_eos, how)| {
@@ -177,7 +201,8 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
                 };
                 let sampling = sampling.try_into().expect("in range");
                 let id = RequestId(id);
-                let (service, cache) = how;
+                let (service, cache, mut output) = how;
+                output.truncate(max_tokens as usize - 1);
                 let draft = GenerateDraft {
                     id,
                     model,
@@ -188,6 +213,7 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
                     ignore_eos,
                     service,
                     cache,
+                    output,
                 };
                 draft.try_into().expect("valid")
             },
@@ -259,22 +285,22 @@ fn load() -> impl Strategy<Value = NodeLoad> {
     let requests = any::<(u32, u32, u32)>();
     let decode_step_s = prop::array::uniform8(0f32..10.0);
     (requests, tokens(), tokens(), tokens(), (0f32..1e6, 0f32..1e6), decode_step_s, rates()).prop_map(
-        |(requests, backlog, kv_tokens, cache_and_budget, seconds, decode_step_s, rates)| {
-            NodeLoad {
-                running: requests.0,
-                waiting: requests.1,
-                slots: requests.2,
-                prefill_backlog_tokens: backlog.0,
-                decode_backlog_tokens: backlog.1,
-                kv_tokens,
-                cached_kv_tokens: cache_and_budget.0,
-                prefill_backlog_s: seconds.0,
-                prefill_budget_tokens: cache_and_budget.1,
-                decode_step_s,
-                cache_tail_age_s: seconds.1,
-                cache_reuse_s: seconds.1,
-                rates,
-            }
+        |(requests, backlog, kv_tokens, cache_and_budget, seconds, decode_step_s, rates)| NodeLoad {
+            running: requests.0,
+            waiting: requests.1,
+            slots: requests.2,
+            prefill_backlog_tokens: backlog.0,
+            decode_backlog_tokens: backlog.1,
+            kv_tokens,
+            cached_kv_tokens: cache_and_budget.0,
+            prefill_backlog_s: seconds.0,
+            prefill_budget_tokens: cache_and_budget.1,
+            decode_step_s,
+            cache_tail_age_s: seconds.1,
+            cache_reuse_s: seconds.1,
+            passes: backlog.1,
+            step_s: seconds.0,
+            rates,
         },
     )
 }
