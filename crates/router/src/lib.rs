@@ -9,6 +9,7 @@
 #![warn(missing_docs)]
 
 mod booking;
+mod breaker;
 mod choice;
 mod cost;
 mod decide;
@@ -17,17 +18,20 @@ mod learned;
 mod node;
 mod plan;
 mod query;
+mod queue;
 mod router;
 mod sessions;
 mod settings;
 mod speculation;
 
 pub use booking::BookingId;
+pub use breaker::{Breaker, Outcome};
 pub use cost::Cost;
 pub use index::{INDEX_BLOCKS_MAX, NODE_BLOCKS_MAX};
 pub use learned::Learned;
 pub use node::KnownNode;
 pub use plan::Plan;
 pub use query::{Considered, Excluded, Resync, Route, RouteError, RouteQuery, RouteReason};
+pub use queue::{Queue, QueueFull, QueueId, Waiting};
 pub use router::Router;
 pub use settings::{CostWeights, NODE_WAITING_MAX, Policy, PolicyError, RivalSettings, RouterSettings};

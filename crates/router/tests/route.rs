@@ -38,6 +38,8 @@ fn load(prefill_rate: f32, running: u32, prefill_backlog_tokens: u64) -> NodeLoa
         decode_step_s: [0.0; 8],
         cache_tail_age_s: 0.0,
         cache_reuse_s: 0.0,
+        passes: 0,
+        step_s: 0.0,
         rates: NodeRates {
             prefill_tokens_per_s: prefill_rate,
             decode_step_s: 40.0 / prefill_rate,
