@@ -1,7 +1,7 @@
 //! Tokenizers and templates that a router has fetched: a few, each fetched once however many ask at the same time.
 
-use crate::dispatch::Target;
 use crate::settings::ASSETS_CACHED_MAX;
+use crate::target::Target;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 use types::{AssetsHash, GenerateError, ModelAssets};

@@ -147,6 +147,7 @@ impl Life<'_> {
             EngineReport::Rejected { .. }
             | EngineReport::Event { .. }
             | EngineReport::Load(_)
+            | EngineReport::Cache(_)
             | EngineReport::Sessions { .. }
                 if self.ready.is_none() =>
             {
@@ -155,6 +156,7 @@ impl Life<'_> {
             EngineReport::Rejected { id, error } => self.engine.child_rejected(id, error)?,
             EngineReport::Event { id, event } => self.engine.child_event(id, event)?,
             EngineReport::Load(load) => self.engine.child_load(load),
+            EngineReport::Cache(events) => self.engine.child_cache(events),
             EngineReport::Sessions { call, sessions } => self.engine.child_sessions(call, sessions)?,
         }
         Ok(())

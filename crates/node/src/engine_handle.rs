@@ -4,14 +4,15 @@
 //! table is the admission permit: it is made before anything is sent to the child and goes when the child reported the
 //! request's end, or died. There are never more entries than the engine has slots and waiting places.
 
+use crate::cache_mirror::{CacheCursor, CacheMirror, CacheNews};
 use crate::settings::{ENGINE_SLOTS_MAX, NODE_RETRY_AFTER, SESSION_CALLS_MAX};
 use crate::sink::{TokenSink, TokenSource, token_channel};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, oneshot, watch};
 use types::{
-    AssetsHash, EngineState, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeLoad, RequestId,
-    SessionInfo, SessionRequest, TokenEvent, limits,
+    AssetsHash, CacheEvent, EngineState, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeLoad,
+    RequestId, SessionInfo, SessionRequest, TokenEvent, limits,
 };
 use wire::EngineCommand;
 
@@ -33,6 +34,8 @@ pub(crate) struct NodeReport {
 #[derive(Clone)]
 pub(crate) struct EngineHandle {
     table: Arc<Mutex<Table>>,
+    /// Apart from the table, so that a router that is told everything holds no token up.
+    cache: Arc<Mutex<CacheMirror>>,
     changed: watch::Sender<()>,
 }
 
@@ -62,8 +65,9 @@ struct Open {
     sink: TokenSink,
     /// Position in the order of submission; also tells one life of an id from another.
     serial: u64,
-    prompt_tokens: u32,
-    max_tokens: u32,
+    /// Tokens to be read, and to be written at most, before it has begun.
+    unread: u32,
+    unwritten: u32,
 }
 
 /// What an engine child did that its contract forbids.
@@ -91,7 +95,7 @@ impl EngineHandle {
             commands: None,
             abandoned: false,
         };
-        Self { table: Arc::new(Mutex::new(table)), changed: watch::Sender::new(()) }
+        Self { table: Arc::new(Mutex::new(table)), cache: Arc::default(), changed: watch::Sender::new(()) }
     }
 
     /// Takes a request or says why not; never waits.
@@ -99,18 +103,21 @@ impl EngineHandle {
         let mut table = self.lock();
         table.admit(&request)?;
         let id = request.id;
+        let given = request.output.len() as u32;
         let (prompt_tokens, max_tokens) = (request.prompt.len() as u32, request.max_tokens);
         let model = request.model.clone();
         let sent =
-            table.commands.as_ref().is_some_and(|it| it.try_send(EngineCommand::Submit(request)).is_ok());
+            table.commands.as_ref().is_some_and(|it| it.try_send(EngineCommand::Submit(request.into())).is_ok());
         if !sent {
             return Err(GenerateError::Unavailable { model, reason: "its engine is going".to_owned() });
         }
         table.submitted += 1;
         let serial = table.submitted;
         let engine = self.clone();
-        let (sink, source) = token_channel(prompt_tokens, max_tokens, move || engine.cancel(id, serial));
-        table.requests.insert(id, Open { sink, serial, prompt_tokens, max_tokens });
+        let (sink, source) =
+            token_channel(prompt_tokens, given..max_tokens, move || engine.cancel(id, serial));
+        let (unread, unwritten) = (prompt_tokens + given, max_tokens - given);
+        table.requests.insert(id, Open { sink, serial, unread, unwritten });
         drop(table);
         self.changed.send_replace(());
         Ok(source)
@@ -161,6 +168,11 @@ impl EngineHandle {
         NodeReport { state, models: table.card.iter().cloned().collect(), load }
     }
 
+    /// What a router that was told up to `told` has to be told of the cache, and up to where that goes.
+    pub(crate) fn cache_news(&self, told: Option<CacheCursor>) -> Option<(CacheNews, CacheCursor)> {
+        self.lock_cache().news(told)
+    }
+
     pub(crate) fn is_ready(&self) -> bool {
         let table = self.lock();
         table.state == EngineState::Ready && !table.draining
@@ -198,6 +210,10 @@ impl EngineHandle {
         }
     }
 
+    fn lock_cache(&self) -> MutexGuard<'_, CacheMirror> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         // Each change is complete in itself, so a panic elsewhere leaves nothing half done.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
@@ -230,6 +246,11 @@ impl EngineHandle {
         let slots = table.slots;
         table.load = Some(NodeLoad { slots, ..load });
         drop(table);
+        self.changed.send_replace(());
+    }
+
+    pub(crate) fn child_cache(&self, events: Vec<CacheEvent>) {
+        self.lock_cache().take(events);
         self.changed.send_replace(());
     }
 
@@ -292,7 +313,8 @@ impl EngineHandle {
         table.calls.clear();
         let open = std::mem::take(&mut table.requests);
         drop(table);
-        end_all(open, reason);
+        self.lock_cache().restart();
+        end_all(open, |_| GenerateError::Engine { message: reason.to_owned() });
         self.changed.send_replace(());
     }
 
@@ -311,7 +333,7 @@ impl EngineHandle {
             let _ = commands.try_send(EngineCommand::Shutdown);
         }
         drop(table);
-        end_all(open, "the node has left");
+        end_all(open, |tokens| GenerateError::NodeLost { tokens, reason: "the node has left".to_owned() });
         self.changed.send_replace(());
     }
 }
@@ -327,10 +349,10 @@ impl Drop for Delivery {
     }
 }
 
-/// The last event of requests whose engine is gone. Others may serve those that have no token yet.
-fn end_all(requests: BTreeMap<RequestId, Open>, reason: &str) {
+/// The last event of requests whose engine is gone.
+fn end_all(requests: BTreeMap<RequestId, Open>, error: impl Fn(u32) -> GenerateError) {
     for open in requests.into_values() {
-        open.sink.fail(|tokens| GenerateError::NodeLost { tokens, reason: reason.to_owned() });
+        open.sink.fail(&error);
     }
 }
 
@@ -353,8 +375,8 @@ impl Table {
             return Err(GenerateError::UnknownModel { model: request.model.clone(), served });
         }
         if self.requests.contains_key(&request.id) {
-            let message = format!("a request with the id {} is running already", request.id);
-            return Err(GenerateError::Invalid { message, param: None });
+            // As where it comes back before its cancellation has arrived.
+            return Err(unavailable(format!("a request with the id {} is running already", request.id)));
         }
         // The engine checks these too, but by then the request has been accepted and its status sent.
         let (prompt_tokens, max_tokens) = (request.prompt.len() as u32, request.max_tokens);
@@ -371,8 +393,10 @@ impl Table {
             ),
             param: Some(param.to_owned()),
         };
-        if let Some(&token) = request.prompt.iter().find(|&&token| token >= card.vocab_size) {
-            return Err(invalid(token, "prompt"));
+        for (param, tokens) in [("prompt", &request.prompt), ("output", &request.output)] {
+            if let Some(&token) = tokens.iter().find(|&&token| token >= card.vocab_size) {
+                return Err(invalid(token, param));
+            }
         }
         if let Some(&(token, _)) = request.sampling.logit_bias.iter().find(|bias| bias.0 >= card.vocab_size) {
             return Err(invalid(token, "logit_bias"));
@@ -394,11 +418,10 @@ impl Table {
         newest.sort_unstable_by_key(|open| std::cmp::Reverse(open.serial));
         for open in newest.into_iter().take(unseen) {
             load.waiting += 1;
-            load.prefill_backlog_tokens += u64::from(open.prompt_tokens);
-            load.decode_backlog_tokens += u64::from(open.max_tokens);
-            load.prefill_backlog_s += open.prompt_tokens as f32 / load.rates.prefill_tokens_per_s.max(1.0);
-            load.prefill_budget_tokens =
-                load.prefill_budget_tokens.saturating_sub(u64::from(open.prompt_tokens));
+            load.prefill_backlog_tokens += u64::from(open.unread);
+            load.decode_backlog_tokens += u64::from(open.unwritten);
+            load.prefill_backlog_s += open.unread as f32 / load.rates.prefill_tokens_per_s.max(1.0);
+            load.prefill_budget_tokens = load.prefill_budget_tokens.saturating_sub(u64::from(open.unread));
         }
         load
     }

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use transport::Endpoint;
 use types::{
     AssetsHash, BoxFuture, ClusterView, Directory, Generate, GenerateError, GenerateRequest, Generation,
-    ModelAssets, ModelCard, NodeId, Role, SessionAnswers, SessionRequest, Sessions,
+    ModelAssets, ModelCard, NodeId, Role, RoutePlan, SessionAnswers, SessionRequest, Sessions,
 };
 use wire::Hello;
 
@@ -118,7 +118,7 @@ impl Parts {
         }
         let engine = self.engine.as_ref();
         if is_router {
-            let dispatch = Arc::new(Dispatch::new(settings.cluster.clone()));
+            let dispatch = Arc::new(Dispatch::new(settings.cluster.clone(), settings.dispatch.clone()));
             let local = engine.map(|(engine, _, reports)| PeerSource::Local {
                 hello: hello.clone(),
                 engine: engine.clone(),
@@ -296,6 +296,16 @@ impl Directory for NodeHandle {
                 model: hash.to_string(),
                 reason: "this process is not a router".to_owned(),
             }))),
+        }
+    }
+
+    fn plan(&self, request: &GenerateRequest) -> Result<RoutePlan, GenerateError> {
+        match &self.router {
+            Some((router, _)) => router.plan(request),
+            None => Err(GenerateError::Unavailable {
+                model: request.model.clone(),
+                reason: "this process is not a router".to_owned(),
+            }),
         }
     }
 

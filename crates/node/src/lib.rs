@@ -14,6 +14,9 @@
 //! [`engine_process`] is the other side of the pipe: what runs inside the child.
 
 mod assets;
+mod cache_mirror;
+mod connected;
+mod course;
 mod discovery_actor;
 mod dispatch;
 mod engine_actor;
@@ -23,13 +26,17 @@ pub mod engine_process;
 mod engine_start;
 mod generate;
 mod handle;
+mod health;
 mod node_actor;
 mod peer;
+mod reports;
 mod router_actor;
 mod settings;
 mod sink;
+mod target;
 mod uplink;
 
+pub use dispatch::DispatchSettings;
 pub use engine_start::{EngineCommandLine, EngineLife, StartEngine, StartedEngine};
 pub use handle::{NodeHandle, start, start_on};
 pub use settings::{ENGINE_SILENCE_MAX, MODEL_LOAD_TIME_MAX, NodeSettings, StartError};

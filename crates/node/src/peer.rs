@@ -3,13 +3,15 @@
 //! One [`PeerActor`] per node, this process's own included, which needs no connection. The actor owns the node's place in
 //! the dispatch: however it ends, the node is gone from there.
 
-use crate::dispatch::{Connected, Target};
+use crate::connected::Connected;
 use crate::engine_handle::{EngineHandle, NodeReport};
+use crate::reports::Teller;
+use crate::target::Target;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use transport::{ControlReceiver, Peer};
-use wire::{Control, Hello};
+use wire::Hello;
 
 pub(crate) struct PeerActor;
 
@@ -54,7 +56,7 @@ impl Actor for PeerActor {
     async fn pre_start(
         &self,
         myself: ActorRef<PeerMsg>,
-        (source, connected): Self::Arguments,
+        (source, mut connected): Self::Arguments,
     ) -> Result<PeerState, ActorProcessingErr> {
         let name = source.hello().name.clone();
         let ended = move |reason: String| {
@@ -62,9 +64,9 @@ impl Actor for PeerActor {
             let _ = myself.send_message(PeerMsg::Ended(reason));
         };
         Ok(match source {
-            PeerSource::Local { reports, .. } => {
+            PeerSource::Local { engine, reports, .. } => {
                 let task = tokio::spawn(async move {
-                    feed_local(&connected, reports).await;
+                    feed_local(&mut connected, engine, reports).await;
                     drop(connected);
                     ended("its node has stopped".to_owned());
                 });
@@ -75,7 +77,7 @@ impl Actor for PeerActor {
                 let connection = peer.clone();
                 let task = tokio::spawn(async move {
                     // No silence is waited out here: the transport ends the connection of a silent node.
-                    feed_remote(&connected, reports).await;
+                    feed_remote(&mut connected, reports).await;
                     drop(connected);
                     ended(connection.closed().await);
                 });
@@ -108,31 +110,21 @@ impl Actor for PeerActor {
     }
 }
 
-async fn feed_remote(connected: &Connected, mut reports: ControlReceiver) {
+async fn feed_remote(connected: &mut Connected, mut reports: ControlReceiver) {
     while let Some(control) = reports.next().await {
-        match control {
-            Control::State { state, models } => connected.state(state, models),
-            Control::Load(load) => connected.load(load),
-            Control::Leaving => connected.leaving(),
-            // The transport lets nothing else through.
-            Control::Hello(_) | Control::Welcome(_) => {}
-        }
+        connected.take(control);
     }
 }
 
-async fn feed_local(connected: &Connected, mut reports: watch::Receiver<NodeReport>) {
-    let mut told = None;
+async fn feed_local(
+    connected: &mut Connected,
+    engine: EngineHandle,
+    mut reports: watch::Receiver<NodeReport>,
+) {
+    let mut teller = Teller::new(engine);
     loop {
-        let NodeReport { state, models, load } = reports.borrow_and_update().clone();
-        let now = (state, models);
-        if told.as_ref() != Some(&now) {
-            let (state, models) = now.clone();
-            connected.state(state, models);
-            told = Some(now);
-        }
-        if let Some(load) = load {
-            connected.load(load);
-        }
+        let report = reports.borrow_and_update().clone();
+        teller.news(report).into_iter().for_each(|control| connected.take(control));
         if reports.changed().await.is_err() {
             return;
         }

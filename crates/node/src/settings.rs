@@ -1,5 +1,6 @@
 //! What a node is told at its start, why it may not start, and every timeout of this crate.
 
+use crate::dispatch::DispatchSettings;
 use crate::engine_start::StartEngine;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -36,11 +37,16 @@ pub(crate) const UPLINKS_MAX: usize = 256;
 pub(crate) const ACCEPT_HELD_MAX: Duration = Duration::from_millis(2);
 /// How long a request waits at a router for a node with room; OpenAI's clients give up after minutes, people sooner.
 pub(crate) const ROUTER_WAIT_MAX: Duration = Duration::from_secs(30);
-/// Nodes that a request without a first token is tried on.
-pub(crate) const TRIES_MAX: usize = 3;
-/// Engines that may fail under a request without a first token before it is not tried again: it may be what they fail of,
-/// and every failure ends the texts of all others there.
+/// Nodes that a request is tried on before one of them brings it a token: the first, and three more.
+pub(crate) const TRIES_MAX: usize = 4;
+/// Engines that may fail under a request since its last token before it is not tried again: it may be what they fail of,
+/// and every failure holds all others there up.
 pub(crate) const ENGINE_FAILURES_MAX: usize = 2;
+/// Times that an answer may go on elsewhere: more than a long one can meet with in a cluster that loses a node every few
+/// seconds, and an end to what would go round for ever.
+pub(crate) const RESUMES_MAX: usize = 64;
+/// The least that a refused client is asked to wait.
+pub(crate) const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 /// Questions about sessions that an engine has not answered yet; past it a node refuses.
 pub(crate) const SESSION_CALLS_MAX: usize = 64;
 /// Tokenizers that a router keeps; each has at most 64 MiB and commonly 2 to 17.
@@ -75,6 +81,8 @@ pub struct NodeSettings {
     pub key: ClusterKey,
     /// How to start the engine; needed for [`Role::Node`].
     pub engine: Option<Arc<dyn StartEngine>>,
+    /// How its router dispatches; of no use without [`Role::Router`].
+    pub dispatch: DispatchSettings,
     /// Have [`crate::start`] wait until the engine is ready, and fail if it cannot be: before anything is served.
     pub wait_for_model: bool,
     /// An engine that is not ready after this long is killed and started anew; [`MODEL_LOAD_TIME_MAX`] if in doubt.

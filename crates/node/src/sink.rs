@@ -5,6 +5,7 @@
 
 use futures_core::Stream;
 use futures_util::task::AtomicWaker;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -13,14 +14,14 @@ use types::{Finish, FinishReason, GenerateError, TokenEvent, TokenId, Usage};
 /// Tokens of one event: what a slow consumer left lying must fit a reply's frame.
 const EVENT_TOKENS_MAX: usize = 4096;
 
-/// Makes the two ends. Dropping the source before the last event calls `cancel`.
+/// Makes the two ends, for the output tokens of these indexes. Dropping the source before the last event calls `cancel`.
 pub(crate) fn token_channel(
     prompt_tokens: u32,
-    max_tokens: u32,
+    indexes: Range<u32>,
     cancel: impl FnOnce() + Send + 'static,
 ) -> (TokenSink, TokenSource) {
     let shared = Arc::new(Shared {
-        buffer: Mutex::new(Buffer { max_tokens, ..Buffer::default() }),
+        buffer: Mutex::new(Buffer { next: indexes.start, max_tokens: indexes.end, ..Buffer::default() }),
         reader: AtomicWaker::new(),
     });
     let sink = TokenSink { shared: shared.clone(), prompt_tokens };
@@ -34,6 +35,8 @@ pub(crate) enum SinkError {
     Index { expected: u32, got: u32 },
     #[error("more than the {max_tokens} tokens asked for")]
     TooMany { max_tokens: u32 },
+    #[error("begun for the second time, or after a token")]
+    Started,
     #[error("an event after the last one")]
     Ended,
 }
@@ -58,6 +61,9 @@ struct Buffer {
     max_tokens: u32,
     /// Index of the token that comes next.
     next: u32,
+    started: bool,
+    /// What the cache had, not read yet.
+    cached_tokens: Option<u32>,
     /// The newest tokens, not read yet.
     tokens: Vec<TokenId>,
     finish: Option<Finish>,
@@ -79,6 +85,13 @@ impl TokenSink {
             return Err(SinkError::Ended);
         }
         match event {
+            TokenEvent::Started { .. } if buffer.started => return Err(SinkError::Started),
+            TokenEvent::Started { cached_tokens } => {
+                buffer.started = true;
+                // Tokens come with it: whoever reads is woken once.
+                buffer.cached_tokens = Some(cached_tokens);
+                return Ok(());
+            }
             TokenEvent::Tokens { index, tokens } => {
                 if index != buffer.next {
                     return Err(SinkError::Index { expected: buffer.next, got: index });
@@ -87,6 +100,7 @@ impl TokenSink {
                 if tokens.len() > left {
                     return Err(SinkError::TooMany { max_tokens: buffer.max_tokens });
                 }
+                buffer.started = true;
                 buffer.next += tokens.len() as u32;
                 buffer.tokens.extend(tokens);
             }
@@ -111,7 +125,7 @@ impl TokenSink {
 
     /// Whether a token came.
     pub(crate) fn started(&self) -> bool {
-        self.shared.lock().next > 0
+        self.shared.lock().started
     }
 }
 
@@ -128,6 +142,9 @@ impl Stream for TokenSource {
         let this = self.get_mut();
         this.shared.reader.register(context.waker());
         let mut buffer = this.shared.lock();
+        if let Some(cached_tokens) = buffer.cached_tokens.take() {
+            return Poll::Ready(Some(TokenEvent::Started { cached_tokens }));
+        }
         if !buffer.tokens.is_empty() {
             let index = buffer.next - buffer.tokens.len() as u32;
             let count = buffer.tokens.len().min(EVENT_TOKENS_MAX);
@@ -166,7 +183,7 @@ mod tests {
 
     #[test]
     fn tokens_coalesce_and_the_end_comes_once() {
-        let (sink, mut source) = token_channel(3, 8, || panic!("not cancelled"));
+        let (sink, mut source) = token_channel(3, 0..8, || panic!("not cancelled"));
         let next = |source: &mut TokenSource| source.next().now_or_never();
         assert_eq!(next(&mut source), None);
         sink.push(tokens(0, &[5])).unwrap();
@@ -181,8 +198,23 @@ mod tests {
     }
 
     #[test]
+    fn one_that_goes_on_begins_where_the_other_ended() {
+        let started = TokenEvent::Started { cached_tokens: 2 };
+        let (sink, source) = token_channel(3, 5..7, || panic!("not cancelled"));
+        sink.push(started.clone()).unwrap();
+        assert!(sink.started());
+        assert_eq!(sink.push(started.clone()), Err(SinkError::Started));
+        assert_eq!(sink.push(tokens(0, &[5])), Err(SinkError::Index { expected: 5, got: 0 }));
+        sink.push(tokens(5, &[5])).unwrap();
+        assert_eq!(sink.push(tokens(6, &[6, 7])), Err(SinkError::TooMany { max_tokens: 7 }));
+        sink.push(finished(FinishReason::Stop)).unwrap();
+        let events: Vec<TokenEvent> = source.collect().now_or_never().expect("ended");
+        assert_eq!(events, [started, tokens(5, &[5]), finished(FinishReason::Stop)]);
+    }
+
+    #[test]
     fn what_a_slow_consumer_left_comes_in_events_that_fit_a_frame() {
-        let (sink, source) = token_channel(3, 10_000, || panic!("not cancelled"));
+        let (sink, source) = token_channel(3, 0..10_000, || panic!("not cancelled"));
         for at in 0..100_u32 {
             sink.push(tokens(at * 100, &[7; 100])).unwrap();
         }
@@ -192,7 +224,7 @@ mod tests {
             .iter()
             .filter_map(|event| match event {
                 TokenEvent::Tokens { index, tokens } => Some((*index, tokens.len())),
-                TokenEvent::Finished(_) => None,
+                TokenEvent::Started { .. } | TokenEvent::Finished(_) => None,
             })
             .collect();
         assert_eq!(starts, [(0, 4096), (4096, 4096), (8192, 1808)]);
@@ -200,7 +232,7 @@ mod tests {
 
     #[test]
     fn gaps_and_excess_are_refused_and_a_lost_sink_is_an_event() {
-        let (sink, source) = token_channel(3, 2, || panic!("not cancelled"));
+        let (sink, source) = token_channel(3, 0..2, || panic!("not cancelled"));
         assert_eq!(sink.push(tokens(1, &[5])), Err(SinkError::Index { expected: 0, got: 1 }));
         assert_eq!(sink.push(tokens(0, &[5, 6, 7])), Err(SinkError::TooMany { max_tokens: 2 }));
         sink.push(tokens(0, &[5])).unwrap();
@@ -222,11 +254,11 @@ mod tests {
         let cancel = || {
             CANCELLED.fetch_add(1, Ordering::Relaxed);
         };
-        let (sink, source) = token_channel(1, 2, cancel);
+        let (sink, source) = token_channel(1, 0..2, cancel);
         drop(source);
         assert_eq!(CANCELLED.load(Ordering::Relaxed), 1);
         drop(sink);
-        let (sink, mut source) = token_channel(1, 2, cancel);
+        let (sink, mut source) = token_channel(1, 0..2, cancel);
         sink.push(finished(FinishReason::Length)).unwrap();
         assert!(source.next().now_or_never().is_some());
         drop(source);

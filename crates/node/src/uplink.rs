@@ -5,17 +5,18 @@
 //! one that turns out to be this process, is connected to once, or not at all.
 
 use crate::engine_handle::{EngineHandle, NodeReport};
+use crate::reports::Teller;
 use crate::settings::{ACCEPT_HELD_MAX, REDIAL_DELAY, REDIAL_DELAY_MAX, REDIAL_DELAY_REFUSED};
 use futures_util::StreamExt;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 use transport::{Endpoint, IncomingRequest, JoinError, LinkClosed, ReplySender, RouterLink};
-use types::{EngineState, GenerateError, GenerateRequest, NodeId, TokenEvent};
-use wire::{Control, Hello, Reply};
+use types::{GenerateError, GenerateRequest, NodeId, TokenEvent};
+use wire::{Hello, Reply};
 
 /// What all uplinks of a node share.
 #[derive(Clone)]
@@ -222,9 +223,11 @@ async fn serve(settings: &UplinkSettings, link: RouterLink) -> Served {
         return Served::Duplicate(router);
     };
     tracing::info!(router = %link.router().name, address = %link.remote_address(), "joined a router");
+    let resync = Notify::new();
+    let teller = Teller::new(settings.engine.clone());
     let reason = tokio::select! {
-        LinkClosed { reason } = send_reports(&link, settings.reports.clone()) => reason,
-        () = serve_requests(&link, &settings.engine) => link.closed().await,
+        LinkClosed { reason } = send_reports(&link, teller, settings.reports.clone(), &resync) => reason,
+        () = serve_requests(&link, &settings.engine, &resync) => link.closed().await,
         reason = link.closed() => reason,
     };
     drop(claim);
@@ -232,38 +235,30 @@ async fn serve(settings: &UplinkSettings, link: RouterLink) -> Served {
     Served::Joined
 }
 
-async fn send_reports(link: &RouterLink, mut reports: watch::Receiver<NodeReport>) -> LinkClosed {
-    let mut told = None;
+async fn send_reports(
+    link: &RouterLink,
+    mut teller: Teller,
+    mut reports: watch::Receiver<NodeReport>,
+    resync: &Notify,
+) -> LinkClosed {
     loop {
         let report = reports.borrow_and_update().clone();
-        let NodeReport { state, models, load } = report;
-        let sent = async {
-            let now = (state, models);
-            if told.as_ref() != Some(&now) {
-                let (state, models) = now.clone();
-                let leaving = state == EngineState::Draining;
-                link.send(Control::State { state, models }).await?;
-                if leaving {
-                    link.send(Control::Leaving).await?;
-                }
-                told = Some(now);
+        for control in teller.news(report) {
+            if let Err(closed) = link.send(control).await {
+                return closed;
             }
-            if let Some(load) = load {
-                link.send(Control::Load(load)).await?;
-            }
-            Ok(())
-        };
-        if let Err(closed) = sent.await {
-            return closed;
         }
-        if reports.changed().await.is_err() {
-            return LinkClosed { reason: "this node is leaving".to_owned() };
+        tokio::select! {
+            changed = reports.changed() => if changed.is_err() {
+                return LinkClosed { reason: "this node is leaving".to_owned() };
+            },
+            () = resync.notified() => teller.forget_cache(),
         }
     }
 }
 
 /// Each request in a task of its own; all end with the connection. The transport bounds how many there are.
-async fn serve_requests(link: &RouterLink, engine: &EngineHandle) {
+async fn serve_requests(link: &RouterLink, engine: &EngineHandle, resync: &Notify) {
     let mut running = JoinSet::new();
     while let Some(request) = link.next_request().await {
         while running.try_join_next().is_some() {}
@@ -286,6 +281,10 @@ async fn serve_requests(link: &RouterLink, engine: &EngineHandle) {
                 running.spawn(serve_once(replies, async move {
                     engine.sessions(request).await.map_or_else(Reply::Rejected, Reply::Sessions)
                 }));
+            }
+            IncomingRequest::Resync { replies } => {
+                resync.notify_one();
+                running.spawn(serve_once(replies, std::future::ready(Reply::Resyncing)));
             }
         }
     }
@@ -324,6 +323,7 @@ async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut repl
         };
         while let Some(event) = next {
             let reply = match event {
+                TokenEvent::Started { cached_tokens } => Reply::Started { cached_tokens },
                 TokenEvent::Tokens { index, tokens } => Reply::Tokens { index, tokens },
                 TokenEvent::Finished(finish) => Reply::Done(finish),
             };
@@ -415,6 +415,7 @@ mod tests {
             ignore_eos: false,
             service: Service::default(),
             cache: CacheScope::default(),
+            output: Vec::new(),
         };
         let answer = peer.generate(draft.try_into().expect("valid")).await.expect("accepted");
         assert!(matches!(commands.recv().await, Some(EngineCommand::Submit(_))));
@@ -440,7 +441,7 @@ mod tests {
     fn tokens_of(event: &TokenEvent) -> usize {
         match event {
             TokenEvent::Tokens { tokens, .. } => tokens.len(),
-            TokenEvent::Finished(_) => 0,
+            TokenEvent::Started { .. } | TokenEvent::Finished(_) => 0,
         }
     }
 

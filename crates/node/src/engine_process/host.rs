@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use types::{GenerateError, NodeLoad, SessionInfo, SessionRequest, limits};
 use wire::{EngineCommand, EngineReport};
 
-/// While only numbers change, at most one load report in this time: half of what the node passes on.
+/// While only numbers change, at most one report of load or cache in this time: half of what the node passes on.
 const LOAD_INTERVAL: Duration = limits::LOAD_INTERVAL_MIN.checked_div(2).expect("not divided by zero");
 
 /// One engine as its process runs it.
@@ -20,6 +20,7 @@ const LOAD_INTERVAL: Duration = limits::LOAD_INTERVAL_MIN.checked_div(2).expect(
 pub struct EngineHost {
     engine: Engine,
     load_told: (NodeLoad, Instant),
+    cache_told: Instant,
     /// Ends once nothing is left to do.
     leaving: bool,
 }
@@ -44,7 +45,7 @@ impl EngineHost {
         let now = clock();
         let load = engine.load(now);
         let ready = EngineReport::Ready { card, assets: loaded.assets, rates, slots };
-        let host = Self { engine, load_told: (load, now), leaving: false };
+        let host = Self { engine, load_told: (load, now), cache_told: now, leaving: false };
         Ok((host, vec![ready, EngineReport::Load(load)]))
     }
 
@@ -81,7 +82,7 @@ impl EngineHost {
             }
             EngineCommand::Submit(request) => {
                 let id = request.id;
-                if let Err(error) = self.engine.submit(now, request) {
+                if let Err(error) = self.engine.submit(now, *request) {
                     reports.push(EngineReport::Rejected { id, error });
                 }
             }
@@ -111,6 +112,7 @@ impl EngineHost {
     /// What is to be done after a step, also a failed one.
     pub fn stepped(&mut self, now: Instant, reports: &mut Vec<EngineReport>) {
         self.engine.observe(now);
+        self.tell_cache(now, reports);
         let load = self.engine.load(now);
         let (told, at) = &self.load_told;
         let requests = (load.running, load.waiting) != (told.running, told.waiting);
@@ -119,6 +121,18 @@ impl EngineHost {
         if requests || overdue || (load != *told && now - *at >= LOAD_INTERVAL) {
             reports.push(EngineReport::Load(load));
             self.load_told = (load, now);
+        }
+    }
+
+    /// Seldom enough that blocks which come and go in between are not worth a word.
+    fn tell_cache(&mut self, now: Instant, reports: &mut Vec<EngineReport>) {
+        if now - self.cache_told < LOAD_INTERVAL && !self.engine.is_idle() {
+            return;
+        }
+        self.cache_told = now;
+        let events = self.engine.take_cache_events();
+        if !events.is_empty() {
+            reports.push(EngineReport::Cache(events));
         }
     }
 

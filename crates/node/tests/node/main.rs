@@ -1,9 +1,11 @@
 //! Whole nodes in one process: real engine children, real sockets on loopback, made-up models.
 
+mod failover;
+mod knowledge;
 mod sessions;
 
 use futures_util::StreamExt;
-use node::{EngineCommandLine, NodeHandle, NodeSettings, StartError, start};
+use node::{DispatchSettings, EngineCommandLine, NodeHandle, NodeSettings, StartError, start};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -70,6 +72,7 @@ impl Cluster {
             listen: ([127, 0, 0, 1], 0).into(),
             key: self.key.clone(),
             engine: Some(Arc::new(EngineCommandLine { program: fake_engine(), args, env: Vec::new() })),
+            dispatch: DispatchSettings::default(),
             wait_for_model: true,
             model_load_time_max: Duration::from_secs(10),
             engine_silence_max: Duration::from_secs(3),
@@ -132,6 +135,7 @@ fn request(id: u128, max_tokens: u32) -> GenerateRequest {
         ignore_eos: false,
         service: Service::default(),
         cache: CacheScope::default(),
+        output: Vec::new(),
     };
     GenerateRequest::try_from(draft).expect("a valid request")
 }
@@ -145,31 +149,6 @@ fn check_text(request: &GenerateRequest, events: &[TokenEvent]) {
     let (tokens, finish) = check_stream(events).expect("a proper stream");
     let expected = FakeSettings::default().output(request);
     assert_eq!((tokens, finish.reason), (expected.tokens, expected.reason));
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_that_engines_fail_of_is_tried_twice() {
-    let mut cluster = Cluster::new();
-    cluster.add(&ENGINE, &[Role::Router]).await;
-    for _ in 0..3 {
-        cluster.add(&ENGINE, &[Role::Node]).await;
-    }
-    cluster.ready(3).await;
-    for token in [990, 991] {
-        let pids = || (1..4).map(|index| std::fs::read_to_string(cluster.pid_file(index)).expect("an id"));
-        let before: Vec<String> = pids().collect();
-        let poison = GenerateDraft { prompt: vec![token; 40], ..request(1, 5).into() };
-        let poison = cluster.nodes[0].generate(poison.try_into().expect("valid")).await.expect("accepted");
-        let events = collect(poison).await;
-        let (tokens, finish) = check_stream(&events).expect("a proper stream");
-        assert!(tokens.is_empty() && matches!(finish.reason, FinishReason::Failed(_)), "{finish:?}");
-        let failed = || pids().zip(&before).filter(|(now, before)| now != *before).count();
-        eventually("two engines are replaced", || failed() == 2).await;
-        eventually("all are ready", || cluster.nodes[1..].iter().all(NodeHandle::ready)).await;
-        cluster.ready(3).await;
-        assert_eq!(failed(), 2, "the third engine never saw it");
-    }
-    cluster.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -202,57 +181,6 @@ async fn a_single_node_serves_its_own_requests() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_engine_ends_its_requests_once_and_comes_back() {
-    let mut cluster = Cluster::new();
-    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
-    cluster.ready(1).await;
-    let node = &cluster.nodes[0];
-    let mut generation = node.generate(request(1, 4000)).await.expect("accepted");
-    let first = generation.events.next().await.expect("a token");
-    assert!(matches!(first, TokenEvent::Tokens { index: 0, .. }));
-    cluster.kill_engine(0);
-    let mut events = vec![first];
-    events.extend(collect(generation).await);
-    let (tokens, finish) = check_stream(&events).expect("a proper stream");
-    match finish.reason {
-        FinishReason::Failed(GenerateError::NodeLost { tokens: sent, .. }) => {
-            assert_eq!(sent as usize, tokens.len())
-        }
-        other => panic!("expected a lost node, got {other:?}"),
-    }
-    let killed = Instant::now();
-    eventually("not ready", || !node.ready()).await;
-    assert!(matches!(node.view().nodes[0].engine, EngineState::Restarting(_)));
-    assert!(matches!(node.generate(request(2, 5)).await, Err(GenerateError::Unavailable { .. })));
-    cluster.ready(1).await;
-    assert!(killed.elapsed() < Duration::from_secs(3), "back within its load time and 2 s");
-    let request = request(3, 5);
-    check_text(&request, &collect(node.generate(request.clone()).await.expect("accepted")).await);
-    cluster.shutdown().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_engine_that_hangs_is_killed_and_an_idle_one_is_not() {
-    let mut cluster = Cluster::new();
-    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
-    cluster.ready(1).await;
-    let node = &cluster.nodes[0];
-    let idle = Instant::now();
-    while idle.elapsed() < Duration::from_secs(4) {
-        assert!(node.ready(), "an engine without work reports all the same");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    let mut generation = node.generate(request(1, 4000)).await.expect("accepted");
-    let mut events = vec![generation.events.next().await.expect("a token")];
-    cluster.signal_engine(0, "-STOP");
-    events.extend(collect(generation).await);
-    let (_, finish) = check_stream(&events).expect("a proper stream");
-    assert!(matches!(finish.reason, FinishReason::Failed(GenerateError::NodeLost { .. })), "{finish:?}");
-    cluster.ready(1).await;
-    cluster.shutdown().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_cannot_be_loaded_is_an_error_at_the_start() {
     let check = async |failure: &'static str, expected: &str| {
         let cluster = Cluster::new();
@@ -275,31 +203,6 @@ async fn a_model_that_cannot_be_loaded_is_an_error_at_the_start() {
     settings.model_load_time_max = Duration::from_millis(300);
     let error = start(settings).await.expect_err("too slow").to_string();
     assert!(error.contains("was not ready in time"), "{error}");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_engine_that_fails_ends_its_requests_and_comes_back() {
-    let mut cluster = Cluster::new();
-    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
-    cluster.ready(1).await;
-    let node = &cluster.nodes[0];
-    for (token, expected) in [(990, "panicked: as asked"), (991, "the model's backend failed: as asked")] {
-        let bystander = node.generate(request(1, 4000)).await.expect("accepted");
-        let bystander = tokio::spawn(collect(bystander));
-        let poison = GenerateDraft { prompt: vec![token; 40], ..request(2, 5).into() };
-        let poison = node.generate(poison.try_into().expect("valid")).await.expect("accepted");
-        let events = [collect(poison).await, bystander.await.expect("no panic")];
-        for events in events {
-            let (_, finish) = check_stream(&events).expect("a proper stream");
-            assert!(matches!(finish.reason, FinishReason::Failed(_)), "{finish:?}");
-        }
-        eventually("the reason shows", || {
-            node.view().nodes[0].engine == EngineState::Restarting(expected.to_owned())
-        })
-        .await;
-        cluster.ready(1).await;
-    }
-    cluster.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -412,65 +315,6 @@ async fn requests_are_spread_over_two_nodes() {
     assert_eq!(served, BTreeMap::from([("node-0".to_owned(), 4), ("node-1".to_owned(), 4)]));
     let hash = cluster.nodes[0].models()[0].assets;
     assert!(cluster.nodes[0].assets(hash).await.is_ok());
-    cluster.shutdown().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_without_a_token_survive_the_death_of_their_node() {
-    let mut cluster = Cluster::new();
-    // A router that has no engine of its own, and two nodes with one slot: most requests wait.
-    cluster.add(&Engine { slots: 1, ..ENGINE }, &[Role::Router]).await;
-    cluster.add(&Engine { slots: 1, load_ms: 600, ..ENGINE }, &[Role::Node]).await;
-    cluster.add(&Engine { slots: 1, load_ms: 600, ..ENGINE }, &[Role::Node]).await;
-    cluster.ready(2).await;
-    let mut running = Vec::new();
-    for id in 0..8 {
-        let request = request(id, 60);
-        let generation = cluster.nodes[0].generate(request.clone()).await.expect("accepted");
-        running.push((request, tokio::spawn(collect(generation))));
-    }
-    tokio::time::sleep(Duration::from_millis(150)).await;
-    cluster.kill_engine(1);
-    let mut lost = 0;
-    for (request, events) in running {
-        let events = events.await.expect("no panic");
-        let (tokens, finish) = check_stream(&events).expect("a proper stream");
-        match finish.reason {
-            FinishReason::Failed(GenerateError::NodeLost { .. }) => {
-                assert!(!tokens.is_empty(), "a request without a token failed: {finish:?}");
-                lost += 1;
-            }
-            _ => check_text(&request, &events),
-        }
-    }
-    assert_eq!(lost, 1, "only what had begun on the killed node is lost");
-    cluster.ready(2).await;
-    cluster.shutdown().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_vanishes_is_replaced_and_a_returning_one_serves() {
-    let mut cluster = Cluster::new();
-    cluster.add(&ENGINE, &[Role::Router]).await;
-    cluster.add(&ENGINE, &[Role::Node]).await;
-    cluster.ready(1).await;
-    let request = request(1, 300);
-    let generation = cluster.nodes[0].generate(request.clone()).await.expect("accepted");
-    let events = tokio::spawn(collect(generation));
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    cluster.nodes[1].shutdown().await;
-    let events = events.await.expect("no panic");
-    let (_, finish) = check_stream(&events).expect("a proper stream");
-    assert!(matches!(finish.reason, FinishReason::Failed(GenerateError::NodeLost { .. })), "{finish:?}");
-    eventually("no node", || cluster.nodes[0].view().nodes.is_empty()).await;
-    assert!(!cluster.nodes[0].ready());
-    let error = cluster.nodes[0].generate(request.clone()).await.expect_err("no node");
-    assert!(matches!(error, GenerateError::Unavailable { .. }), "{error}");
-    cluster.add(&ENGINE, &[Role::Node]).await;
-    cluster.ready(1).await;
-    let short = GenerateDraft { max_tokens: 5, ..request.into() };
-    let short = GenerateRequest::try_from(short).expect("valid");
-    check_text(&short, &collect(cluster.nodes[0].generate(short.clone()).await.expect("accepted")).await);
     cluster.shutdown().await;
 }
 

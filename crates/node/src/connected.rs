@@ -1,0 +1,123 @@
+//! A connected node, as whoever feeds its reports holds it: what it says goes into the dispatch, and with it the node goes.
+
+use crate::dispatch::{Dispatch, now};
+use crate::target::Target;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+use types::{CacheSnapshot, EngineState, ModelCard, NodeId, NodeLoad, limits::CACHE_BLOCKS_MAX};
+use wire::Control;
+
+/// At most one snapshot of a node's cache is asked for in this time: one is on its way after the first.
+const RESYNC_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Dropping it removes the node.
+pub(crate) struct Connected {
+    node: NodeId,
+    connection: u64,
+    dispatch: Arc<Dispatch>,
+    /// The parts of a snapshot that have come.
+    snapshot: Option<CacheSnapshot>,
+    resynced: Option<Instant>,
+}
+
+impl Connected {
+    pub(crate) fn new(node: NodeId, connection: u64, dispatch: Arc<Dispatch>) -> Self {
+        Self { node, connection, dispatch, snapshot: None, resynced: None }
+    }
+
+    /// Takes in what the node says.
+    pub(crate) fn take(&mut self, control: Control) {
+        match control {
+            Control::State { state, models } => self.state(state, models),
+            Control::Load(load) => self.load(load),
+            Control::Leaving => self.leaving(),
+            Control::CacheSnapshot { epoch, seq, blocks, last } => {
+                let same = |parts: &CacheSnapshot| (parts.epoch, parts.seq) == (epoch, seq);
+                let mut parts = self.snapshot.take().filter(same);
+                let parts = parts.get_or_insert_with(|| CacheSnapshot { epoch, seq, blocks: Vec::new() });
+                let room = CACHE_BLOCKS_MAX.saturating_sub(parts.blocks.len());
+                parts.blocks.extend(blocks.into_iter().take(room));
+                let parts = std::mem::replace(parts, CacheSnapshot { epoch, seq, blocks: Vec::new() });
+                if last {
+                    self.dispatch.lock().router.cache_snapshot(self.node, parts, now());
+                } else {
+                    self.snapshot = Some(parts);
+                }
+            }
+            Control::CacheEvents { epoch, first_seq, events } => {
+                let taken = {
+                    let mut state = self.dispatch.lock();
+                    state.router.cache_events(self.node, epoch, first_seq, &events, now())
+                };
+                if let Err(resync) = taken {
+                    tracing::debug!(%resync, "a cache is not known any more");
+                    self.resync();
+                }
+            }
+            // The transport lets these through once only.
+            Control::Hello(_) | Control::Welcome(_) => {}
+        }
+    }
+
+    fn state(&self, state: EngineState, models: Vec<ModelCard>) {
+        let ready = state == EngineState::Ready;
+        let over = matches!(state, EngineState::Restarting(_));
+        self.dispatch.change(self.node, |all| {
+            if let Some(entry) = all.nodes.get_mut(&self.node).filter(|_| over) {
+                entry.life += 1;
+                entry.passes = 0;
+            }
+            if ready {
+                all.works(self.node, now());
+            }
+            all.router.state(self.node, state, models);
+        });
+    }
+
+    /// It takes nothing new.
+    fn leaving(&self) {
+        self.dispatch.change(self.node, |all| {
+            let models = all.router.node(self.node).map(|known| known.models().to_vec());
+            all.router.state(self.node, EngineState::Draining, models.unwrap_or_default());
+        });
+    }
+
+    fn load(&self, load: NodeLoad) {
+        self.dispatch.change(self.node, |all| {
+            let now = now();
+            let Some(entry) = all.nodes.get_mut(&self.node) else { return };
+            let (rtt, before) = (entry.target.rtt(), entry.passes);
+            entry.passes = load.passes;
+            if load.passes != before {
+                all.works(self.node, now);
+            }
+            all.router.rtt(self.node, rtt);
+            all.router.load(self.node, load, now);
+        });
+    }
+
+    fn resync(&mut self) {
+        let target = self.dispatch.lock().nodes.get(&self.node).map(|entry| entry.target.clone());
+        let waits = self.resynced.is_some_and(|at| at.elapsed() < RESYNC_INTERVAL);
+        // The node of this process misses nothing.
+        if let (Some(Target::Remote(peer)), false) = (target, waits) {
+            self.resynced = Some(Instant::now());
+            tokio::spawn(async move {
+                if let Err(error) = peer.resync().await {
+                    tracing::debug!(%error, "no snapshot of a cache");
+                }
+            });
+        }
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.dispatch.change(self.node, |all| {
+            if all.nodes.get(&self.node).is_some_and(|entry| entry.connection == self.connection) {
+                all.remove(self.node);
+            }
+        });
+    }
+}
