@@ -139,7 +139,7 @@ impl ApiError {
     pub(crate) fn from_request(error: &GenerateRequestError, prompt_param: &str) -> Self {
         let param = match error {
             GenerateRequestError::EmptyPrompt | GenerateRequestError::PromptTooLong { .. } => prompt_param,
-            GenerateRequestError::MaxTokens { .. } => "max_tokens",
+            GenerateRequestError::MaxTokens { .. } | GenerateRequestError::Output { .. } => "max_tokens",
             GenerateRequestError::StopTokens { .. } => "stop_token_ids",
             GenerateRequestError::Target { name, .. } => name,
             GenerateRequestError::CacheSaltTooLong { .. } => "cache_salt",

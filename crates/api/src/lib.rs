@@ -27,7 +27,7 @@ use axum::{
     routing::{delete, get, post},
 };
 use error::ApiError;
-use handlers::{chat, completions, models, sessions, status};
+use handlers::{chat, completions, models, route, sessions, status};
 use prompt::TextCache;
 use std::{fmt, sync::Arc};
 use tag::RequestTag;
@@ -82,6 +82,7 @@ pub fn app(state: ApiState) -> Router {
         // So may names of sessions.
         .route("/v1/sessions/{*id}", delete(sessions::delete))
         .route("/v1/cluster", get(status::cluster))
+        .route("/v1/cluster/route", post(route::plan))
         .route("/health", get(status::health))
         .route("/ready", get(status::ready))
         .fallback(no_route)

@@ -13,6 +13,7 @@ use crate::{
     prompt::{ModelText, TemplateError, TemplateInput, TemplateMessage},
 };
 use axum::{body::Body, extract::State, response::Response};
+use bytes::Bytes;
 use types::{ModelCard, TokenId};
 
 pub(crate) async fn create(
@@ -20,25 +21,28 @@ pub(crate) async fn create(
     caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let body = body::read(body).await?;
-    let bytes = body.len();
-    let mut request = ChatCompletionRequest::parse(&body)?;
-    drop(body);
-    let card = resolve(&state, request.model.as_deref())?;
-    let parameters = request.take_parameters().check(&card, &caller)?;
-    let text = state.texts.get(&card).await?;
-    let model = card.clone();
-    let prompt = state.texts.run(&text, bytes, move |text| encode(text, &model, request)).await?;
-    let (stream, include_usage) = (parameters.stream, parameters.include_usage);
-    let format = ChatFormat::new(caller.id, &card);
-    let job =
-        Job { id: caller.id, card, text, prompts: vec![prompt], kind: PromptKind::Messages, parameters };
+    let job = job(&state, &caller, body::read(body).await?).await?;
+    let (stream, include_usage) = (job.parameters.stream, job.parameters.include_usage);
+    let format = ChatFormat::new(caller.id, &job.card);
     let started = start(&state, job).await?;
     if stream {
         Ok(answer::stream(started, format, include_usage))
     } else {
         answer::whole(started, format).await
     }
+}
+
+/// What a body asks for.
+pub(super) async fn job(state: &AppState, caller: &Caller, body: Bytes) -> Result<Job, ApiError> {
+    let bytes = body.len();
+    let mut request = ChatCompletionRequest::parse(&body)?;
+    drop(body);
+    let card = resolve(state, request.model.as_deref())?;
+    let parameters = request.take_parameters().check(&card, caller)?;
+    let text = state.texts.get(&card).await?;
+    let model = card.clone();
+    let prompt = state.texts.run(&text, bytes, move |text| encode(text, &model, request)).await?;
+    Ok(Job { id: caller.id, card, text, prompts: vec![prompt], kind: PromptKind::Messages, parameters })
 }
 
 /// The prompt's tokens. As Hugging Face does, special tokens are left to the template, which knows where they belong.

@@ -12,6 +12,7 @@ use crate::{
     openai::{parameters::check_tokens, request::CompletionRequest, values::Prompts},
 };
 use axum::{body::Body, extract::State, response::Response};
+use bytes::Bytes;
 
 /// Tokens generated where the client does not say: OpenAI's default for this endpoint.
 const MAX_TOKENS_DEFAULT: u32 = 16;
@@ -21,12 +22,24 @@ pub(crate) async fn create(
     caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let body = body::read(body).await?;
+    let job = job(&state, &caller, body::read(body).await?).await?;
+    let (stream, include_usage) = (job.parameters.stream, job.parameters.include_usage);
+    let format = TextFormat::new(caller.id, &job.card);
+    let started = start(&state, job).await?;
+    if stream {
+        Ok(answer::stream(started, format, include_usage))
+    } else {
+        answer::whole(started, format).await
+    }
+}
+
+/// What a body asks for.
+pub(super) async fn job(state: &AppState, caller: &Caller, body: Bytes) -> Result<Job, ApiError> {
     let bytes = body.len();
     let mut request = CompletionRequest::parse(&body)?;
     drop(body);
-    let card = resolve(&state, request.model.as_deref())?;
-    let parameters = request.take_parameters().check(&card, &caller)?;
+    let card = resolve(state, request.model.as_deref())?;
+    let parameters = request.take_parameters().check(&card, caller)?;
     let text = state.texts.get(&card).await?;
     let prompts = match request.prompt {
         Prompts::Tokens(prompts) => {
@@ -41,14 +54,6 @@ pub(crate) async fn create(
             state.texts.run(&text, bytes, encode).await?
         }
     };
-    let (stream, include_usage) = (parameters.stream, parameters.include_usage);
-    let format = TextFormat::new(caller.id, &card);
     let kind = PromptKind::Text { max_tokens_default: MAX_TOKENS_DEFAULT };
-    let job = Job { id: caller.id, card, text, prompts, kind, parameters };
-    let started = start(&state, job).await?;
-    if stream {
-        Ok(answer::stream(started, format, include_usage))
-    } else {
-        answer::whole(started, format).await
-    }
+    Ok(Job { id: caller.id, card, text, prompts, kind, parameters })
 }

@@ -8,6 +8,7 @@ pub(crate) mod body;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod models;
+pub(crate) mod route;
 pub(crate) mod sessions;
 pub(crate) mod start;
 pub(crate) mod status;

@@ -90,45 +90,57 @@ pub(crate) fn why_not_ready(view: &ClusterView) -> String {
 
 /// Starts all generations of a job, or none.
 pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiError> {
-    let mut starting = Vec::with_capacity(job.prompts.len());
-    let (service, mut cache) = (job.parameters.service, job.parameters.cache.clone());
-    if state.settings.cache_per_key {
-        cache = cache.of_client(service.client);
-    }
-    for (index, prompt) in job.prompts.into_iter().enumerate() {
-        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
-        let max_tokens = max_tokens(&job.card, prompt_tokens, job.parameters.max_tokens, job.kind)?;
-        let detokenizer = match job.kind {
-            PromptKind::Messages => Detokenizer::new(job.text.clone()),
-            PromptKind::Text { .. } => Detokenizer::continuing(job.text.clone(), &prompt)
-                .map_err(|message| ApiError::Tokenizer { message })?,
+    let (text, kind) = (job.text.clone(), job.kind);
+    let stop_strings = job.parameters.stop_strings.clone();
+    let starting = requests(state, job)?.into_iter().map(|request| {
+        let (id, prompt_tokens) = (request.id, request.prompt.len() as u32);
+        let max_tokens = request.max_tokens;
+        let detokenizer = match kind {
+            PromptKind::Messages => Ok(Detokenizer::new(text.clone())),
+            PromptKind::Text { .. } => Detokenizer::continuing(text.clone(), &request.prompt)
+                .map_err(|message| ApiError::Tokenizer { message }),
         };
-        let id = RequestId(job.id.0.wrapping_add(index as u128));
-        let seed = getrandom::u64().map_err(|error| ApiError::Internal { what: error.to_string() })?;
-        let draft = GenerateDraft {
-            id,
-            model: job.card.name.clone(),
-            prompt,
-            sampling: job.parameters.sampling(seed),
-            max_tokens,
-            stop_tokens: job.parameters.stop_tokens.clone(),
-            ignore_eos: job.parameters.ignore_eos,
-            service,
-            cache: cache.clone(),
-        };
-        let prompt_param = if job.kind == PromptKind::Messages { "messages" } else { "prompt" };
-        let request =
-            GenerateRequest::try_from(draft).map_err(|error| ApiError::from_request(&error, prompt_param))?;
-        let stop_strings = &job.parameters.stop_strings;
-        starting.push(async move {
+        let stop_strings = &stop_strings;
+        async move {
+            let detokenizer = detokenizer?;
             let generation = state.generate.generate(request).await?;
             tracing::info!(%id, prompt_tokens, max_tokens, node = generation.route.node_name, "routed");
             let output = Output::new(id, generation.events, detokenizer, stop_strings, prompt_tokens);
             Ok::<_, ApiError>((output, generation.route))
-        });
-    }
+        }
+    });
     let (outputs, routes): (Vec<_>, Vec<_>) = try_join_all(starting).await?.into_iter().unzip();
     Ok(Started { outputs, route: route_header(&routes) })
+}
+
+/// The requests of a job, one for each prompt.
+pub(crate) fn requests(state: &AppState, job: Job) -> Result<Vec<GenerateRequest>, ApiError> {
+    let Job { id, card, text: _, prompts, kind, parameters } = job;
+    let mut cache = parameters.cache.clone();
+    if state.settings.cache_per_key {
+        cache = cache.of_client(parameters.service.client);
+    }
+    let request = |(index, prompt): (usize, Vec<TokenId>)| {
+        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        let max_tokens = max_tokens(&card, prompt_tokens, parameters.max_tokens, kind)?;
+        // Fixed here, so that whichever nodes draw the answer draw the same.
+        let seed = getrandom::u64().map_err(|error| ApiError::Internal { what: error.to_string() })?;
+        let draft = GenerateDraft {
+            id: RequestId(id.0.wrapping_add(index as u128)),
+            model: card.name.clone(),
+            prompt,
+            sampling: parameters.sampling(seed),
+            max_tokens,
+            stop_tokens: parameters.stop_tokens.clone(),
+            ignore_eos: parameters.ignore_eos,
+            service: parameters.service,
+            cache: cache.clone(),
+            output: Vec::new(),
+        };
+        let prompt_param = if kind == PromptKind::Messages { "messages" } else { "prompt" };
+        GenerateRequest::try_from(draft).map_err(|error| ApiError::from_request(&error, prompt_param))
+    };
+    prompts.into_iter().enumerate().map(request).collect()
 }
 
 /// The tokens to generate at most; a prompt or a demand that does not fit is an error with the numbers.

@@ -6,8 +6,8 @@ use crate::{
     error::ApiError,
 };
 use types::{
-    CacheScope, GenerateRequestError, ModelCard, SamplingDraft, SamplingParams, Service, SessionId, TokenId,
-    limits,
+    AffinityKey, CacheScope, GenerateRequestError, ModelCard, SamplingDraft, SamplingParams, Service,
+    SessionId, TokenId, limits,
 };
 
 /// The fields as a client gives them.
@@ -28,6 +28,8 @@ pub(crate) struct RawParameters {
     pub(crate) max_tokens: Option<i64>,
     pub(crate) max_completion_tokens: Option<i64>,
     pub(crate) session_id: Option<String>,
+    pub(crate) prompt_cache_key: Option<String>,
+    pub(crate) user: Option<String>,
     pub(crate) cache_salt: Option<String>,
     pub(crate) priority: Option<PriorityValue>,
     pub(crate) ttft_target_ms: Option<i64>,
@@ -71,12 +73,6 @@ impl RawParameters {
             (None, Some(value)) => Some(check_max_tokens("max_tokens", value)?),
             (None, None) => None,
         };
-        let service = Service {
-            client: caller.client,
-            priority: self.priority.map(|value| value.0).unwrap_or_default(),
-            ttft_target_ms: check_target("ttft_target_ms", self.ttft_target_ms)?,
-            tpot_target_ms: check_target("tpot_target_ms", self.tpot_target_ms)?,
-        };
         let cache = CacheScope {
             salt: check_salt(self.cache_salt)?,
             session: match (self.session_id, &caller.session) {
@@ -84,6 +80,16 @@ impl RawParameters {
                 (None, Some(name)) => Some(check_session(SESSION_HEADER, name.clone())?),
                 (None, None) => None,
             },
+        };
+        // Whoever names nothing goes wherever it is best.
+        let names = [cache.session.as_ref().map(SessionId::as_str), self.prompt_cache_key.as_deref()];
+        let name = names.into_iter().chain([self.user.as_deref()]).flatten().find(|name| !name.is_empty());
+        let service = Service {
+            client: caller.client,
+            priority: self.priority.map(|value| value.0).unwrap_or_default(),
+            ttft_target_ms: check_target("ttft_target_ms", self.ttft_target_ms)?,
+            tpot_target_ms: check_target("tpot_target_ms", self.tpot_target_ms)?,
+            affinity: name.map(|name| AffinityKey::new(caller.client, name)),
         };
         let defaults = SamplingDraft::default();
         let draft = SamplingDraft {

@@ -111,6 +111,10 @@ macro_rules! generation_request {
             #[serde(default)]
             session_id: Option<String>,
             #[serde(default)]
+            prompt_cache_key: Option<String>,
+            #[serde(default)]
+            user: Option<String>,
+            #[serde(default)]
             cache_salt: Option<String>,
             #[serde(default)]
             priority: Option<PriorityValue>,
@@ -156,6 +160,8 @@ macro_rules! generation_request {
                     max_tokens: self.max_tokens,
                     max_completion_tokens: self.max_completion_tokens,
                     session_id: self.session_id.take(),
+                    prompt_cache_key: self.prompt_cache_key.take(),
+                    user: self.user.take(),
                     cache_salt: self.cache_salt.take(),
                     priority: self.priority,
                     ttft_target_ms: self.ttft_target_ms,

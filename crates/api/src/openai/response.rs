@@ -74,7 +74,7 @@ pub(crate) struct UsageJson {
     pub(crate) prompt_tokens: u32,
     pub(crate) completion_tokens: u32,
     pub(crate) total_tokens: u32,
-    /// Absent where nobody said: a text that ended at a stop string is cut off before its node reports.
+    /// Absent where nobody said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) prompt_tokens_details: Option<PromptTokensDetails>,
 }

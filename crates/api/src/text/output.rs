@@ -50,6 +50,8 @@ pub(crate) struct Output {
     detokenizer: Detokenizer,
     stops: StopMatcher,
     prompt_tokens: u32,
+    /// As soon as the node said so.
+    cached_tokens: Option<u32>,
     tokens: u32,
 }
 
@@ -62,7 +64,7 @@ impl Output {
         prompt_tokens: u32,
     ) -> Self {
         let stops = StopMatcher::new(stop_strings);
-        Self { id, events: Some(events), detokenizer, stops, prompt_tokens, tokens: 0 }
+        Self { id, events: Some(events), detokenizer, stops, prompt_tokens, cached_tokens: None, tokens: 0 }
     }
 
     /// The next piece of text; none after the end or an error.
@@ -83,6 +85,10 @@ impl Output {
 
     fn take(&mut self, event: Option<TokenEvent>) -> Result<Option<TextEvent>, ApiError> {
         match event {
+            Some(TokenEvent::Started { cached_tokens }) => {
+                self.cached_tokens = Some(cached_tokens);
+                Ok(None)
+            }
             Some(TokenEvent::Tokens { index, tokens }) => {
                 if index != self.tokens {
                     let message = format!("token {index} came where {} was due", self.tokens);
@@ -146,7 +152,7 @@ impl Output {
         let usage = TextUsage {
             prompt_tokens: self.prompt_tokens,
             completion_tokens: self.tokens,
-            cached_tokens: None,
+            cached_tokens: self.cached_tokens,
         };
         TextEvent::Ended(Ending { text, reason: EndReason::Stop, usage })
     }

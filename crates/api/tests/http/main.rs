@@ -4,6 +4,7 @@
 mod disconnect;
 mod errors;
 mod latency;
+mod route;
 mod sessions;
 mod streams;
 mod support;

@@ -141,6 +141,7 @@ async fn what_a_request_says_arrives() {
             priority: Priority::High,
             ttft_target_ms: Some(500),
             tpot_target_ms: Some(3_600_000),
+            affinity: Some(AffinityKey::new(ClientId::of_key(b"second"), "chat-1")),
         };
         assert_eq!(all.service, service);
         let cache = CacheScope { salt: Some("salt".to_owned()), session: session("chat-1") };

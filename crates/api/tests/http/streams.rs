@@ -143,10 +143,13 @@ async fn several_prompts() {
 #[tokio::test]
 async fn stop_strings_cut_cancel_and_count() {
     for stream in [false, true] {
-        let mut events = each_token("one END two");
+        let mut events = vec![TokenEvent::Started { cached_tokens: 1 }];
+        events.extend(each_token("one END two"));
         events.push(finished(FinishReason::Length, 11));
         let cluster = Cluster::new(&["tiny"], None, Script::Events(events));
-        let body = format!(r#"{{"prompt":"x","stream":{stream},"stop":[" END","zzz"],"max_tokens":50}}"#);
+        let body = format!(
+            r#"{{"prompt":"x","stream":{stream},"stream_options":{{"include_usage":true}},"stop":[" END","zzz"],"max_tokens":50}}"#
+        );
         let answer = ask(cluster.app(), post("/v1/completions", body)).await;
         assert_eq!(*cluster.cancelled.borrow(), 1, "the rest is not generated");
         if stream {
@@ -155,18 +158,23 @@ async fn stop_strings_cut_cancel_and_count() {
                 .lines()
                 .filter_map(|line| line.strip_prefix("data: {"))
                 .map(|line| serde_json::from_str::<serde_json::Value>(&format!("{{{line}")).unwrap())
-                .map(|json| json["choices"][0]["text"].as_str().unwrap().to_owned())
+                .filter_map(|json| Some(json["choices"][0]["text"].as_str()?.to_owned()))
                 .collect();
             // Nothing between "e" and the end: what was held back became a stop.
             assert_eq!(texts, ["o", "n", "e", ""]);
             assert!(answer.text.contains(r#""finish_reason":"stop""#));
+            assert!(
+                answer.text.contains(r#""prompt_tokens_details":{"cached_tokens":1}"#),
+                "{}",
+                answer.text
+            );
         } else {
             let json = answer.json();
             assert_eq!(json["choices"][0]["text"], "one");
             assert_eq!(json["choices"][0]["finish_reason"], "stop");
             assert_eq!(json["usage"]["completion_tokens"], 7);
             assert_eq!(json["usage"]["prompt_tokens"], 1);
-            assert!(json["usage"].get("prompt_tokens_details").is_none(), "nobody said");
+            assert_eq!(json["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
         }
     }
 }

@@ -45,6 +45,8 @@ pub(crate) struct Cluster {
     pub(crate) view: ClusterView,
     pub(crate) script: Script,
     pub(crate) asked: Mutex<Vec<GenerateRequest>>,
+    /// What was only to be planned.
+    pub(crate) planned: Mutex<Vec<GenerateRequest>>,
     /// What there is to be told of sessions.
     pub(crate) sessions: Mutex<SessionAnswers>,
     /// What was asked of them.
@@ -93,6 +95,7 @@ impl Cluster {
             view,
             script,
             asked: Mutex::default(),
+            planned: Mutex::default(),
             sessions: Mutex::default(),
             asked_sessions: Mutex::default(),
             loads: AtomicUsize::default(),
@@ -176,6 +179,22 @@ impl Directory for Cluster {
         self.loads.fetch_add(1, Ordering::Relaxed);
         let found = self.assets.iter().find(|assets| assets.hash() == hash).cloned();
         Box::pin(async move { Ok(found.unwrap()) })
+    }
+
+    fn plan(&self, request: &GenerateRequest) -> Result<RoutePlan, GenerateError> {
+        self.planned.lock().unwrap().push(request.clone());
+        match &self.script {
+            Script::Refuse(error) => Err(error.clone()),
+            Script::Events(_) | Script::Hang(_) => Ok(RoutePlan {
+                model: request.model.clone(),
+                prompt_tokens: request.prompt.len() as u32,
+                max_tokens: request.max_tokens,
+                route: None,
+                waiting: 3,
+                wait_s: Some(1.5),
+                nodes: Vec::new(),
+            }),
+        }
     }
 
     fn view(&self) -> ClusterView {
