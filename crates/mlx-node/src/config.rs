@@ -6,6 +6,7 @@
 use crate::values::{
     Auto, Bytes, Dequantize, Device, List, LogFilter, LogFormat, Secret, Setting, Share, Span,
 };
+use router::Policy;
 use std::{
     ffi::OsString,
     net::SocketAddr,
@@ -125,6 +126,10 @@ settings! {
     interfaces: List<String> = "", "NAME,…";
     /// Other nodes by address, for networks without multicast
     peers: List<String> = "", "HOST:PORT,…";
+    /// How a node is chosen for a request: cost; or, to compare with, greedy_ttft, lmetric, prefix_hash, least_work, round_robin, sglang_rule, smg_spill, llmd_322
+    route_policy: Policy = "cost", "POLICY";
+    /// The longest that a request waits at a router for a node with room
+    queue_time: Span = "30 s", "TIME";
     /// Requests that are generated at once
     max_batch: u32 = "16", "N";
     /// Tokens of prompt and output together [auto: what the model was made for]

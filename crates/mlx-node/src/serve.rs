@@ -149,6 +149,7 @@ fn node_settings(settings: Settings, engine: Option<EngineCommandLine>) -> Resul
         hardware: hardware::describe(),
         listen: settings.listen,
         key: settings.key,
+        dispatch: settings.dispatch,
         wait_for_model: engine.is_some(),
         engine: engine.map(|engine| Arc::new(engine) as Arc<dyn StartEngine>),
         model_load_time_max: MODEL_LOAD_TIME_MAX,

@@ -5,6 +5,8 @@ use crate::{
     hardware,
     values::{Auto, Dequantize, Device, LogFormat, Secret},
 };
+use node::DispatchSettings;
+use router::RouterSettings;
 use serde::{Deserialize, Serialize};
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -82,6 +84,7 @@ pub(crate) struct Settings {
     pub(crate) mdns: bool,
     pub(crate) interfaces: Vec<String>,
     pub(crate) peers: Vec<String>,
+    pub(crate) dispatch: DispatchSettings,
     pub(crate) drain_timeout: Duration,
 }
 
@@ -172,6 +175,10 @@ impl Settings {
             mdns: values.mdns && !alone,
             interfaces: values.interfaces.0,
             peers: values.peers.0,
+            dispatch: DispatchSettings {
+                router: RouterSettings { policy: values.route_policy, ..RouterSettings::default() },
+                wait_max: values.queue_time.0,
+            },
             drain_timeout: values.drain_timeout.0,
         })
     }

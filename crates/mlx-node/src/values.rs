@@ -98,6 +98,17 @@ impl Setting for types::Role {
     }
 }
 
+impl Setting for router::Policy {
+    fn parse(text: &str) -> Result<Self, String> {
+        let names = Self::ALL.map(|(_, name)| name).join(", ");
+        text.parse().map_err(|_| format!("one of {names} is expected"))
+    }
+
+    fn to_toml(&self) -> String {
+        quoted(&self.to_string())
+    }
+}
+
 /// A value, or the program's own choice, written `auto`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Auto<T> {
