@@ -63,7 +63,7 @@ impl Connected {
     fn state(&self, state: EngineState, models: Vec<ModelCard>) {
         let ready = state == EngineState::Ready;
         let over = matches!(state, EngineState::Restarting(_));
-        self.dispatch.change(self.node, |all| {
+        self.dispatch.change(|all| {
             if let Some(entry) = all.nodes.get_mut(&self.node).filter(|_| over) {
                 entry.life += 1;
                 entry.passes = 0;
@@ -77,14 +77,14 @@ impl Connected {
 
     /// It takes nothing new.
     fn leaving(&self) {
-        self.dispatch.change(self.node, |all| {
+        self.dispatch.change(|all| {
             let models = all.router.node(self.node).map(|known| known.models().to_vec());
             all.router.state(self.node, EngineState::Draining, models.unwrap_or_default());
         });
     }
 
     fn load(&self, load: NodeLoad) {
-        self.dispatch.change(self.node, |all| {
+        self.dispatch.change(|all| {
             let now = now();
             let Some(entry) = all.nodes.get_mut(&self.node) else { return };
             let (rtt, before) = (entry.target.rtt(), entry.passes);
@@ -114,7 +114,7 @@ impl Connected {
 
 impl Drop for Connected {
     fn drop(&mut self) {
-        self.dispatch.change(self.node, |all| {
+        self.dispatch.change(|all| {
             if all.nodes.get(&self.node).is_some_and(|entry| entry.connection == self.connection) {
                 all.remove(self.node);
             }

@@ -10,7 +10,8 @@ use crate::health::{Pulse, RetryBudget, step_deadline};
 use crate::settings::{RETRY_AFTER_MIN, TRIES_MAX};
 use crate::target::Target;
 use router::{
-    BookingId, Breaker, Outcome, Queue, QueueId, RouteError, RouteQuery, Router, RouterSettings, Waiting,
+    BookingId, Breaker, Excluded, Outcome, Plan, Queue, QueueId, RouteError, RouteQuery, Router,
+    RouterSettings, Waiting,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,12 @@ use types::{
     NodeView, RouteInfo, RouteNode, RoutePlan, Service, block_hashes, limits,
 };
 use wire::Hello;
+
+/// Requests of a model in the queue whose node is full and that are passed over in search of one whose node is not: bounds
+/// what one report costs.
+const PASSED_MAX: usize = 32;
+/// Reports of many nodes do not serve the queue more often than this: a place that becomes free always does.
+const SERVE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// What is asked for, prepared once for all tries until it has more of its answer.
 pub(crate) struct Ask {
@@ -82,7 +89,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let now = now();
-        self.dispatch.change(self.info.node, |state| {
+        self.dispatch.free(|state| {
             state.router.progress(self.booking, self.tokens, now);
             state.router.finished(self.booking, now);
         });
@@ -131,6 +138,8 @@ pub(crate) struct State {
     /// Nodes whose breaker is not closed.
     tripped: BTreeSet<NodeId>,
     retries: RetryBudget,
+    /// When the queue was served last.
+    served: Instant,
     serial: u64,
     draining: bool,
 }
@@ -172,6 +181,7 @@ impl Dispatch {
             waiting: Queue::new(limits::ROUTER_WAITING_MAX),
             tripped: BTreeSet::new(),
             retries: RetryBudget::new(now()),
+            served: now(),
             serial: 0,
             draining: false,
         };
@@ -248,10 +258,8 @@ impl Dispatch {
             if state.draining && !again {
                 return Err(ask.unavailable("this process is leaving".to_owned()));
             }
-            // One that may not go everywhere holds up nobody: the place that it lacks may be there for others.
-            let same = |waiter: &Waiter| waiter.tried.is_empty() && waiter.ask.model == ask.model;
-            let overtakes = !again && state.waiting.iter().any(|(_, waiter)| same(waiter));
-            let routed = if overtakes { None } else { Some(state.book(ask, tried)) };
+            // Nobody is overtaken: where others wait, it takes its turn among them.
+            let routed = state.waiting.is_empty().then(|| state.book(ask, tried, &mut Plan::default()));
             let free_after = match routed {
                 Some(Ok(booked)) => return Ok(self.place_of(booked)),
                 Some(Err(RouteError::AllBusy { retry_after })) => Some(retry_after),
@@ -259,7 +267,11 @@ impl Dispatch {
                 Some(Err(error)) => return Err(ask.error(error)),
                 None => None,
             };
-            self.enqueue(&mut state, ask, tried, again, free_after)?
+            let waits = self.enqueue(&mut state, ask, tried, again, free_after)?;
+            if free_after.is_none() {
+                state.serve_queue();
+            }
+            waits
         };
         let mut wait = Wait { dispatch: self, id, receiver };
         match tokio::time::timeout(self.wait_max, &mut wait.receiver).await {
@@ -272,7 +284,7 @@ impl Dispatch {
 
     /// A place for the request at once, or none.
     pub(crate) fn place_now(self: &Arc<Self>, ask: &Arc<Ask>, tried: &[Tried]) -> Option<Place> {
-        let booked = self.lock().book(ask, tried).ok()?;
+        let booked = self.lock().book(ask, tried, &mut Plan::default()).ok()?;
         Some(self.place_of(booked))
     }
 
@@ -430,14 +442,23 @@ impl Dispatch {
         Place { target, info, life, pulse, tokens: 0, booking, dispatch: self.clone() }
     }
 
-    /// Changes what is known of a node, and serves the queue from what that freed.
-    pub(crate) fn change<T>(&self, node: NodeId, change: impl FnOnce(&mut State) -> T) -> T {
+    /// Changes what is known of a node, and serves the queue where that is not done all the time.
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let result = change(&mut state);
-        if !state.waiting.is_empty() && state.may_have_room(node) {
+        if !state.waiting.is_empty() && now().saturating_duration_since(state.served) >= SERVE_INTERVAL {
             state.serve_queue();
         }
         result
+    }
+
+    /// The same where a place has become free.
+    pub(crate) fn free(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.lock();
+        change(&mut state);
+        if !state.waiting.is_empty() {
+            state.serve_queue();
+        }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -448,7 +469,7 @@ impl Dispatch {
 
 impl State {
     /// Chooses a node and takes a place there. Those whose breaker is open are passed over, unless no other is left.
-    fn book(&mut self, ask: &Ask, tried: &[Tried]) -> Result<Booked, RouteError> {
+    fn book(&mut self, ask: &Ask, tried: &[Tried], plan: &mut Plan) -> Result<Booked, RouteError> {
         let now = now();
         let mut exclude: Vec<NodeId> =
             tried.iter().filter(|tried| self.is_same(tried)).map(|tried| tried.node).collect();
@@ -458,10 +479,10 @@ impl State {
             .iter()
             .filter(|node| self.nodes.get(node).is_some_and(|entry| !entry.breaker.admits(now)));
         exclude.extend(open);
-        let mut routed = self.router.route(&ask.query(&exclude), now);
+        let mut routed = self.router.route_after(&ask.query(&exclude), plan, now);
         if exclude.len() > tried_nodes && matches!(routed, Err(RouteError::NoNode { .. })) {
             exclude.truncate(tried_nodes);
-            routed = self.router.route(&ask.query(&exclude), now);
+            routed = self.router.route_after(&ask.query(&exclude), plan, now);
         }
         let route = routed?;
         let gone = || RouteError::NoNode { reason: "the node has just gone".to_owned() };
@@ -515,11 +536,11 @@ impl State {
         considered.collect()
     }
 
-    /// Seconds that the request would keep the node busy that has most of its prompt.
+    /// Seconds that reading its prompt would take where that is done soonest.
     fn work_s(&self, ask: &Ask) -> f64 {
         let considered = self.router.explain(&ask.query(&[]), now()).into_iter();
-        let able = considered.filter(|one| !matches!(one.excluded, Some(router::Excluded::OtherModel)));
-        able.map(|one| one.cost.prefill_s + one.cost.decode_s).min_by(f64::total_cmp).unwrap_or(0.0)
+        let able = considered.filter(|one| one.excluded.is_none_or(|excluded| excluded == Excluded::Full));
+        able.map(|one| one.cost.prefill_s).min_by(f64::total_cmp).unwrap_or(0.0)
     }
 
     fn predicted_wait(&self, ask: &Ask) -> Option<Duration> {
@@ -556,15 +577,6 @@ impl State {
         self.router.node_down(node);
     }
 
-    /// Whether the queue may get something from a node: a first look that costs nothing.
-    fn may_have_room(&self, node: NodeId) -> bool {
-        self.router.node(node).is_none_or(|known| {
-            known.load().is_none_or(|load| {
-                load.running.saturating_add(known.booked_requests()) <= load.slots + router::NODE_WAITING_MAX
-            })
-        })
-    }
-
     /// Whether a node that it may have is expected to be ready in time, where none is. An answer that has begun may go on
     /// with the next engine of a node, and with a node that is not known yet.
     fn has_hope(&self, ask: &Ask, tried: &[Tried]) -> bool {
@@ -578,14 +590,18 @@ impl State {
         ask.has_begun || coming.into_iter().any(|(node, _)| !is_tried(node))
     }
 
-    /// In the queue's order; a model whose nodes are busy does not hold up the others.
+    /// In the queue's order. Each is meant for the node that is best for it, by what those before it are meant for; one
+    /// whose node is full holds nobody up that is meant for another.
     fn serve_queue(&mut self) {
         let now = now();
-        let mut busy: BTreeSet<String> = BTreeSet::new();
-        let mut passed: BTreeSet<u64> = BTreeSet::new();
+        self.served = now;
+        let mut plan = Plan::default();
+        let mut passed: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
         loop {
-            let eligible =
-                |waiter: &Waiter| !busy.contains(&waiter.ask.model) && !passed.contains(&waiter.serial);
+            let eligible = |waiter: &Waiter| {
+                let passed = passed.get(&waiter.ask.model);
+                passed.is_none_or(|passed| passed.len() < PASSED_MAX && !passed.contains(&waiter.serial))
+            };
             let Some((id, waiter)) = self.waiting.first(now, eligible) else { return };
             if waiter.reply.is_closed() {
                 self.waiting.remove(id);
@@ -593,7 +609,7 @@ impl State {
             }
             let (serial, again) = (waiter.serial, waiter.again);
             let (ask, tried) = (waiter.ask.clone(), waiter.tried.clone());
-            match self.book(&ask, &tried) {
+            match self.book(&ask, &tried, &mut plan) {
                 Ok(booked) => {
                     let booking = booked.booking;
                     let sent =
@@ -602,14 +618,11 @@ impl State {
                         self.router.finished(booking, now);
                     }
                 }
-                Err(RouteError::AllBusy { .. }) if tried.is_empty() => {
-                    busy.insert(ask.model.clone());
-                }
                 Err(RouteError::AllBusy { .. }) => {
-                    passed.insert(serial);
+                    passed.entry(ask.model.clone()).or_default().insert(serial);
                 }
                 Err(RouteError::NoNode { .. }) if again && self.has_hope(&ask, &tried) => {
-                    passed.insert(serial);
+                    passed.entry(ask.model.clone()).or_default().insert(serial);
                 }
                 Err(error) => {
                     if let Some(waiter) = self.waiting.remove(id) {
@@ -663,10 +676,7 @@ impl Drop for Wait<'_> {
     fn drop(&mut self) {
         self.receiver.close();
         match self.receiver.try_recv() {
-            Ok(Ok(booked)) => {
-                let node = booked.info.node;
-                self.dispatch.change(node, |state| state.router.finished(booked.booking, now()));
-            }
+            Ok(Ok(booked)) => self.dispatch.free(|state| state.router.finished(booked.booking, now())),
             _ => drop(self.dispatch.lock().waiting.remove(self.id)),
         }
     }

@@ -106,8 +106,10 @@ impl EngineHandle {
         let given = request.output.len() as u32;
         let (prompt_tokens, max_tokens) = (request.prompt.len() as u32, request.max_tokens);
         let model = request.model.clone();
-        let sent =
-            table.commands.as_ref().is_some_and(|it| it.try_send(EngineCommand::Submit(request.into())).is_ok());
+        let sent = table
+            .commands
+            .as_ref()
+            .is_some_and(|it| it.try_send(EngineCommand::Submit(request.into())).is_ok());
         if !sent {
             return Err(GenerateError::Unavailable { model, reason: "its engine is going".to_owned() });
         }
