@@ -14,7 +14,7 @@ use crate::{
 };
 use axum::{body::Body, extract::State, response::Response};
 use bytes::Bytes;
-use types::{ModelCard, TokenId};
+use types::ModelCard;
 
 pub(crate) async fn create(
     State(state): State<AppState>,
@@ -41,16 +41,12 @@ pub(super) async fn job(state: &AppState, caller: &Caller, body: Bytes) -> Resul
     let parameters = request.take_parameters().check(&card, caller)?;
     let text = state.texts.get(&card).await?;
     let model = card.clone();
-    let prompt = state.texts.run(&text, bytes, move |text| encode(text, &model, request)).await?;
+    let prompt = state.texts.read(&text, bytes, move |text| render(text, &model, request)).await?;
     Ok(Job { id: caller.id, card, text, prompts: vec![prompt], kind: PromptKind::Messages, parameters })
 }
 
-/// The prompt's tokens. As Hugging Face does, special tokens are left to the template, which knows where they belong.
-fn encode(
-    text: &ModelText,
-    card: &ModelCard,
-    request: ChatCompletionRequest,
-) -> Result<Vec<TokenId>, ApiError> {
+/// The prompt. As Hugging Face does, special tokens are left to the template, which knows where they belong.
+fn render(text: &ModelText, card: &ModelCard, request: ChatCompletionRequest) -> Result<String, ApiError> {
     let model = || card.name.clone();
     let Some(template) = text.template() else {
         return Err(ApiError::NoChatTemplate { model: model() });
@@ -72,11 +68,10 @@ fn encode(
         reasoning_effort: request.reasoning_effort,
         kwargs: request.chat_template_kwargs.unwrap_or_default(),
     };
-    let prompt = template.render(input).map_err(|error| match error {
+    template.render(input).map_err(|error| match error {
         TemplateError::Reserved(_) => ApiError::parameter("chat_template_kwargs", error.to_string()),
         TemplateError::Syntax(message) | TemplateError::Render(message) => {
             ApiError::Template { model: model(), message }
         }
-    })?;
-    text.encode(&prompt, false).map_err(|message| ApiError::Tokenizer { message })
+    })
 }

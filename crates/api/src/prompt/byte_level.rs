@@ -3,14 +3,13 @@
 //!
 //! A text is cut where the library cuts it: at added tokens, then by the pre-tokenizer's steps into words. What is between
 //! two added tokens is a *piece*, and its tokens depend on nothing else; nor do a word's. So words are kept with their
-//! tokens, and long pieces too: of a conversation that goes on only what is new is cut at all. What a word becomes is always
-//! the library's answer. A tokenizer of another kind, or one that gives other tokens for [`SAMPLES`], is left to the library.
+//! tokens (`segments.rs` keeps the long parts of texts). What a word becomes is always the library's answer. A tokenizer of another kind, or one that gives other tokens for [`SAMPLES`], is left to the library.
 
 use super::words::{self, Words};
 use aho_corasick::{AhoCorasick, MatchKind};
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{PoisonError, RwLock},
 };
 use tokenizers::{
     Model, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
@@ -22,10 +21,6 @@ use types::TokenId;
 const WORDS_MAX: usize = 1 << 16;
 /// Bytes of a word that is kept: longer ones hardly come twice.
 const WORD_BYTES_MAX: usize = 64;
-/// Bytes of a piece that is kept: shorter ones are cut again as fast.
-const PIECE_BYTES_MIN: usize = 64;
-/// Bytes of all pieces kept of one model, their tokens included: some hundred long conversations.
-const PIECES_BYTES_MAX: usize = 32 << 20;
 /// What a tokenizer must encode here as the library does before this is used for it.
 const SAMPLES: [&str; 8] = [
     "Hello, world! It's 12345.67 o'clock;  we're   here.\n\n\tfn main() { let x = \"ü\"; }\r\n",
@@ -38,7 +33,7 @@ const SAMPLES: [&str; 8] = [
     "",
 ];
 
-/// The tokenizer's own way to cut a text, and what is known of words and pieces.
+/// The tokenizer's own way to cut a text, and what is known of words.
 pub(crate) struct ByteLevel {
     /// Added tokens, those that are looked for in the text as it is before those in what is left.
     added: Vec<Added>,
@@ -48,7 +43,6 @@ pub(crate) struct ByteLevel {
     /// The character that stands for each byte.
     chars: [char; 256],
     words: RwLock<KnownWords>,
-    pieces: Mutex<Pieces>,
 }
 
 struct Added {
@@ -77,14 +71,6 @@ struct KnownWords {
     tokens: Vec<TokenId>,
 }
 
-/// In two generations: what was used since the younger one began is in it; when it is full the older one is forgotten.
-#[derive(Default)]
-struct Pieces {
-    young: HashMap<Box<str>, Arc<[TokenId]>>,
-    young_bytes: usize,
-    old: HashMap<Box<str>, Arc<[TokenId]>>,
-}
-
 impl ByteLevel {
     /// None where the tokenizer is not of this kind.
     pub(crate) fn of(tokenizer: &Tokenizer) -> Option<Self> {
@@ -103,7 +89,6 @@ impl ByteLevel {
             ascii,
             chars: chars(),
             words: RwLock::default(),
-            pieces: Mutex::default(),
         };
         let same = |text: &str| {
             let expected = tokenizer.encode_fast(text, false).ok()?;
@@ -136,7 +121,7 @@ impl ByteLevel {
         text: &str,
         out: &mut Vec<TokenId>,
     ) -> Result<(), String> {
-        let Some(added) = self.added.get(level) else { return self.piece(tokenizer, text, out) };
+        let Some(added) = self.added.get(level) else { return self.cut(tokenizer, text, out) };
         let mut rest = 0;
         for found in added.matcher.find_iter(text) {
             self.encode_from(level + 1, tokenizer, &text[rest..found.start()], out)?;
@@ -144,20 +129,6 @@ impl ByteLevel {
             rest = found.end();
         }
         self.encode_from(level + 1, tokenizer, &text[rest..], out)
-    }
-
-    fn piece(&self, tokenizer: &Tokenizer, piece: &str, out: &mut Vec<TokenId>) -> Result<(), String> {
-        if piece.len() < PIECE_BYTES_MIN {
-            return self.cut(tokenizer, piece, out);
-        }
-        if let Some(tokens) = self.pieces.lock().unwrap_or_else(PoisonError::into_inner).get(piece) {
-            out.extend_from_slice(&tokens);
-            return Ok(());
-        }
-        let from = out.len();
-        self.cut(tokenizer, piece, out)?;
-        self.pieces.lock().unwrap_or_else(PoisonError::into_inner).keep(piece, &out[from..]);
-        Ok(())
     }
 
     fn cut(&self, tokenizer: &Tokenizer, piece: &str, out: &mut Vec<TokenId>) -> Result<(), String> {
@@ -218,32 +189,6 @@ impl KnownWords {
             let from = self.tokens.len() as u32;
             self.tokens.extend_from_slice(tokens);
             self.known.insert(word.into(), (from, self.tokens.len() as u32));
-        }
-    }
-}
-
-impl Pieces {
-    fn get(&mut self, piece: &str) -> Option<Arc<[TokenId]>> {
-        if let Some(tokens) = self.young.get(piece) {
-            return Some(tokens.clone());
-        }
-        let (piece, tokens) = self.old.remove_entry(piece)?;
-        self.insert(piece, tokens.clone());
-        Some(tokens)
-    }
-
-    fn keep(&mut self, piece: &str, tokens: &[TokenId]) {
-        self.insert(piece.into(), tokens.into());
-    }
-
-    fn insert(&mut self, piece: Box<str>, tokens: Arc<[TokenId]>) {
-        let bytes = piece.len() + size_of_val(&*tokens);
-        if self.young_bytes + bytes > PIECES_BYTES_MAX / 2 {
-            self.old = std::mem::take(&mut self.young);
-            self.young_bytes = 0;
-        }
-        if bytes <= PIECES_BYTES_MAX / 2 && self.young.insert(piece, tokens).is_none() {
-            self.young_bytes += bytes;
         }
     }
 }

@@ -8,7 +8,7 @@ use tokio::{
     task::spawn_blocking,
 };
 use tracing::{info, warn};
-use types::{AssetsHash, Directory, ModelCard};
+use types::{AssetsHash, Directory, ModelCard, TokenId};
 
 /// Models whose tokenizers are kept; a large one takes about 100 MB.
 const MODELS_KEPT_MAX: usize = 8;
@@ -17,6 +17,8 @@ const MODELS_KEPT_MAX: usize = 8;
 const ENCODE_INLINE_BYTES_MAX: usize = 8 << 10;
 /// The same of byte-level tokenizers, at some 50 MB/s and more.
 const ENCODE_INLINE_BYTE_LEVEL_BYTES_MAX: usize = 64 << 10;
+/// Bodies above this many bytes are made into prompts on a blocking thread as well: templates copy, at some 100 MB/s.
+const RENDER_INLINE_BYTES_MAX: usize = 256 << 10;
 /// Large texts encoded at once: the engine needs the processor too.
 const ENCODES_MAX: usize = 2;
 
@@ -45,6 +47,22 @@ impl TextCache {
         tokio::spawn(load).await.unwrap_or_else(|error| {
             Err(ApiError::Internal { what: format!("loading a tokenizer broke off: {error}") })
         })
+    }
+
+    /// Runs `render`, whose input has this many bytes, and reads the prompt that it gives: as much as is new of it.
+    pub(crate) async fn read(
+        &self,
+        text: &Arc<ModelText>,
+        bytes: usize,
+        render: impl FnOnce(&ModelText) -> Result<String, ApiError> + Send + 'static,
+    ) -> Result<Vec<TokenId>, ApiError> {
+        let failed = |message| ApiError::Tokenizer { message };
+        if bytes > RENDER_INLINE_BYTES_MAX {
+            let all = move |text: &ModelText| text.read(text.known(render(text)?)).map_err(failed);
+            return self.run(text, bytes, all).await;
+        }
+        let prompt = text.known(render(text)?);
+        self.run(text, prompt.unread_bytes(), move |text| text.read(prompt).map_err(failed)).await
     }
 
     /// Runs `encode`, whose input has this many bytes: a large one waits for its turn on a blocking thread.

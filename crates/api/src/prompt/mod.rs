@@ -1,4 +1,4 @@
-//! From messages and texts to tokens: chat template, tokenizer, and a cache of both by assets hash.
+//! From messages and texts to tokens: chat template, tokenizer, a cache of both by assets hash, and of what was read before.
 //!
 //! [`TextCache`] owns the loaded [`ModelText`]s; a handler borrows one for as long as its request lives.
 
@@ -6,6 +6,7 @@ mod byte_level;
 mod cache;
 mod clock;
 mod json;
+mod segments;
 mod template;
 mod tokenizer;
 mod words;

@@ -1,7 +1,10 @@
 //! A model's tokenizer and chat template, loaded.
 
-use super::{ByteLevel, ChatTemplate, TemplateError};
-use std::{collections::HashSet, fmt};
+use super::{
+    ByteLevel, ChatTemplate, TemplateError,
+    segments::{SegmentCache, SegmentKey, Segments},
+};
+use std::{collections::HashSet, fmt, ops::Range, sync::Arc};
 use tokenizers::Tokenizer;
 use types::{ModelAssets, TokenId};
 
@@ -21,6 +24,35 @@ pub(crate) struct ModelText {
     byte_level: Option<ByteLevel>,
     special: HashSet<TokenId>,
     template: Option<ChatTemplate>,
+    segments: Option<Segments>,
+    known: SegmentCache,
+}
+
+/// A prompt of which a part is tokens already; see [`ModelText::known`].
+#[derive(Debug)]
+pub(crate) struct PromptTokens {
+    text: String,
+    /// In order.
+    segments: Vec<Segment>,
+}
+
+/// A part of a text, and its tokens where these are known.
+#[derive(Debug)]
+struct Segment {
+    bytes: Range<usize>,
+    key: SegmentKey,
+    tokens: Option<Arc<[TokenId]>>,
+}
+
+impl PromptTokens {
+    /// Bytes that are still to be read.
+    pub(crate) fn unread_bytes(&self) -> usize {
+        if self.segments.is_empty() {
+            return self.text.len();
+        }
+        let unread = self.segments.iter().filter(|segment| segment.tokens.is_none());
+        unread.map(|segment| segment.bytes.len()).sum()
+    }
 }
 
 impl ModelText {
@@ -39,7 +71,8 @@ impl ModelText {
             .map(|source| ChatTemplate::new(source, assets.bos_token.as_deref(), assets.eos_token.as_deref()))
             .transpose()?;
         let byte_level = ByteLevel::of(&tokenizer);
-        Ok(Self { tokenizer, byte_level, special, template })
+        let segments = Segments::new(added.values());
+        Ok(Self { tokenizer, byte_level, special, template, segments, known: SegmentCache::default() })
     }
 
     /// Whether texts are encoded the fast way.
@@ -60,6 +93,38 @@ impl ModelText {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// What is known of a prompt by those before it. Takes little time: the prompt is hashed and looked up.
+    pub(crate) fn known(&self, text: String) -> PromptTokens {
+        let segments = self.segments.as_ref().map(|segments| segments.of(&text)).unwrap_or_default();
+        let keys: Vec<SegmentKey> = segments.iter().map(|segment| SegmentKey::new(&text, segment)).collect();
+        let known = self.known.get(&keys);
+        let segments = segments.into_iter().zip(keys).zip(known);
+        let segments = segments.map(|((bytes, key), tokens)| Segment { bytes, key, tokens }).collect();
+        PromptTokens { text, segments }
+    }
+
+    /// The tokens of a prompt, without any around it: those of its whole text, as [`ModelText::encode`] gives them.
+    pub(crate) fn read(&self, prompt: PromptTokens) -> Result<Vec<TokenId>, String> {
+        let PromptTokens { text, segments } = prompt;
+        if segments.is_empty() {
+            return self.encode(&text, false);
+        }
+        let (mut all, mut new) = (Vec::new(), Vec::new());
+        for Segment { bytes, key, tokens } in segments {
+            let tokens = match tokens {
+                Some(tokens) => tokens,
+                None => {
+                    let tokens: Arc<[TokenId]> = self.encode(&text[bytes], false)?.into();
+                    new.push((key, tokens.clone()));
+                    tokens
+                }
+            };
+            all.extend_from_slice(&tokens);
+        }
+        self.known.insert(new);
+        Ok(all)
+    }
+
     /// The text of some tokens; special ones have none.
     pub(crate) fn decode(&self, tokens: &[TokenId]) -> Result<String, String> {
         self.tokenizer.decode(tokens, true).map_err(|error| error.to_string())
@@ -76,3 +141,7 @@ impl fmt::Debug for ModelText {
         f.debug_struct("ModelText").field("template", &self.template.is_some()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+#[path = "tokenizer_tests.rs"]
+mod tests;

@@ -185,7 +185,7 @@ impl Directory for Cluster {
         self.planned.lock().unwrap().push(request.clone());
         match &self.script {
             Script::Refuse(error) => Err(error.clone()),
-            Script::Events(_) | Script::Hang(_) => Ok(RoutePlan {
+            _ => Ok(RoutePlan {
                 model: request.model.clone(),
                 prompt_tokens: request.prompt.len() as u32,
                 max_tokens: request.max_tokens,

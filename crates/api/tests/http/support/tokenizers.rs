@@ -53,6 +53,36 @@ pub(crate) fn byte_fallback() -> String {
 /// Pieces of [`byte_fallback`] that are no bytes.
 pub(crate) const PIECES: [&str; 8] = ["▁", "▁a", "a", "b", "é", "▁é", "▁▁", "."];
 
+/// Special tokens of [`words`].
+pub(crate) const WORDS_SPECIAL: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<l>", "<r>", "<|im"];
+
+/// A tokenizer whose parts all look around them: `Metaspace`, at the beginning of a text only or before every piece,
+/// special tokens that take in the spaces on their left (`<l>`) or right (`<r>`), one that begins as others do, and one that
+/// is looked for in normalized text (`ab a`).
+pub(crate) fn words(first: bool) -> String {
+    let mut vocab = Map::new();
+    for (id, token) in
+        ["<unk>", "▁", "a", "b", ".", "é", "▁a", "▁ab", "ab", "\n", "<", "|"].into_iter().enumerate()
+    {
+        vocab.insert(token.to_owned(), json!(id));
+    }
+    let scheme = if first { "first" } else { "always" };
+    let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true});
+    let normalizer = json!({"type": "Replace", "pattern": {"String": "b."}, "content": "."});
+    let json = tokenizer(&WORDS_SPECIAL, 12, metaspace.clone(), normalizer, metaspace, vocab, true);
+    let mut json: Value = serde_json::from_str(&json).unwrap();
+    json["model"]["byte_fallback"] = json!(false);
+    json["model"]["merges"] = json!([["a", "b"], ["▁", "a"], ["▁", "ab"]]);
+    json["added_tokens"][2]["lstrip"] = json!(true);
+    json["added_tokens"][3]["rstrip"] = json!(true);
+    let normalized = json!({
+        "id": 17, "content": "ab a", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": true, "special": false,
+    });
+    json["added_tokens"].as_array_mut().unwrap().push(normalized);
+    json.to_string()
+}
+
 fn tokenizer(
     special: &[&str],
     special_from: usize,
