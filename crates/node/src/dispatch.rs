@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use transport::Peer;
 use types::{
     AssetsHash, BlockHash, ClusterView, EngineState, GenerateError, GenerateRequest, ModelCard, NodeId,
-    NodeView, RouteInfo, RouteNode, RoutePlan, Service, block_hashes, limits,
+    NodePrediction, NodeView, RequestId, RouteInfo, RouteNode, RoutePlan, Service, block_hashes, limits,
 };
 use wire::Hello;
 
@@ -32,6 +32,7 @@ const SERVE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// What is asked for, prepared once for all tries until it has more of its answer.
 pub(crate) struct Ask {
+    id: RequestId,
     model: String,
     hashes: Vec<BlockHash>,
     /// Of prompt and answer so far.
@@ -236,6 +237,7 @@ impl Dispatch {
         };
         let output = request.output.len() as u32;
         Ask {
+            id: request.id,
             model: request.model.clone(),
             hashes: root.map(hashes).unwrap_or_default(),
             tokens: request.prompt.len() as u32 + output,
@@ -425,6 +427,9 @@ impl Dispatch {
                 models: known.models().to_vec(),
                 load: known.load().copied(),
                 rtt_s: peer.map(|peer| peer.rtt().as_secs_f32()),
+                cached_blocks: state.router.cached_blocks(id) as u64,
+                prediction: state.router.learned(id).map(prediction).unwrap_or_default(),
+                avoided: !entry.breaker.admits(now()),
             })
         });
         let mut nodes: Vec<NodeView> = nodes.collect();
@@ -487,7 +492,7 @@ impl State {
         let route = routed?;
         let gone = || RouteError::NoNode { reason: "the node has just gone".to_owned() };
         if tracing::enabled!(tracing::Level::DEBUG) {
-            tracing::debug!(node = %route.node, reason = %route.reason, considered = ?self.considered(ask), "routed");
+            tracing::debug!(request = %ask.id, node = %route.node, reason = %route.reason, considered = ?self.considered(ask), "routed");
         }
         let info = self.info(&route).ok_or_else(gone)?;
         let booking = self.router.book(&route, &ask.query(&exclude), now).ok_or_else(gone)?;
@@ -658,6 +663,16 @@ impl Ask {
             RouteError::NoNode { reason } => self.unavailable(reason),
             RouteError::AllBusy { retry_after } => busy(retry_after),
         }
+    }
+}
+
+fn prediction(learned: router::Learned) -> NodePrediction {
+    NodePrediction {
+        requests: learned.requests,
+        prefill_tokens_per_s: learned.prefill_tokens_per_s,
+        decode_scale: learned.decode_scale,
+        bias: learned.bias,
+        error: learned.error,
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) const ENGINE_SLOTS_MAX: u32 = 1024;
 /// First wait before a router is dialled again.
 pub(crate) const REDIAL_DELAY: Duration = Duration::from_millis(200);
 /// The longest: a router that returns should have its nodes back within 2 s.
-pub(crate) const REDIAL_DELAY_MAX: Duration = Duration::from_secs(2);
+pub(crate) const REDIAL_DELAY_MAX: Duration = Duration::from_secs(1);
 /// Wait before a router is dialled again that has another key or refused us: somebody has to change something first.
 pub(crate) const REDIAL_DELAY_REFUSED: Duration = Duration::from_secs(10);
 /// Routers one node dials; a cluster has a few, and configured addresses may be double.

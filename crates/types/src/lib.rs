@@ -28,7 +28,7 @@ pub use generate::{
 };
 pub use id::{NodeId, ParseIdError, RequestId};
 pub use model::{AssetsHash, ModelAssets, ModelCard};
-pub use node::{ClusterView, EngineState, NodeLoad, NodeRates, NodeView, Role};
+pub use node::{ClusterView, EngineState, NodeLoad, NodePrediction, NodeRates, NodeView, Role};
 pub use request::{GenerateDraft, GenerateRequest, GenerateRequestError};
 pub use sampling::{SamplingDraft, SamplingError, SamplingParams};
 pub use sessions::{NodeSession, SessionAnswers, SessionRequest, Sessions};

@@ -97,6 +97,27 @@ pub struct NodeView {
     pub load: Option<NodeLoad>,
     /// Round-trip time in seconds; none for the local one.
     pub rtt_s: Option<f32>,
+    /// Blocks of its cache that this router knows of.
+    pub cached_blocks: u64,
+    /// How well this router predicts it.
+    pub prediction: NodePrediction,
+    /// Whether this router leaves it alone, since it failed lately.
+    pub avoided: bool,
+}
+
+/// What a router has learned of a node from the requests that it sent there.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct NodePrediction {
+    /// Requests learned from.
+    pub requests: u64,
+    /// Prompt tokens a second when nothing else runs, before attention.
+    pub prefill_tokens_per_s: f64,
+    /// How long a decode step takes, relative to what the node says.
+    pub decode_scale: f64,
+    /// Mean relative error of the predicted time to the first token: above 0 where it was predicted too long.
+    pub bias: f64,
+    /// Mean of its magnitude.
+    pub error: f64,
 }
 
 /// `/v1/cluster`.

@@ -42,6 +42,13 @@ async fn every_router_knows_what_caches_hold() {
     };
     // The second router sent nothing itself.
     eventually("both know", || cluster.nodes[..2].iter().all(known)).await;
+    for router in &cluster.nodes[..2] {
+        // Prompts and answers, but for what is left over a whole block.
+        let blocks: u64 = router.view().nodes.iter().map(|node| node.cached_blocks).sum();
+        assert!((50..=54).contains(&blocks), "{blocks}");
+    }
+    let learned = cluster.nodes[0].view().nodes.iter().map(|node| node.prediction.requests).sum::<u64>();
+    assert_eq!(learned, 2);
     // Also the answer is cached: the next turn of the conversation costs its new part.
     let answer = FakeSettings::default().output(&asked[0]).tokens;
     let next = GenerateDraft { prompt: [&*asked[0].prompt, &answer].concat(), ..asked[0].clone().into() };

@@ -87,6 +87,9 @@ impl Cluster {
             models: models.clone(),
             load: None,
             rtt_s: None,
+            cached_blocks: 0,
+            prediction: NodePrediction::default(),
+            avoided: false,
         };
         let view = ClusterView { cluster: "home".to_owned(), nodes: vec![node], in_flight: 0, waiting: 0 };
         Arc::new(Self {
