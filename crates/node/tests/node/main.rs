@@ -2,6 +2,7 @@
 
 mod failover;
 mod knowledge;
+mod queue;
 mod sessions;
 
 use futures_util::StreamExt;
@@ -35,13 +36,14 @@ struct Cluster {
 }
 
 struct Engine {
+    model: &'static str,
     load_ms: u64,
     step_ms: u64,
     slots: u32,
     failure: Option<&'static str>,
 }
 
-const ENGINE: Engine = Engine { load_ms: 60, step_ms: 10, slots: 4, failure: None };
+const ENGINE: Engine = Engine { model: MODEL, load_ms: 60, step_ms: 10, slots: 4, failure: None };
 
 impl Cluster {
     fn new() -> Self {
@@ -56,7 +58,7 @@ impl Cluster {
     fn settings(&self, engine: &Engine, roles: &[Role]) -> NodeSettings {
         let index = self.nodes.len();
         let mut args = vec![
-            MODEL.into(),
+            engine.model.into(),
             engine.load_ms.to_string().into(),
             engine.step_ms.to_string().into(),
             engine.slots.to_string().into(),
@@ -370,39 +372,5 @@ async fn a_text_that_is_not_read_yet_survives_the_end_of_its_node() {
     for (request, generation) in running {
         check_text(&request, &collect(generation).await);
     }
-    cluster.shutdown().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_node_makes_requests_wait_in_a_bounded_queue() {
-    let mut cluster = Cluster::new();
-    cluster.add(&Engine { slots: 1, step_ms: 5, ..ENGINE }, &[Role::Node, Role::Router]).await;
-    cluster.ready(1).await;
-    let node = &cluster.nodes[0];
-    // One slot, a few places at the node, then the router's queue; each in a task, as accepting may take long.
-    let mut tasks = Vec::new();
-    let release = tokio::sync::watch::Sender::new(false);
-    let total = limits::ROUTER_WAITING_MAX as u128 + 40;
-    for id in 0..total {
-        let (node, mut released) = (node.clone(), release.subscribe());
-        tasks.push(tokio::spawn(async move {
-            let generation = node.generate(request(id, 2000)).await?;
-            released.wait_for(|released| *released).await.expect("the sender lives");
-            drop(generation);
-            Ok(())
-        }));
-    }
-    eventually("the queue is full", || node.view().waiting as usize == limits::ROUTER_WAITING_MAX).await;
-    let error = node.generate(request(total, 5)).await.expect_err("busy");
-    assert!(matches!(error, GenerateError::Busy { retry_after_ms } if retry_after_ms >= 1000), "{error}");
-    // Now every accepted one is dropped at once, which makes room: in the end nobody is left.
-    release.send_replace(true);
-    for task in tasks {
-        match task.await.expect("no panic") {
-            Ok(()) | Err(GenerateError::Busy { .. }) => {}
-            Err(error) => panic!("neither accepted nor busy: {error}"),
-        }
-    }
-    eventually("nothing is left", || node.view().in_flight == 0 && node.view().waiting == 0).await;
     cluster.shutdown().await;
 }

@@ -1,0 +1,193 @@
+//! What a router knows and who waits: the plain state behind the dispatch's lock, and the choice of places.
+
+use super::ask::{Ask, Tried};
+use super::now;
+use crate::health::{Pulse, RetryBudget};
+use crate::target::Target;
+use router::{BookingId, Breaker, Excluded, Outcome, Plan, Queue, RouteError, Router};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+use types::{EngineState, GenerateError, NodeId, RouteInfo};
+use wire::Hello;
+
+/// Requests of a model in the queue whose node is full and that are passed over in search of one whose node is not: bounds
+/// what one report costs.
+const PASSED_MAX: usize = 32;
+pub(crate) struct State {
+    pub(crate) router: Router,
+    pub(crate) nodes: BTreeMap<NodeId, NodeEntry>,
+    pub(super) waiting: Queue<Waiter>,
+    /// Nodes whose breaker is not closed.
+    pub(super) tripped: BTreeSet<NodeId>,
+    pub(super) retries: RetryBudget,
+    /// When the queue was served last.
+    pub(super) served: Instant,
+    pub(super) serial: u64,
+    pub(super) draining: bool,
+}
+
+pub(crate) struct NodeEntry {
+    pub(crate) connection: u64,
+    pub(crate) hello: Hello,
+    pub(crate) target: Target,
+    /// Engines that it has had since it connected.
+    pub(crate) life: u32,
+    pub(crate) pulse: Arc<Pulse>,
+    /// Passes that its engine has told of.
+    pub(crate) passes: u64,
+    pub(super) breaker: Breaker,
+}
+
+pub(super) struct Waiter {
+    pub(super) serial: u64,
+    pub(super) ask: Arc<Ask>,
+    pub(super) tried: Vec<Tried>,
+    /// It had a place before: it also waits for nodes to come back.
+    pub(super) again: bool,
+    pub(super) reply: oneshot::Sender<Result<Booked, GenerateError>>,
+}
+
+pub(super) struct Booked {
+    pub(super) booking: BookingId,
+    pub(super) target: Target,
+    pub(super) info: RouteInfo,
+    pub(super) life: u32,
+    pub(super) pulse: Arc<Pulse>,
+}
+
+impl State {
+    /// Chooses a node and takes a place there. Those whose breaker is open are passed over, unless no other is left.
+    pub(super) fn book(&mut self, ask: &Ask, tried: &[Tried], plan: &mut Plan) -> Result<Booked, RouteError> {
+        let now = now();
+        let mut exclude: Vec<NodeId> =
+            tried.iter().filter(|tried| self.is_same(tried)).map(|tried| tried.node).collect();
+        let tried_nodes = exclude.len();
+        let open = self
+            .tripped
+            .iter()
+            .filter(|node| self.nodes.get(node).is_some_and(|entry| !entry.breaker.admits(now)));
+        exclude.extend(open);
+        let mut routed = self.router.route_after(&ask.query(&exclude), plan, now);
+        if exclude.len() > tried_nodes && matches!(routed, Err(RouteError::NoNode { .. })) {
+            exclude.truncate(tried_nodes);
+            routed = self.router.route_after(&ask.query(&exclude), plan, now);
+        }
+        let route = routed?;
+        let gone = || RouteError::NoNode { reason: "the node has just gone".to_owned() };
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            tracing::debug!(request = %ask.id, node = %route.node, reason = %route.reason, considered = ?self.considered(ask), "routed");
+        }
+        let info = self.info(&route).ok_or_else(gone)?;
+        let booking = self.router.book(&route, &ask.query(&exclude), now).ok_or_else(gone)?;
+        let entry = self.nodes.get_mut(&route.node).ok_or_else(gone)?;
+        entry.breaker.sent(now);
+        let (target, life, pulse) = (entry.target.clone(), entry.life, entry.pulse.clone());
+        Ok(Booked { booking, target, info, life, pulse })
+    }
+
+    /// Whether a node that was tried is still the one that was.
+    fn is_same(&self, tried: &Tried) -> bool {
+        let entry = self.nodes.get(&tried.node);
+        entry.is_some_and(|entry| tried.life.is_none_or(|life| life == entry.life))
+    }
+
+    /// Seconds that reading its prompt would take where that is done soonest.
+    pub(super) fn work_s(&self, ask: &Ask) -> f64 {
+        let considered = self.router.explain(&ask.query(&[]), now()).into_iter();
+        let able = considered.filter(|one| one.excluded.is_none_or(|excluded| excluded == Excluded::Full));
+        able.map(|one| one.cost.prefill_s).min_by(f64::total_cmp).unwrap_or(0.0)
+    }
+
+    pub(super) fn predicted_wait(&self, ask: &Ask) -> Option<Duration> {
+        self.waiting.predicted_wait(ask.service.priority)
+    }
+
+    pub(crate) fn outcome(&mut self, node: NodeId, outcome: Outcome, now: Instant) {
+        let Some(entry) = self.nodes.get_mut(&node) else { return };
+        entry.breaker.outcome(outcome, now);
+        self.note_breaker(node);
+    }
+
+    /// A node showed that its engine works.
+    pub(crate) fn works(&mut self, node: NodeId, now: Instant) {
+        let Some(entry) = self.nodes.get_mut(&node) else { return };
+        entry.pulse.beat(now);
+        entry.breaker.heartbeat();
+        self.tripped.remove(&node);
+    }
+
+    fn note_breaker(&mut self, node: NodeId) {
+        let Some(entry) = self.nodes.get(&node) else { return };
+        if entry.breaker.is_closed() {
+            self.tripped.remove(&node);
+        } else if self.tripped.insert(node) {
+            tracing::info!(node = %entry.hello.name, "left alone for a while: it fails");
+        }
+    }
+
+    /// Forgets a node that has gone.
+    pub(crate) fn remove(&mut self, node: NodeId) {
+        self.nodes.remove(&node);
+        self.tripped.remove(&node);
+        self.router.node_down(node);
+    }
+
+    /// Whether a node that it may have is expected to be ready in time, where none is. An answer that has begun may go on
+    /// with the next engine of a node, and with a node that is not known yet.
+    pub(super) fn has_hope(&self, ask: &Ask, tried: &[Tried]) -> bool {
+        let coming = self.router.nodes().filter(|(_, known)| {
+            let loads = matches!(known.state(), EngineState::Loading | EngineState::Restarting(_));
+            let serves =
+                known.models().is_empty() || known.models().iter().any(|card| card.name == ask.model);
+            loads && serves
+        });
+        let is_tried = |node| tried.iter().any(|tried| tried.node == node && self.is_same(tried));
+        ask.has_begun || coming.into_iter().any(|(node, _)| !is_tried(node))
+    }
+
+    /// In the queue's order. Each is meant for the node that is best for it, by what those before it are meant for; one
+    /// whose node is full holds nobody up that is meant for another.
+    pub(super) fn serve_queue(&mut self) {
+        let now = now();
+        self.served = now;
+        let mut plan = Plan::default();
+        let mut passed: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
+        loop {
+            let eligible = |waiter: &Waiter| {
+                let passed = passed.get(&waiter.ask.model);
+                passed.is_none_or(|passed| passed.len() < PASSED_MAX && !passed.contains(&waiter.serial))
+            };
+            let Some((id, waiter)) = self.waiting.first(now, eligible) else { return };
+            if waiter.reply.is_closed() {
+                self.waiting.remove(id);
+                continue;
+            }
+            let (serial, again) = (waiter.serial, waiter.again);
+            let (ask, tried) = (waiter.ask.clone(), waiter.tried.clone());
+            match self.book(&ask, &tried, &mut plan) {
+                Ok(booked) => {
+                    let booking = booked.booking;
+                    let sent =
+                        self.waiting.serve(id, now).map(|waiter| waiter.reply.send(Ok(booked)).is_ok());
+                    if sent != Some(true) {
+                        self.router.finished(booking, now);
+                    }
+                }
+                Err(RouteError::AllBusy { .. }) => {
+                    passed.entry(ask.model.clone()).or_default().insert(serial);
+                }
+                Err(RouteError::NoNode { .. }) if again && self.has_hope(&ask, &tried) => {
+                    passed.entry(ask.model.clone()).or_default().insert(serial);
+                }
+                Err(error) => {
+                    if let Some(waiter) = self.waiting.remove(id) {
+                        // Fails only where nobody waits any more.
+                        let _ = waiter.reply.send(Err(ask.error(error)));
+                    }
+                }
+            }
+        }
+    }
+}
