@@ -315,19 +315,23 @@ async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut repl
     };
     let (cancelled, arrived) = (replies.cancelled(), replies.cancelled());
     let stream = async {
-        let first = timeout(ACCEPT_HELD_MAX, events.next()).await;
-        replies.send(Reply::Accepted).await?;
-        let mut next = match first {
-            Ok(first) => first,
-            Err(_) => events.next().await,
+        let mut next = match timeout(ACCEPT_HELD_MAX, events.next()).await {
+            Ok(first) => {
+                replies.hold(&Reply::Accepted)?;
+                first
+            }
+            Err(_) => {
+                replies.send(Reply::Accepted).await?;
+                events.next().await
+            }
         };
         while let Some(event) = next {
-            let reply = match event {
-                TokenEvent::Started { cached_tokens } => Reply::Started { cached_tokens },
-                TokenEvent::Tokens { index, tokens } => Reply::Tokens { index, tokens },
-                TokenEvent::Finished(finish) => Reply::Done(finish),
-            };
-            replies.send(reply).await?;
+            match event {
+                // A token comes with it.
+                TokenEvent::Started { cached_tokens } => replies.hold(&Reply::Started { cached_tokens })?,
+                TokenEvent::Tokens { index, tokens } => replies.send(Reply::Tokens { index, tokens }).await?,
+                TokenEvent::Finished(finish) => replies.send(Reply::Done(finish)).await?,
+            }
             next = events.next().await;
         }
         Ok::<(), transport::ReplyError>(())

@@ -59,9 +59,19 @@ impl FrameWriter {
         Self { stream, buffer: BytesMut::new() }
     }
 
+    /// Whether nothing waits to be written.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+
     /// Writes bytes of no frame before the next one.
     pub(crate) fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
+    }
+
+    /// Writes one message with the next one that is sent.
+    pub(crate) fn hold<T: Serialize>(&mut self, class: FrameClass, message: &T) -> Result<(), SendError> {
+        Ok(encode(class, message, &mut self.buffer)?)
     }
 
     /// Writes one message and waits until QUIC has taken it. Cancelled after it has begun to write, it leaves the

@@ -88,6 +88,8 @@ pub enum ReplyError {
 #[derive(Debug)]
 pub struct ReplySender {
     writer: FrameWriter,
+    /// All that `writer` has was put off, so that it goes with what comes next.
+    held: bool,
     /// The last reply was given to `writer`.
     last: bool,
     /// And all of it was sent.
@@ -162,7 +164,7 @@ impl RouterLink {
 
 /// Reads the one frame of a request's stream, and its end.
 async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr) -> Option<IncomingRequest> {
-    let replies = ReplySender { writer: FrameWriter::new(send), last: false, finished: false };
+    let replies = ReplySender { writer: FrameWriter::new(send), held: false, last: false, finished: false };
     let mut reader = FrameReader::<Request>::new(receive, FrameClass::Request);
     let read = timeout(REQUEST_TIME_MAX, async {
         let request = reader.next().await?;
@@ -203,7 +205,9 @@ impl ReplySender {
         }
         let class = if matches!(reply, Reply::Assets(_)) { FrameClass::Assets } else { FrameClass::Reply };
         let last = !matches!(reply, Reply::Accepted | Reply::Started { .. } | Reply::Tokens { .. });
-        self.writer.flush().await?;
+        if !std::mem::take(&mut self.held) {
+            self.writer.flush().await?;
+        }
         self.last = last;
         let sent = self.writer.send(class, &reply).await;
         if let Err(SendError::Frame(_)) = sent {
@@ -214,6 +218,16 @@ impl ReplySender {
             self.finish();
         }
         Ok(())
+    }
+
+    /// Puts a reply off until the next one is sent, which must not be long: both are in one packet then. Not for a last
+    /// one.
+    pub fn hold(&mut self, reply: &Reply) -> Result<(), ReplyError> {
+        if self.last {
+            return Err(ReplyError::Finished);
+        }
+        self.held |= self.writer.is_empty();
+        self.writer.hold(FrameClass::Reply, reply).map_err(ReplyError::from)
     }
 
     /// Resolves when no further reply will be read: the request was cancelled, the router is gone, or the last reply

@@ -5,7 +5,7 @@ use api::{ApiSettings, ApiState};
 use engine::{EngineSettings, Model, ModelError, ModelLimits, Slice};
 use mlx::checkpoint::Checkpoint;
 use node::{
-    ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeSettings,
+    DispatchSettings, ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeSettings,
     engine_process::{self, LoadedModel},
 };
 use std::{
@@ -39,6 +39,7 @@ pub(crate) fn run(http: SocketAddr, router: &str, key: &Path, model: &str) -> Re
             args: ["engine", model].map(Into::into).to_vec(),
             env: Vec::new(),
         })),
+        dispatch: DispatchSettings::default(),
         wait_for_model: true,
         model_load_time_max: MODEL_LOAD_TIME_MAX,
         engine_silence_max: ENGINE_SILENCE_MAX,
