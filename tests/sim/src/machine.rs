@@ -8,7 +8,10 @@ use crate::{
     scenario::{Job, Roles, model},
 };
 use futures_util::StreamExt;
-use node::{ENGINE_SILENCE_MAX, MODEL_LOAD_TIME_MAX, NodeHandle, NodeSettings, StartEngine, start_on};
+use node::{
+    DispatchSettings, ENGINE_SILENCE_MAX, MODEL_LOAD_TIME_MAX, NodeHandle, NodeSettings, StartEngine,
+    start_on,
+};
 use std::{sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
@@ -104,6 +107,7 @@ impl Machine {
             listen: (address(self.index), PORT).into(),
             key: self.key.clone(),
             engine: self.roles.node.then(|| Arc::new(engines.host()) as Arc<dyn StartEngine>),
+            dispatch: DispatchSettings::default(),
             wait_for_model: false,
             model_load_time_max: MODEL_LOAD_TIME_MAX,
             engine_silence_max: ENGINE_SILENCE_MAX,

@@ -256,7 +256,8 @@ impl Record {
         let attempt = self.attempts.get_mut(&id).expect("it was sent");
         if let TokenEvent::Tokens { tokens, .. } = &event {
             self.stats.tokens += tokens.len() as u32;
-            if let (true, Some(since)) = (attempt.events.is_empty(), attempt.job.probe_of) {
+            let first = !attempt.events.iter().any(|event| matches!(event, TokenEvent::Tokens { .. }));
+            if let (true, Some(since)) = (first, attempt.job.probe_of) {
                 let took = now.saturating_sub(since);
                 self.stats.recovery_ms_max = self.stats.recovery_ms_max.max(took.as_millis() as u32);
                 if took > RECOVERY_TIME_MAX {
@@ -326,7 +327,7 @@ impl Record {
             Err(StreamFault::NoEnd { .. }) if !whole => {
                 let tokens = |event: &TokenEvent| match event {
                     TokenEvent::Tokens { tokens, .. } => tokens.clone(),
-                    TokenEvent::Finished(_) => Vec::new(),
+                    TokenEvent::Started { .. } | TokenEvent::Finished(_) => Vec::new(),
                 };
                 (attempt.events.iter().flat_map(tokens).collect(), None)
             }
@@ -350,10 +351,7 @@ impl Record {
             machine.healthy_since.is_some_and(|since| now.saturating_sub(since) >= RECOVERY_TIME_MAX)
         };
         let nodes = self.machines.iter().filter(|machine| machine.is_node);
-        // Texts that have begun do not go on elsewhere yet.
-        let begun = matches!(error, GenerateError::NodeLost { tokens, .. } if *tokens > 0);
-        let excused = begun
-            || !is_healthy(&self.machines[attempt.router])
+        let excused = !is_healthy(&self.machines[attempt.router])
             || !nodes.clone().any(is_healthy)
             || attempt.deaths >= ENGINE_DEATHS_MAX
             || attempt.engines.len() >= ENGINES_MAX;

@@ -52,6 +52,7 @@ impl Job {
             ignore_eos: self.is_long,
             service: Service { priority, ..Service::default() },
             cache: CacheScope::default(),
+            output: Vec::new(),
         };
         draft.try_into().expect("a valid request")
     }
