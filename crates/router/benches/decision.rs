@@ -43,6 +43,8 @@ fn load(index: u32) -> NodeLoad {
         decode_step_s: std::array::from_fn(|at| 0.01 + at as f32 * 0.001),
         cache_tail_age_s: 300.0,
         cache_reuse_s: 60.0,
+        passes: 0,
+        step_s: 0.0,
         rates: NodeRates { prefill_tokens_per_s: rate, decode_step_s: 0.01, decode_row_s: 0.001 },
     }
 }
