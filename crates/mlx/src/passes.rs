@@ -40,7 +40,7 @@ pub(crate) struct Passes {
     runs: Option<RunPasses>,
     vocabulary: u32,
     /// Shapes that are sure to come and were not built yet.
-    to_warm: RefCell<VecDeque<Shape>>,
+    to_warm: RefCell<VecDeque<Places>>,
 }
 
 /// Passes with runs.
@@ -51,14 +51,6 @@ struct RunPasses {
     beside_rows: Compiled,
     /// Parts of prompts and nothing else: no logits.
     alone: Compiled,
-}
-
-/// A kind of pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Shape {
-    pub(crate) places: Places,
-    /// Room for drawn tokens.
-    draws: usize,
 }
 
 impl Passes {
@@ -90,35 +82,32 @@ impl Passes {
 
     /// Builds one of the graphs that are sure to come, so that it is not built while clients wait; false: none is left.
     pub(crate) fn warm(&self, kv: &mut KvPool) -> Result<bool> {
-        let Some(shape) = self.to_warm.borrow_mut().pop_front() else { return Ok(false) };
-        let tokens = Array::from_slice(&vec![0_i32; shape.places.count], &[shape.places.count as i32]);
-        let drawn = self.run(shape, &Ordered::new(&[]), tokens, kv)?;
+        let Some(places) = self.to_warm.borrow_mut().pop_front() else { return Ok(false) };
+        let tokens = Array::from_slice(&vec![0_i32; places.count], &[places.count as i32]);
+        let drawn = self.run(places, &Ordered::new(&[]), tokens, kv)?;
         eval(drawn.iter().chain([&kv.fence]))?;
         Ok(true)
     }
 
     /// Shapes of short texts: longer ones only differ in their tables. The most likely first.
-    fn expected(&self, slots: usize) -> Vec<Shape> {
+    fn expected(&self, slots: usize) -> Vec<Places> {
         let room = |buckets: &[usize]| {
             let most = bucket(slots, buckets);
             buckets.iter().copied().take_while(move |&rows| rows <= most).collect::<Vec<_>>()
         };
         let mut expected = Vec::new();
         for rows in room(&ROW_BUCKETS) {
-            let places = Places { rows, tile: 1, count: rows, blocks: BLOCK_BUCKET };
-            expected.push(Shape { places, draws: rows });
+            expected.push(Places { rows, tile: 1, count: rows, blocks: BLOCK_BUCKET });
         }
         if let Some(RunPasses { tile, .. }) = &self.runs {
             let tile = tile.tokens as usize;
             for rows in room(&ROW_BUCKETS_BESIDE) {
                 for tokens in self.token_buckets().filter(|&tokens| tokens <= WARM_TOKENS_MAX) {
-                    let places = Places { rows, tile, count: rows + tokens, blocks: RUN_BLOCKS_MIN };
-                    expected.push(Shape { places, draws: rows });
+                    expected.push(Places { rows, tile, count: rows + tokens, blocks: RUN_BLOCKS_MIN });
                 }
             }
             for tokens in self.token_buckets() {
-                let places = Places { rows: 0, tile, count: tokens, blocks: RUN_BLOCKS_MIN };
-                expected.push(Shape { places, draws: 0 });
+                expected.push(Places { rows: 0, tile, count: tokens, blocks: RUN_BLOCKS_MIN });
             }
         }
         expected
@@ -137,8 +126,8 @@ impl Passes {
         self.rows.traced() + runs
     }
 
-    /// The shape to which the step is filled up; none where there is no compiled pass for such steps.
-    pub(crate) fn shape(&self, ordered: &Ordered<'_>) -> Option<Shape> {
+    /// Where the step's tokens are in the pass to which it is filled up; none where there is no compiled pass for such steps.
+    pub(crate) fn places(&self, ordered: &Ordered<'_>) -> Option<Places> {
         let singles = &ordered.slices[..ordered.singles];
         if singles.iter().any(|slice| slice.sample.is_none()) {
             return None;
@@ -146,32 +135,30 @@ impl Passes {
         let blocks = block_bucket(ordered.blocks());
         if ordered.runs().is_empty() {
             let rows = bucket(ordered.singles, &ROW_BUCKETS);
-            let places = Places { rows, tile: 1, count: rows, blocks };
-            return Some(Shape { places, draws: rows });
+            return Some(Places { rows, tile: 1, count: rows, blocks });
         }
         let tile = self.runs.as_ref()?.tile.tokens as usize;
         let tokens = ordered.tokens_in_tiles(tile);
         let tokens = self.token_buckets().find(|&room| room >= tokens)?;
         let blocks = blocks.max(RUN_BLOCKS_MIN);
         if ordered.sampling.is_empty() {
-            let places = Places { rows: 0, tile, count: tokens, blocks };
-            return Some(Shape { places, draws: 0 });
+            return Some(Places { rows: 0, tile, count: tokens, blocks });
         }
-        // Without any row there is room for one all the same: no kernel takes none.
-        let rows = bucket(ordered.singles, &ROW_BUCKETS_BESIDE);
-        let places = Places { rows, tile, count: rows + tokens, blocks };
-        Some(Shape { places, draws: bucket(ordered.sampling.len().max(rows), &ROW_BUCKETS_BESIDE) })
+        // Room for rows is room for drawn tokens: those of prompts that end are among them. There is always some, since no
+        // kernel takes none.
+        let rows = bucket(ordered.sampling.len(), &ROW_BUCKETS_BESIDE);
+        Some(Places { rows, tile, count: rows + tokens, blocks })
     }
 
-    /// Runs a pass over tokens placed as `shape` says; the drawn ones `[draws]`, if any.
+    /// Runs a pass over tokens placed as `places` says; the drawn ones `[rows]`, if any.
     pub(crate) fn run(
         &self,
-        shape: Shape,
+        places: Places,
         ordered: &Ordered<'_>,
         tokens: Array,
         kv: &mut KvPool,
     ) -> Result<Option<Array>> {
-        let Shape { places, draws: room } = shape;
+        let room = places.rows;
         let table = || rows_table(&ordered.slices[..ordered.singles], places.rows, places.blocks);
         let draws = || Draws::new(&ordered.sampling, &ordered.late, room, self.vocabulary);
         let outputs = match &self.runs {

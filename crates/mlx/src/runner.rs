@@ -70,10 +70,10 @@ impl Runner {
         if self.path == Path::Pure {
             return self.forward_pure(&ordered);
         }
-        let shape = self.passes.as_ref().and_then(|passes| passes.shape(&ordered));
-        let drawn = if let (Some(passes), Some(shape)) = (&self.passes, shape) {
-            let tokens = self.tokens(&ordered, &ordered.placed(&shape.places), shape.places.count)?;
-            passes.run(shape, &ordered, tokens, &mut self.kv)?
+        let places = self.passes.as_ref().and_then(|passes| passes.places(&ordered));
+        let drawn = if let (Some(passes), Some(places)) = (&self.passes, places) {
+            let tokens = self.tokens(&ordered, &ordered.placed(&places), places.count)?;
+            passes.run(places, &ordered, tokens, &mut self.kv)?
         } else {
             let count = ordered.slices.iter().map(|slice| slice.input.count()).sum();
             let tokens = self.tokens(&ordered, &(0..count).collect::<Vec<_>>(), count)?;
