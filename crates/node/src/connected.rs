@@ -5,7 +5,7 @@ use crate::target::Target;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
-use types::{CacheSnapshot, EngineState, ModelCard, NodeId, NodeLoad, limits::CACHE_BLOCKS_MAX};
+use types::{CacheSnapshot, EngineState, ModelCard, NodeId, NodeLoad};
 use wire::Control;
 
 /// At most one snapshot of a node's cache is asked for in this time: one is on its way after the first.
@@ -16,8 +16,8 @@ pub(crate) struct Connected {
     node: NodeId,
     connection: u64,
     dispatch: Arc<Dispatch>,
-    /// The parts of a snapshot that have come.
-    snapshot: Option<CacheSnapshot>,
+    /// A snapshot of which a part has come, and not the last one.
+    snapshot: Option<(u64, u64)>,
     resynced: Option<Instant>,
 }
 
@@ -33,17 +33,14 @@ impl Connected {
             Control::Load(load) => self.load(load),
             Control::Leaving => self.leaving(),
             Control::CacheSnapshot { epoch, seq, blocks, last } => {
-                let same = |parts: &CacheSnapshot| (parts.epoch, parts.seq) == (epoch, seq);
-                let mut parts = self.snapshot.take().filter(same);
-                let parts = parts.get_or_insert_with(|| CacheSnapshot { epoch, seq, blocks: Vec::new() });
-                let room = CACHE_BLOCKS_MAX.saturating_sub(parts.blocks.len());
-                parts.blocks.extend(blocks.into_iter().take(room));
-                let parts = std::mem::replace(parts, CacheSnapshot { epoch, seq, blocks: Vec::new() });
-                if last {
-                    self.dispatch.lock().router.cache_snapshot(self.node, parts, now());
+                let part = CacheSnapshot { epoch, seq, blocks };
+                // Part by part, so that nobody waits long for the lock.
+                if self.snapshot == Some((epoch, seq)) {
+                    self.dispatch.lock().router.cache_snapshot_more(self.node, &part);
                 } else {
-                    self.snapshot = Some(parts);
+                    self.dispatch.lock().router.cache_snapshot(self.node, part, now());
                 }
+                self.snapshot = (!last).then_some((epoch, seq));
             }
             Control::CacheEvents { epoch, first_seq, events } => {
                 let taken = {

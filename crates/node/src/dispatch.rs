@@ -72,6 +72,8 @@ impl Drop for Place {
         self.dispatch.free(|state| {
             state.router.progress(self.booking, self.tokens, now);
             state.router.finished(self.booking, now);
+            // Of a probe that was given up nothing is known.
+            state.outcome(self.info.node, Outcome::Refused, now);
         });
     }
 }
@@ -321,7 +323,10 @@ impl Drop for Wait<'_> {
     fn drop(&mut self) {
         self.receiver.close();
         match self.receiver.try_recv() {
-            Ok(Ok(booked)) => self.dispatch.free(|state| state.router.finished(booked.booking, now())),
+            Ok(Ok(booked)) => self.dispatch.free(|state| {
+                state.router.finished(booked.booking, now());
+                state.outcome(booked.info.node, Outcome::Refused, now());
+            }),
             _ => drop(self.dispatch.lock().waiting.remove(self.id)),
         }
     }

@@ -373,6 +373,12 @@ mod tests {
 
     /// A node whose engine is played by the test, and a router that it has joined.
     async fn joined() -> (EngineHandle, watch::Sender<NodeReport>, Peer) {
+        let (engine, reports, peer, _) = joined_with_control().await;
+        (engine, reports, peer)
+    }
+
+    async fn joined_with_control()
+    -> (EngineHandle, watch::Sender<NodeReport>, Peer, transport::ControlReceiver) {
         let key = ClusterKey::generate().expect("random numbers");
         let bind = || Endpoint::bind(([127, 0, 0, 1], 0).into(), &key).expect("binds");
         let (endpoint, router) = (bind(), bind());
@@ -384,7 +390,8 @@ mod tests {
         let settings = UplinkSettings { endpoint, hello: hello(1), engine: served, reports: watched, claims };
         let link = link.expect("joined");
         tokio::spawn(async move { serve(&settings, link).await });
-        (engine, reports, accepted.expect("open").0)
+        let (peer, control) = accepted.expect("open");
+        (engine, reports, peer, control)
     }
 
     /// More tokens than fit the way to the router: some wait at the node until the router reads.
@@ -440,6 +447,34 @@ mod tests {
             }
         };
         timeout(PATIENCE, arrived).await.expect("arrived");
+    }
+
+    /// Also what has been told before, when the router says that it has lost it.
+    #[tokio::test]
+    async fn a_router_that_asks_is_told_the_whole_cache_again() {
+        let (engine, _reports, peer, mut control) = joined_with_control().await;
+        let blocks: Vec<types::BlockHash> = (0..10_000).map(types::BlockHash).collect();
+        let mut snapshot = async || {
+            let (mut got, mut parts) = (Vec::new(), 0);
+            loop {
+                let control = timeout(PATIENCE, control.next()).await.expect("in time").expect("open");
+                if let wire::Control::CacheSnapshot { epoch: 0, seq, blocks, last } = control {
+                    got.extend(blocks);
+                    parts += 1;
+                    if last {
+                        return (seq, got, parts);
+                    }
+                }
+            }
+        };
+        assert_eq!(snapshot().await, (0, Vec::new(), 1), "on connect");
+        engine.child_cache(vec![types::CacheEvent::Stored {
+            parent: types::BlockHash(u128::MAX),
+            blocks: blocks.clone(),
+        }]);
+        peer.resync().await.expect("it will");
+        // Events of more than a frame takes count as several.
+        assert_eq!(snapshot().await, (3, blocks, 3));
     }
 
     fn tokens_of(event: &TokenEvent) -> usize {

@@ -138,6 +138,15 @@ impl Router {
         self.speculation.expire(now);
     }
 
+    /// A node told more of what its cache holds, as of the snapshot begun with [`Self::cache_snapshot`]. A large one that
+    /// comes in parts never takes long.
+    pub fn cache_snapshot_more(&mut self, node: NodeId, part: &CacheSnapshot) {
+        let Some(known) = self.nodes.get(&node) else { return };
+        if known.cache == Some((part.epoch, part.seq)) {
+            self.index.store(known.slot, &part.blocks);
+        }
+    }
+
     /// A node told what changed in its cache since its engine, the one of `epoch`, had told `first_seq` events.
     /// What is known already is passed over.
     ///
