@@ -29,7 +29,7 @@ const FORGET_AT_ONCE: usize = 256;
 pub(crate) struct Slot(u16);
 
 impl Slot {
-    /// As an index into a list with [`Matches::SLOTS`] places.
+    /// As an index into a list with [`SLOTS`] places.
     pub(crate) fn index(self) -> usize {
         usize::from(self.0)
     }
