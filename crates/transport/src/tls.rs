@@ -103,6 +103,8 @@ fn client_crypto(
 
 fn transport(streams_max: u32) -> quinn::TransportConfig {
     let idle = quinn::IdleTimeout::try_from(NODE_SILENCE_MAX).expect("seconds, where years would fit");
+    let mut discovery = quinn::MtuDiscoveryConfig::default();
+    discovery.upper_bound(limits::PACKET_BYTES_MAX);
     let mut transport = quinn::TransportConfig::default();
     transport
         .max_concurrent_bidi_streams(streams_max.into())
@@ -114,6 +116,7 @@ fn transport(streams_max: u32) -> quinn::TransportConfig {
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(limits::KEEP_ALIVE_INTERVAL))
         .initial_rtt(limits::INITIAL_ROUND_TRIP)
+        .mtu_discovery_config(Some(discovery))
         .datagram_receive_buffer_size(None);
     transport
 }

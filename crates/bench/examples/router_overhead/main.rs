@@ -17,6 +17,10 @@ mod worker;
 use load::LoadArguments;
 use std::{error::Error, path::Path, process::ExitCode};
 
+/// As `mlx-node` has it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const USAGE: &str = "usage: router_overhead load ADDRESS CONNECTIONS REQUESTS PROMPT_BYTES json|sse SEED | worker ADDRESS | \
                      node HTTP_ADDRESS ROUTER_ADDRESS KEY_FILE MODEL | engine MODEL";
 
