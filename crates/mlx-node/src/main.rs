@@ -18,6 +18,7 @@ mod values;
 use std::process::ExitCode;
 
 /// A request makes and drops thousands of small things: templates, words, headers, packets.
+#[cfg(target_os = "linux")]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

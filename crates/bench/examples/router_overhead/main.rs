@@ -18,6 +18,7 @@ use load::LoadArguments;
 use std::{error::Error, path::Path, process::ExitCode};
 
 /// As `mlx-node` has it.
+#[cfg(target_os = "linux")]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
