@@ -256,3 +256,57 @@ async fn a_node_that_vanishes_is_replaced_and_a_returning_one_serves() {
     check_text(&begun, &events.await.expect("no panic"));
     cluster.shutdown().await;
 }
+
+/// Under a load that keeps all nodes at work.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_ready_again_has_requests_within_two_seconds() {
+    let mut cluster = Cluster::new();
+    cluster.add(&ENGINE, &[Role::Router]).await;
+    cluster.add(&ENGINE, &[Role::Node]).await;
+    cluster.add(&ENGINE, &[Role::Node]).await;
+    cluster.ready(2).await;
+    let router = cluster.nodes[0].clone();
+    let clients = (0..8).map(|client| {
+        let router = router.clone();
+        tokio::spawn(async move {
+            for turn in 0.. {
+                let request = request(client * 10_000 + turn, 20);
+                let generation = router.generate(request.clone()).await.expect("some node serves");
+                check_text(&request, &collect(generation).await);
+            }
+        })
+    });
+    let clients: Vec<_> = clients.collect();
+    let works = |name: &str| {
+        let view = router.view();
+        view.nodes.iter().any(|node| {
+            let runs = node.load.is_some_and(|load| load.running > 0 && load.passes > 0);
+            node.name == name && node.engine == EngineState::Ready && runs
+        })
+    };
+    let ready = |name: &str| {
+        let view = router.view();
+        view.nodes.iter().any(|node| node.name == name && node.engine == EngineState::Ready)
+    };
+    eventually("both work", || works("node-1") && works("node-2")).await;
+    cluster.kill_engine(1);
+    eventually("it is gone", || !ready("node-1")).await;
+    eventually("it is ready", || ready("node-1")).await;
+    let since = Instant::now();
+    eventually("it works", || works("node-1")).await;
+    assert!(since.elapsed() < Duration::from_secs(2), "its engine: {:?}", since.elapsed());
+    // The whole process.
+    cluster.nodes[2].shutdown().await;
+    eventually("it has left", || !ready("node-2")).await;
+    let name = format!("node-{}", cluster.add(&ENGINE, &[Role::Node]).await);
+    eventually("it is ready", || ready(&name)).await;
+    let since = Instant::now();
+    eventually("it works", || works(&name)).await;
+    assert!(since.elapsed() < Duration::from_secs(2), "the process: {:?}", since.elapsed());
+    for client in clients {
+        client.abort();
+        let ended = client.await.expect_err("it goes on until it is stopped");
+        assert!(ended.is_cancelled(), "a request failed: {ended}");
+    }
+    cluster.shutdown().await;
+}
