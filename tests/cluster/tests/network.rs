@@ -78,7 +78,7 @@ fn nodes_discover_each_other_and_both_endpoints_answer() {
 }
 
 #[test]
-fn a_node_killed_under_load_costs_no_request_without_a_first_token_and_returns() {
+fn a_node_killed_under_load_costs_no_request_and_returns() {
     let Some(pair) = pair() else { return };
     let mut one = pair.specs[0].start();
     let mut two = pair.specs[1].start();
@@ -105,18 +105,9 @@ fn a_node_killed_under_load_costs_no_request_without_a_first_token_and_returns()
             .flat_map(|client| client.join().expect("a client does not panic"))
             .collect::<Vec<_>>()
     });
-    let without_first_token: Vec<_> =
-        outcomes.iter().filter(|it| it.texts == 0 && !matches!(it.end, StreamEnd::Finished(_))).collect();
-    assert!(without_first_token.is_empty(), "failed without a first token: {without_first_token:#?}");
-    for outcome in &outcomes {
-        // Those in the middle of their text on the killed node end with an error event, no other does.
-        let proper = match &outcome.end {
-            StreamEnd::Finished(_) => true,
-            StreamEnd::Error(_) => outcome.node == "two",
-            StreamEnd::Broken(_) => false,
-        };
-        assert!(proper, "{outcome:#?}");
-    }
+    // What the killed node had goes on at the other one.
+    let failed: Vec<_> = outcomes.iter().filter(|it| !matches!(it.end, StreamEnd::Finished(_))).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
     let served: BTreeSet<&str> = outcomes.iter().map(|it| it.node.as_str()).collect();
     assert!(served.contains("two") && served.contains("one"), "the load reached both: {served:?}");
 
