@@ -99,6 +99,15 @@ impl Network {
         Place::Namespace(self.hub.clone())
     }
 
+    /// Pulls the cable of the namespace of that number, or plugs it in again.
+    ///
+    /// # Panics
+    /// Where the system does not do it.
+    pub fn plug(&self, index: u8, is_in: bool) {
+        let state = if is_in { "up" } else { "down" };
+        ip(&["-n", &self.hub, "link", "set", &format!("port{index}"), state]).expect("the port is there");
+    }
+
     /// The namespace of that number, and its address.
     pub fn place(&self, index: u8) -> (Place, Ipv4Addr) {
         (Place::Namespace(self.places[usize::from(index)].clone()), address(index + 2))

@@ -142,6 +142,16 @@ impl NodeProcess {
         self.child.wait().expect("a killed process ends");
     }
 
+    /// Stops it and its engine where they stand, or lets them go on.
+    pub fn stop(&self, is_stopped: bool) {
+        let signal = if is_stopped { Signal::STOP } else { Signal::CONT };
+        self.signal(signal);
+        if let Some(engine) = self.engine_pid() {
+            // It may have ended just now.
+            let _ = kill_process(pid(engine), signal);
+        }
+    }
+
     /// Waits for its end.
     ///
     /// # Panics
