@@ -9,7 +9,7 @@ use node::{
     EngineLife, StartEngine, StartedEngine,
     engine_process::{EngineHost, LoadedModel},
 };
-use std::{io, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 use testkit::{FakeModel, FakeSettings, VirtualClock};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
@@ -17,7 +17,9 @@ use tokio::{
     task::spawn_local,
     time::{Instant, sleep, sleep_until, timeout},
 };
-use types::{BoxFuture, ModelAssets, ModelCard, TokenEvent, TokenId, limits};
+use types::{
+    BoxFuture, GenerateDraft, GenerateRequest, ModelAssets, ModelCard, RequestId, TokenEvent, TokenId, limits,
+};
 use wire::{Decoder, EngineCommand, EngineReport, FrameClass};
 
 /// Bytes that a pipe holds, as on Linux.
@@ -111,6 +113,8 @@ struct Life {
     world: World,
     machine: usize,
     number: u32,
+    /// Where answers begin that [`Mutant::AnswerAsPrompt`] made begin anew.
+    offsets: BTreeMap<RequestId, u32>,
 }
 
 impl Life {
@@ -154,7 +158,8 @@ impl Engines {
     /// Until told to leave, or until nobody is at the other end of the pipes.
     async fn run(self, mut stdin: DuplexStream, mut stdout: DuplexStream) {
         let number = self.world.lock().engine_started(self.machine);
-        let life = Life { world: self.world.clone(), machine: self.machine, number };
+        let mut life =
+            Life { world: self.world.clone(), machine: self.machine, number, offsets: BTreeMap::new() };
         let loading = EngineReport::Loading { what: "weights".to_owned(), fraction: 0.0 };
         if !send(&mut stdout, vec![loading]).await {
             return;
@@ -194,7 +199,7 @@ impl Engines {
             let _ = frozen.wait_for(|frozen| !*frozen).await;
             host.stepped(clock.now(), &mut reports);
             host.engine().check_invariants();
-            for report in &reports {
+            for report in &mut reports {
                 life.told(report);
             }
             if !send(&mut stdout, reports).await {
@@ -206,17 +211,50 @@ impl Engines {
 }
 
 impl Life {
-    /// Notes a command; none where this engine is made to forget it.
-    fn taken(&self, command: EngineCommand) -> Option<EngineCommand> {
-        match &command {
-            EngineCommand::Submit(request) => self.note(|record, engine| record.owned(request.id, engine)),
-            EngineCommand::Cancel(_) if self.world.is(Mutant::ForgottenCancel) => return None,
-            _ => {}
+    /// Notes a command; gives it as the engine gets it, bugs that were put in included.
+    fn taken(&mut self, command: EngineCommand) -> Option<EngineCommand> {
+        match command {
+            EngineCommand::Submit(request) => {
+                self.note(|record, engine| record.owned(request.id, engine));
+                Some(EngineCommand::Submit(self.mutated(*request).into()))
+            }
+            EngineCommand::Cancel(_) if self.world.is(Mutant::ForgottenCancel) => None,
+            command => Some(command),
         }
-        Some(command)
     }
 
-    fn told(&self, report: &EngineReport) {
+    fn mutated(&mut self, request: GenerateRequest) -> GenerateRequest {
+        if request.output.is_empty() {
+            return request;
+        }
+        let mut draft = GenerateDraft::from(request);
+        if self.world.is(Mutant::ForgottenAnswer) {
+            draft.output.clear();
+        }
+        if self.world.is(Mutant::AnswerAsPrompt) {
+            let offset = draft.output.len() as u32;
+            self.offsets.insert(draft.id, offset);
+            draft.prompt.append(&mut draft.output);
+            draft.max_tokens -= offset;
+        }
+        draft.try_into().expect("still valid")
+    }
+
+    /// Notes a report, and puts right what [`Mutant::AnswerAsPrompt`] would show at once.
+    fn told(&mut self, report: &mut EngineReport) {
+        if let EngineReport::Event { id, event } = report
+            && let Some(offset) = self.offsets.get(id)
+        {
+            match event {
+                TokenEvent::Started { .. } => {}
+                TokenEvent::Tokens { index, .. } => *index += offset,
+                TokenEvent::Finished(finish) => {
+                    finish.usage.prompt_tokens -= offset;
+                    finish.usage.cached_tokens = finish.usage.cached_tokens.min(finish.usage.prompt_tokens);
+                    finish.usage.completion_tokens += offset;
+                }
+            }
+        }
         match report {
             EngineReport::Event { id, event: TokenEvent::Finished(_) }
             | EngineReport::Rejected { id, .. } => {

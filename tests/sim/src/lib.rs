@@ -51,6 +51,10 @@ const KEY: &str = "mlxk1-0707070707070707070707070707070707070707070707070707070
 pub enum Mutant {
     /// Engines forget that requests were cancelled.
     ForgottenCancel,
+    /// Engines take the answer so far for a part of the prompt: what follows is drawn as if it came first.
+    AnswerAsPrompt,
+    /// Engines forget the answer so far, and give it again.
+    ForgottenAnswer,
 }
 
 /// What a run gave.

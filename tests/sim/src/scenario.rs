@@ -13,7 +13,9 @@ const WARM_UP: Duration = Duration::from_secs(4);
 /// From the first fault to the last in a random scenario.
 const FAULTY_TIME: Duration = Duration::from_secs(24);
 /// Between two clients: what waited during a fault is made up for soon.
-const JOB_GAP_MEAN_MS: u64 = 450;
+const JOB_GAP_MEAN: Duration = Duration::from_millis(450);
+/// The same where each node is needed all the time.
+const JOB_GAP_MEAN_BUSY: Duration = Duration::from_millis(150);
 /// Texts that an engine runs side by side.
 const SLOTS: usize = 8;
 /// Prompts begin with one of these; blocks of them are cached.
@@ -169,7 +171,7 @@ impl Scenario {
             at += lasts + Duration::from_millis(random.random_range(0..3000));
         }
         let latency_max = Duration::from_millis(random.random_range(1..=20));
-        Self::new(seed, machines, latency_max, episodes, &mut random)
+        Self::new(seed, machines, latency_max, (episodes, JOB_GAP_MEAN), &mut random)
     }
 
     /// Four machines of which one dies every ten seconds, for so long.
@@ -185,7 +187,7 @@ impl Scenario {
             let faults = vec![Fault::Crash(random.random_range(0..4))];
             episodes.push(Episode { begins, ends: begins + down, faults });
         }
-        Self::new(seed, machines, Duration::from_millis(2), episodes, &mut random)
+        Self::new(seed, machines, Duration::from_millis(2), (episodes, JOB_GAP_MEAN_BUSY), &mut random)
     }
 
     /// The same machines and faults of one kind only, one machine after another.
@@ -198,14 +200,14 @@ impl Scenario {
             Episode { begins, ends: begins + Duration::from_secs(6), faults }
         };
         let episodes = (0..3).map(episode).collect();
-        Self::new(seed, machines, Duration::from_millis(2), episodes, &mut random)
+        Self::new(seed, machines, Duration::from_millis(2), (episodes, JOB_GAP_MEAN), &mut random)
     }
 
     fn new(
         seed: u64,
         machines: Vec<Roles>,
         latency_max: Duration,
-        episodes: Vec<Episode>,
+        (episodes, gap): (Vec<Episode>, Duration),
         random: &mut SmallRng,
     ) -> Self {
         let quiet = episodes.iter().map(|episode| episode.ends).max().unwrap_or(WARM_UP);
@@ -213,7 +215,7 @@ impl Scenario {
         let mut at = WARM_UP - Duration::from_millis(1500);
         while at < quiet + Duration::from_secs(2) {
             jobs.push(random_job(random, jobs.len() as u32, at));
-            at += Duration::from_millis(random.random_range(1..2 * JOB_GAP_MEAN_MS));
+            at += Duration::from_micros(random.random_range(1..2 * gap.as_micros() as u64));
         }
         for (index, _) in machines.iter().enumerate().filter(|(_, roles)| roles.router) {
             let mut probe = random_job(random, jobs.len() as u32, quiet);
