@@ -50,6 +50,8 @@ pub(crate) struct Budgets {
     pub(crate) prefill_only_s: f64,
     /// While rows decode, in seconds: as little more than this as keeps all prompts in good time, all rows in every step.
     pub(crate) gentle_s: f64,
+    /// While rows decode, at most this long, in seconds.
+    pub(crate) calm_s: f64,
 }
 
 /// A candidate's share of the step.
@@ -102,11 +104,12 @@ impl Scheduler {
             Some(&least) => candidates[least].slack_s.max(budgets.tpot_s),
             None => budgets.prefill_only_s,
         };
-        let mut budget_s = most_s;
+        let longest_s = if rows.is_empty() { most_s } else { most_s.min(budgets.calm_s) };
+        let mut budget_s = longest_s;
         if !rows.is_empty() && !prompts.is_empty() && budgets.gentle_s > 0.0 {
-            budget_s = budgets.gentle_s.min(most_s);
-            while budget_s < most_s && !in_time(&rows, &prompts, candidates, cost, budget_s) {
-                budget_s = (budget_s * GENTLE_STEP).min(most_s);
+            budget_s = budgets.gentle_s.min(longest_s);
+            while budget_s < longest_s && !in_time(&rows, &prompts, candidates, cost, budget_s) {
+                budget_s = (budget_s * GENTLE_STEP).min(longest_s);
             }
         }
         let gentle = budget_s < most_s;
@@ -222,7 +225,8 @@ mod tests {
     /// 20 ms a step and 1 ms a row or prompt token.
     const RATES: NodeRates =
         NodeRates { prefill_tokens_per_s: 1000.0, decode_step_s: 0.021, decode_row_s: 0.001 };
-    const BUDGETS: Budgets = Budgets { tpot_s: 0.1, prefill_only_s: 0.5, gentle_s: 0.0 };
+    const BUDGETS: Budgets =
+        Budgets { tpot_s: 0.1, prefill_only_s: 0.5, gentle_s: 0.0, calm_s: f64::INFINITY };
 
     fn row(slack_s: f64) -> Candidate {
         let priority = Priority::Normal;

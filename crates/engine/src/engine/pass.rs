@@ -1,6 +1,6 @@
 //! One pass of an [`Engine`]: what goes into it, and what comes of it.
 
-use super::{Engine, Flight, GENTLE_STRETCH, StepSummary};
+use super::{CALM_STEP_STRETCH, Engine, Flight, GENTLE_STRETCH, StepSummary};
 use crate::{
     ModelError,
     cost::StepShape,
@@ -121,6 +121,12 @@ impl Engine {
         Budgets {
             tpot_s: tpot.as_secs_f64().max(least_s),
             gentle_s: (GENTLE_STRETCH * rows_s).max(least_s),
+            calm_s: if self.waiting.is_empty() {
+                // Where any slice costs much, at least as much again is for its tokens.
+                (CALM_STEP_STRETCH * rows_s).max(least_s + self.cost.first_slice_seconds())
+            } else {
+                f64::INFINITY
+            },
             // A request that arrives just after such a step began can still meet its target.
             prefill_only_s: self.settings.ttft_target.as_secs_f64() / 2.0,
         }

@@ -81,7 +81,7 @@ fn rows_hardly_notice_a_prompt_that_has_time() {
     pause_while(&mut bench, &|bench| bench.streams.tokens(ids[15]).len() > 50);
     let quiet = pause_while(&mut bench, &|bench| bench.streams.tokens(ids[15]).len() > 100);
     // 0.1 and 1.6 s alone: nobody waits behind them.
-    for (id, tokens, pause, ttft) in [(1000, 2048, quiet * 2, ms(400)), (1001, 16 << 10, quiet * 2, ms(4800))]
+    for (id, tokens, pause, ttft) in [(1000, 2048, quiet * 2, ms(400)), (1001, 16 << 10, quiet * 3, ms(4800))]
     {
         let long = bench.accept(draft(id, tokens, 1));
         let beside = pause_while(&mut bench, &|bench| !bench.streams.tokens(long).is_empty());
