@@ -153,9 +153,9 @@ fn affinity_wins_over_a_small_difference_in_load() {
 fn load_wins_over_affinity_where_the_queue_is_long() {
     let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0)]);
     assert_eq!(case.serve(&prompt(1, 640)), 1);
-    case.load(1, load(1000.0, 4, 2000));
+    case.load(1, load(1000.0, 4, 20_000));
     case.check(&prompt(1, 640), 2, RouteReason::LeastWork);
-    case.now += Duration::from_secs(2);
+    case.now += Duration::from_secs(20);
     case.check(&prompt(1, 640), 1, RouteReason::Affinity);
 }
 

@@ -271,6 +271,8 @@ impl SimNode {
             decode_step_s: TABLE_ROWS.map(|rows| (STEP_S + self.spec.step_s(rows as usize)) as f32),
             cache_tail_age_s: self.cache.tail_age_s(now_s) as f32,
             cache_reuse_s: self.cache.reuse_s() as f32,
+            passes: self.version,
+            step_s: self.run.map_or(0.0, |run| run.step_s as f32),
             rates: NodeRates {
                 prefill_tokens_per_s: self.spec.prefill_tokens_per_s as f32,
                 decode_step_s: (STEP_S + self.spec.decode_step_s) as f32,
