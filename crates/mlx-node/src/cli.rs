@@ -2,7 +2,7 @@
 #![expect(clippy::print_stdout, reason = "what the commands print is their result")]
 
 use crate::{
-    EXIT_FAILED, EXIT_USAGE, bench,
+    EXIT_FAILED, EXIT_USAGE, bench, bench_router,
     config::{self, Config, Values},
     engine, failed, key, serve,
     settings::Settings,
@@ -67,7 +67,12 @@ enum BenchCommand {
         #[command(flatten)]
         arguments: bench::EngineArguments,
         #[command(flatten)]
-        settings: Config,
+        settings: Box<Config>,
+    },
+    /// Routing policies over simulated nodes, on traces or made-up requests, in virtual time
+    Router {
+        #[command(flatten)]
+        arguments: Box<bench_router::RouterArguments>,
     },
 }
 
@@ -119,8 +124,9 @@ pub(crate) fn run() -> ExitCode {
         Some(Command::Status { json, settings }) => load(settings)
             .and_then(|values| status::show(&values, json).map_err(|error| failed(EXIT_FAILED, error))),
         Some(Command::Bench(BenchCommand::Engine { arguments, settings })) => {
-            load(settings).and_then(|values| bench::engine(&values, &arguments))
+            load(*settings).and_then(|values| bench::engine(&values, &arguments))
         }
+        Some(Command::Bench(BenchCommand::Router { arguments })) => bench_router::router(*arguments),
         Some(Command::Config(ConfigCommand::Check { settings })) => load(settings).and_then(check),
         Some(Command::Config(ConfigCommand::Show { settings })) => load(settings).map(|values| show(&values)),
     };

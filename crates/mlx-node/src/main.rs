@@ -4,6 +4,7 @@
 //! the model; everything else is a command that ends by itself. Exit codes: 0 done, 1 failed, 2 wrong usage or settings.
 
 mod bench;
+mod bench_router;
 mod cli;
 mod config;
 mod engine;

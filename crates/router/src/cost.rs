@@ -50,14 +50,23 @@ impl Cost {
 pub(crate) struct Job {
     pub(crate) matched_tokens: u64,
     pub(crate) uncached_tokens: u64,
+    /// Of these, those that are not of a prefix which many use: that may as well be on one node more.
+    pub(crate) own_tokens: u64,
     /// Tokens that the answer is expected to have.
     pub(crate) answer_tokens: f64,
 }
 
 impl Job {
-    /// Of a request of which a node has so many tokens, where answers are usually so long.
-    pub(crate) fn new(query: &RouteQuery<'_>, matched_tokens: u32, answer_tokens: f64) -> Self {
+    /// Of a request of which a node has so many tokens, many use so many, and answers are usually so long.
+    pub(crate) fn new(
+        query: &RouteQuery<'_>,
+        matched_tokens: u32,
+        shared_tokens: u32,
+        answer_tokens: f64,
+    ) -> Self {
+        let known = matched_tokens.max(shared_tokens);
         Self {
+            own_tokens: u64::from(query.prompt_tokens.saturating_sub(known)),
             matched_tokens: u64::from(matched_tokens),
             uncached_tokens: u64::from(query.prompt_tokens.saturating_sub(matched_tokens)),
             answer_tokens: answer_tokens.min(f64::from(query.max_tokens)),
@@ -190,8 +199,7 @@ impl Work<'_> {
             rtt_s: self.rtt.as_secs_f64(),
             evict_s: weights.eviction * self.evict_s(job, weights, token_s),
             decode_s: weights.decode * job.answer_tokens * (step_s + slower_s),
-            others_s: weights.others * delayed * prefill_s
-                + weights.work * job.uncached_tokens as f64 * token_s,
+            others_s: weights.others * delayed * prefill_s + weights.work * job.own_tokens as f64 * token_s,
         }
     }
 }

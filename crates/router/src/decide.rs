@@ -108,6 +108,10 @@ impl Router {
         query.prompt_tokens.saturating_sub((longest * BLOCK_TOKENS) as u32)
     }
 
+    fn shared_tokens(&self, query: &RouteQuery<'_>) -> u32 {
+        (self.speculation.shared(query.hashes) * BLOCK_TOKENS) as u32
+    }
+
     fn matches(&self, query: &RouteQuery<'_>) -> Matches {
         let mut matches = self.index.matches(query.hashes);
         self.speculation.matches(query.hashes, &mut matches);
@@ -116,7 +120,7 @@ impl Router {
 
     /// All nodes as candidates, in order of id.
     fn candidates<'a>(&'a self, query: &RouteQuery<'_>, plan: &Plan, now: Instant) -> Vec<Candidate<'a>> {
-        let matches = self.matches(query);
+        let (matches, shared_tokens) = (self.matches(query), self.shared_tokens(query));
         let tokens = u64::from(query.prompt_tokens) + u64::from(query.max_tokens);
         let mut fits_somewhere = false;
         let all = self.nodes.iter().map(|(&node, known)| {
@@ -125,7 +129,7 @@ impl Router {
             // The last token is always computed: its logits are the answer.
             let reusable = query.prompt_tokens.saturating_sub(1) as usize;
             let matched_tokens = (matches.blocks(known.slot) * BLOCK_TOKENS).min(reusable) as u32;
-            let job = Job::new(query, matched_tokens, self.answer_tokens);
+            let job = Job::new(query, matched_tokens, shared_tokens, self.answer_tokens);
             let cost = work.cost(&job, &self.settings.cost, self.token_s);
             let fits = card.is_some_and(|card| tokens <= u64::from(card.context_tokens));
             let excluded = if !known.is_ready() {
@@ -165,7 +169,8 @@ impl Router {
         now: Instant,
     ) -> Cost {
         let work = one.known.work(self.answer_tokens, plan.planned_s(one.node), now);
-        work.cost(&Job::new(query, matched_tokens, self.answer_tokens), &self.settings.cost, self.token_s)
+        let job = Job::new(query, matched_tokens, self.shared_tokens(query), self.answer_tokens);
+        work.cost(&job, &self.settings.cost, self.token_s)
     }
 
     fn no_node(&self, query: &RouteQuery<'_>) -> RouteError {

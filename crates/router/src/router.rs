@@ -181,7 +181,7 @@ impl Router {
     /// Commits to a route just given: counts its work as the node's until the node's reports do.
     pub fn book(&mut self, route: &Route, query: &RouteQuery<'_>, now: Instant) -> Option<BookingId> {
         let known = self.nodes.get_mut(&route.node)?;
-        let job = Job::new(query, route.matched_tokens, self.answer_tokens);
+        let job = Job::new(query, route.matched_tokens, 0, self.answer_tokens);
         let work = known.work(self.answer_tokens, 0.0, now);
         let booking = Booking {
             stage: BookingStage::Sent,

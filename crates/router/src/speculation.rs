@@ -115,6 +115,12 @@ impl Speculation {
         }
     }
 
+    /// Leading blocks of a chain that several requests have or had a moment ago.
+    pub(crate) fn shared(&self, hashes: &[BlockHash]) -> usize {
+        let requests = |holders: &Vec<(Slot, u32)>| holders.iter().map(|(_, requests)| requests).sum::<u32>();
+        hashes.partition_point(|&hash| self.blocks.get(&key(hash)).is_some_and(|all| requests(all) > 1))
+    }
+
     /// Blocks noted, each as often as requests have it.
     pub(crate) fn noted(&self) -> usize {
         self.noted

@@ -153,9 +153,9 @@ fn affinity_wins_over_a_small_difference_in_load() {
 fn load_wins_over_affinity_where_the_queue_is_long() {
     let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0)]);
     assert_eq!(case.serve(&prompt(1, 640)), 1);
-    case.load(1, load(1000.0, 4, 2000));
+    case.load(1, load(1000.0, 4, 20_000));
     case.check(&prompt(1, 640), 2, RouteReason::LeastWork);
-    case.now += Duration::from_secs(2);
+    case.now += Duration::from_secs(20);
     case.check(&prompt(1, 640), 1, RouteReason::Affinity);
 }
 
@@ -176,7 +176,7 @@ fn what_of_the_backlog_is_cached_does_not_count() {
 fn unequal_rates() {
     let mut case = Case::new(&[load(500.0, 0, 0), load(4000.0, 3, 1000)]);
     case.check(&prompt(1, 1000), 2, RouteReason::LeastWork);
-    case.load(2, load(4000.0, 3, 16_000));
+    case.load(2, load(4000.0, 3, 64_000));
     case.check(&prompt(1, 1000), 1, RouteReason::LeastWork);
 }
 
@@ -196,9 +196,9 @@ fn ties_go_to_lower_load_then_id() {
 #[test]
 fn bookings_spread_a_burst_before_any_report() {
     let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0), load(1000.0, 0, 0)]);
-    let mut nodes: Vec<u128> = (0..6).map(|index| case.send(&prompt(index, 200)).1).collect();
+    let mut nodes: Vec<u128> = (0..3).map(|index| case.send(&prompt(index, 200)).1).collect();
     nodes.sort_unstable();
-    assert_eq!(nodes, [1, 1, 2, 2, 3, 3]);
+    assert_eq!(nodes, [1, 2, 3]);
 }
 
 #[test]
@@ -271,7 +271,7 @@ fn who_waits_counts_for_who_comes_after() {
     let route = loop {
         match case.router.route_after(&query, &mut plan, case.now) {
             Ok(route) => break route,
-            Err(error) => assert!(behind < 10, "{error}"),
+            Err(error) => assert!(behind < 100, "{error}"),
         }
         behind += 1;
     };
