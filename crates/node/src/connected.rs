@@ -62,7 +62,8 @@ impl Connected {
         let over = matches!(state, EngineState::Restarting(_));
         self.dispatch.change(|all| {
             if let Some(entry) = all.nodes.get_mut(&self.node).filter(|_| over) {
-                entry.life += 1;
+                all.serial += 1;
+                entry.life = all.serial;
                 entry.passes = 0;
             }
             if ready {

@@ -35,8 +35,8 @@ const SERVE_INTERVAL: Duration = Duration::from_millis(5);
 pub(crate) struct Place {
     pub(crate) target: Target,
     pub(crate) info: RouteInfo,
-    /// Tells this life of the node's engine from the next.
-    pub(crate) life: u32,
+    /// Tells this life of the node's engine, and of its connection, from the next.
+    pub(crate) life: u64,
     pub(crate) pulse: Arc<Pulse>,
     /// Tokens that came from there.
     pub(crate) tokens: u32,
@@ -144,7 +144,7 @@ impl Dispatch {
             connection,
             hello,
             target,
-            life: 0,
+            life: connection,
             pulse: Arc::new(Pulse::new(now())),
             passes: 0,
             breaker: Breaker::default(),

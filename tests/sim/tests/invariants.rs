@@ -25,7 +25,8 @@ fn the_same_seed_gives_the_same_bytes() {
 
 #[test]
 fn random_faults_break_nothing() {
-    let seeds = 1..=20;
+    // Those at the end failed once: an answer waited in vain for nodes whose connection was a new one, but not their engine.
+    let seeds = (1..=20).chain([1219]);
     let all = seeds.map(|seed| sound(&format!("seed {seed}"), &Scenario::random(seed)));
     let stats = all.reduce(Stats::and).expect("some seeds");
     // Otherwise nothing was tried.

@@ -23,8 +23,8 @@ pub(crate) struct Ask {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Tried {
     pub(crate) node: NodeId,
-    /// Only as long as its engine is the same; none: whatever becomes of it.
-    pub(crate) life: Option<u32>,
+    /// Only as long as its engine and its connection are the same; none: whatever becomes of it.
+    pub(crate) life: Option<u64>,
 }
 
 impl Ask {

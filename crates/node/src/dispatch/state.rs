@@ -24,7 +24,7 @@ pub(crate) struct State {
     pub(super) retries: RetryBudget,
     /// When the queue was served last.
     pub(super) served: Instant,
-    pub(super) serial: u64,
+    pub(crate) serial: u64,
     pub(super) draining: bool,
 }
 
@@ -32,8 +32,8 @@ pub(crate) struct NodeEntry {
     pub(crate) connection: u64,
     pub(crate) hello: Hello,
     pub(crate) target: Target,
-    /// Engines that it has had since it connected.
-    pub(crate) life: u32,
+    /// Tells its engine, on this connection, from any other.
+    pub(crate) life: u64,
     pub(crate) pulse: Arc<Pulse>,
     /// Passes that its engine has told of.
     pub(crate) passes: u64,
@@ -53,7 +53,7 @@ pub(super) struct Booked {
     pub(super) booking: BookingId,
     pub(super) target: Target,
     pub(super) info: RouteInfo,
-    pub(super) life: u32,
+    pub(super) life: u64,
     pub(super) pulse: Arc<Pulse>,
 }
 
