@@ -120,6 +120,8 @@ pub struct RouteNode {
     pub rtt_s: f64,
     /// Seconds to read again what the request would evict, weighted.
     pub evict_s: f64,
+    /// By how much others would wait longer for their first tokens, and what is read that could be read once; weighted.
+    pub others_s: f64,
     /// Seconds of writing the answer, weighted.
     pub decode_s: f64,
     /// Their sum: the least is chosen, by the policy `cost`.

@@ -121,6 +121,7 @@ impl State {
                 prefill_s: one.cost.prefill_s,
                 rtt_s: one.cost.rtt_s,
                 evict_s: one.cost.evict_s,
+                others_s: one.cost.others_s,
                 decode_s: one.cost.decode_s,
                 total_s: one.cost.total_s(),
                 excluded: one.excluded.map(|excluded| excluded.to_string()).or(broken),

@@ -120,12 +120,20 @@ async fn a_plan_tells_what_speaks_for_and_against_each_node() {
     assert!(free.nodes.iter().any(|node| node.name == route.node_name && node.excluded.is_none()));
     assert_eq!((free.wait_s, free.waiting, free.nodes.len()), (None, 0, 2));
     for node in &free.nodes {
-        let terms = [node.backlog_s, node.slot_s, node.prefill_s, node.rtt_s, node.evict_s, node.decode_s];
+        let terms = [
+            node.backlog_s,
+            node.slot_s,
+            node.prefill_s,
+            node.rtt_s,
+            node.evict_s,
+            node.decode_s,
+            node.others_s,
+        ];
         assert!((terms.iter().sum::<f64>() - node.total_s).abs() < 1e-9, "{node:?}");
     }
     assert_eq!(router.view().in_flight, 0, "nothing was sent");
     let mut running = Vec::new();
-    for id in 10..16 {
+    for id in 10..14 {
         running.push(router.generate(request(id, 4000)).await.expect("accepted"));
     }
     let full = plan(router, &asked);
