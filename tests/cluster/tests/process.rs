@@ -36,15 +36,16 @@ fn a_killed_engine_comes_back_and_the_node_is_not_ready_meanwhile() {
 }
 
 #[test]
-fn requests_of_a_killed_engine_end_with_an_error_event_or_run_again() {
+fn an_answer_goes_on_after_its_engine_was_killed() {
     let Some(model) = model() else { return };
     let mut node = NodeSpec::local("one", &model).start();
     node.wait_ready();
-    let mut stream = node.client.stream_chat("Tell me a story.", 1000).expect("connected");
+    let mut stream = node.client.stream_chat("Tell me a story.", 200).expect("connected");
     stream.first_text().expect("text comes");
     node.kill_engine();
-    let (_, end) = stream.finish();
-    assert!(matches!(&end, StreamEnd::Error(event) if event["error"]["message"].is_string()), "{end:?}");
+    let (texts, end) = stream.finish();
+    assert_eq!(end, StreamEnd::Finished("length".to_owned()), "after {texts} texts");
+    assert!(node.log().contains("goes on elsewhere"), "{}", node.log());
 }
 
 #[test]
