@@ -1,7 +1,7 @@
 //! Measurements: what an engine does step by step, as data for `docs/performance.md`.
 //!
 //! [`engine_steps`] drives an [`engine::Model`] directly, so its figures hold neither scheduling nor network;
-//! [`engine_under_load`] drives an [`engine::Engine`]; [`router_bench`] a [`router::Router`] over simulated nodes.
+//! [`engine_under_load`] drives an [`engine::Engine`]; [`router_bench()`] a [`router::Router`] over simulated nodes.
 
 mod engine_bench;
 mod load_bench;
