@@ -38,7 +38,7 @@ fn two_machines_find_each_other_and_hear_the_goodbye() {
 
 /// Not a test by itself: one machine's process, until its input ends.
 #[test]
-#[ignore = "run by the test above, inside a namespace"]
+#[ignore = "one machine's process: `cargo test -p discovery --test namespaces` starts it in a network namespace"]
 fn machine() {
     let Ok(machine) = std::env::var(MACHINE) else { return };
     let machine: u8 = machine.parse().expect("a number");

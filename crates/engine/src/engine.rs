@@ -32,8 +32,8 @@ const CALM_STRETCH: [f64; 2] = [4.0, 8.0];
 /// While all prompts are in good time, a step with slices takes at most this many times what its rows alone take: a reader
 /// hardly sees a pace that differs by less than a factor of two.
 const GENTLE_STRETCH: f64 = 1.75;
-/// Where no request waits, a step with slices takes at most this many times what its rows alone take, however late a
-/// prompt is: what that costs the prompt is half of its time, and nobody else gains by haste.
+/// Where no request waits, a step with slices is to take at most this many times what its rows alone take, however late a
+/// prompt is, unless the smallest slice takes longer: the prompt takes half as long again, and nobody else gains by haste.
 const CALM_STEP_STRETCH: f64 = 3.0;
 /// Shortest `Retry-After` in seconds: a few steps.
 const RETRY_AFTER_MIN_S: f64 = 0.1;

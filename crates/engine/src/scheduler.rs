@@ -13,7 +13,7 @@ use std::{cmp::Reverse, time::Instant};
 use types::Priority;
 
 /// Smallest part of a prompt, and what larger ones are a multiple of, in tokens: half a block. On a CPU a step over eight
-/// rows and 32 tokens behind 4,000 others takes four times what the rows alone take, and over 16 half of that.
+/// rows and so many tokens behind 4,000 others takes three times what the rows alone take already (`docs/performance.md`).
 pub(crate) const SLICE_TOKENS_MIN: usize = 16;
 /// Part of a prompt that is read where steps over the rows alone take longer than they should: one block.
 const OVERDUE_SLICE_TOKENS: usize = 2 * SLICE_TOKENS_MIN;

@@ -84,7 +84,7 @@ impl Passes {
     pub(crate) fn warm(&self, kv: &mut KvPool) -> Result<bool> {
         let Some(places) = self.to_warm.borrow_mut().pop_front() else { return Ok(false) };
         let tokens = Array::from_slice(&vec![0_i32; places.count], &[places.count as i32]);
-        let drawn = self.run(places, &Ordered::new(&[]), tokens, kv)?;
+        let drawn = self.run(places, &Ordered::new(&[]), &[], tokens, kv)?;
         eval(drawn.iter().chain([&kv.fence]))?;
         Ok(true)
     }
@@ -150,11 +150,12 @@ impl Passes {
         Some(Places { rows, tile, count: rows + tokens, blocks })
     }
 
-    /// Runs a pass over tokens placed as `places` says; the drawn ones `[rows]`, if any.
+    /// Runs a pass over tokens that are where `placed` says; the drawn ones `[rows]`, if any.
     pub(crate) fn run(
         &self,
         places: Places,
         ordered: &Ordered<'_>,
+        placed: &[usize],
         tokens: Array,
         kv: &mut KvPool,
     ) -> Result<Option<Array>> {
@@ -166,7 +167,6 @@ impl Passes {
                 passes.alone.call(&[&tokens, &ordered.tiles_table(&places), &kv.fence])?
             }
             Some(passes) if places.count > places.rows => {
-                let placed = ordered.placed(&places);
                 let mut wanted: Vec<i32> =
                     ordered.wanted.iter().map(|&at| placed[at as usize] as i32).collect();
                 wanted.resize(room, 0);

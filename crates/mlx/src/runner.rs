@@ -72,8 +72,9 @@ impl Runner {
         }
         let places = self.passes.as_ref().and_then(|passes| passes.places(&ordered));
         let drawn = if let (Some(passes), Some(places)) = (&self.passes, places) {
-            let tokens = self.tokens(&ordered, &ordered.placed(&places), places.count)?;
-            passes.run(places, &ordered, tokens, &mut self.kv)?
+            let placed = ordered.placed(&places);
+            let tokens = self.tokens(&ordered, &placed, places.count)?;
+            passes.run(places, &ordered, &placed, tokens, &mut self.kv)?
         } else {
             let count = ordered.slices.iter().map(|slice| slice.input.count()).sum();
             let tokens = self.tokens(&ordered, &(0..count).collect::<Vec<_>>(), count)?;
