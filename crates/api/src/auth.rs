@@ -1,15 +1,16 @@
-//! API keys: `Authorization: Bearer <key>`, compared in constant time. What lies behind knows a client by [`ClientId`] only.
+//! API keys: `Authorization: Bearer <key>`, or `x-api-key: <key>` as Anthropic's clients send it, compared in constant time. What lies behind knows a client by [`ClientId`] only.
 
 use crate::{AppState, error::ApiError};
 use axum::{
     extract::{Request, State},
-    http::header,
+    http::{HeaderMap, HeaderName, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use subtle::{Choice, ConstantTimeEq};
 use types::ClientId;
 
+const KEY_HEADER: HeaderName = HeaderName::from_static("x-api-key");
 /// Paths that need no key: whoever supervises the process has none.
 const OPEN: [&str; 1] = ["/health"];
 
@@ -19,14 +20,20 @@ pub(crate) async fn check(State(state): State<AppState>, mut request: Request, n
     if keys.is_empty() || OPEN.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    let value = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
-    let given = value.and_then(bearer);
-    let known = given.filter(|given| bool::from(is_one_of(given, keys)));
-    if let Some(client) = known.map(ClientId::of_key) {
+    let given = given(request.headers());
+    let known = given.iter().flatten().find(|given| bool::from(is_one_of(given, keys)));
+    let (some, client) = (given != [None, None], known.map(|key| ClientId::of_key(key)));
+    if let Some(client) = client {
         request.extensions_mut().insert(client);
         return next.run(request).await;
     }
-    ApiError::Unauthorized { given: given.is_some() }.into_response()
+    ApiError::Unauthorized { given: some }.into_response()
+}
+
+/// The keys in the headers, one for each way of giving one.
+fn given(headers: &HeaderMap) -> [Option<&[u8]>; 2] {
+    let header = |name: HeaderName| headers.get(name).map(|value| value.as_bytes());
+    [header(header::AUTHORIZATION).and_then(bearer), header(KEY_HEADER).map(<[u8]>::trim_ascii)]
 }
 
 /// The key in a header; the scheme's case does not matter.

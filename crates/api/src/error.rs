@@ -1,5 +1,6 @@
 //! Every way a request can fail, and the one place that turns it into a status and OpenAI's JSON.
 
+use crate::rates::RateError;
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},
@@ -49,6 +50,10 @@ pub(crate) enum ApiError {
     NoRoute { path: String },
     #[error("{path:?} does not take {method}")]
     WrongMethod { method: String, path: String },
+    #[error("the {what} have {bytes} bytes; at most {max} are allowed")]
+    HeadTooLarge { what: &'static str, bytes: usize, max: usize },
+    #[error(transparent)]
+    Rate(#[from] RateError),
     #[error("the request was cancelled by the cluster before its text was complete")]
     Cancelled,
     #[error("{what}")]
@@ -61,6 +66,11 @@ impl ApiError {
     /// A parameter that cannot be as it is.
     pub(crate) fn parameter(param: &str, message: impl Into<String>) -> Self {
         Self::Parameter { param: param.to_owned(), message: message.into() }
+    }
+
+    /// The status of the answer.
+    pub(crate) fn status(&self) -> StatusCode {
+        self.outline().status
     }
 
     /// The body of the answer.
@@ -102,6 +112,11 @@ impl ApiError {
             }
             Self::NoRoute { .. } => invalid(S::NOT_FOUND, "unknown_url"),
             Self::WrongMethod { .. } => invalid(S::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::HeadTooLarge { .. } => invalid(S::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large"),
+            Self::Rate(error) => Outline {
+                retry_after_s: Some(error.wait.as_secs_f64().ceil().max(1.0) as u64),
+                ..Outline::new(S::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded")
+            },
             Self::Cancelled => server(S::SERVICE_UNAVAILABLE, "cancelled"),
             Self::Internal { .. } => server(S::INTERNAL_SERVER_ERROR, "internal_error"),
             Self::Generate(error) => match error {
@@ -158,6 +173,8 @@ impl IntoResponse for ApiError {
         if outline.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        // For whoever writes it in another protocol's words.
+        response.extensions_mut().insert(self);
         response
     }
 }

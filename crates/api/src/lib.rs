@@ -2,22 +2,30 @@
 //!
 //! `openai` has the JSON as types, `prompt` turns messages into tokens, `text` turns tokens into text, `handlers` has a
 //! file for each route, and `error` is the one place that knows statuses. Nothing here knows nodes or sockets behind the
-//! three traits. A client that goes away drops its [`types::Generation`], which cancels it. There is no CORS: a page of
-//! another origin cannot read what is served here.
+//! three traits. A client that goes away drops its [`types::Generation`], which cancels it. Around the handlers lie layers, each
+//! in a file: `tag` (ids, log), `cors`, `shape` (errors of other protocols), `head` (sizes), `auth` and `rates`.
 
 mod auth;
 mod caller;
+mod cors;
 mod error;
 mod handlers;
+mod head;
+mod limits;
+mod ollama;
 mod openai;
+mod patience;
 mod prompt;
+mod rates;
 mod server;
+mod shape;
 mod tag;
 mod text;
 #[cfg(test)]
 #[path = "../tests/http/support/tokenizers.rs"]
 mod tokenizers_for_tests;
 
+pub use rates::RateLimits;
 pub use server::serve;
 
 use axum::{
@@ -27,8 +35,9 @@ use axum::{
     routing::{delete, get, post},
 };
 use error::ApiError;
-use handlers::{chat, completions, models, route, sessions, status};
+use handlers::{chat, completions, models, route, sessions, status, tokenize};
 use prompt::TextCache;
+use rates::{Metered, Rates};
 use std::{fmt, sync::Arc};
 use tag::RequestTag;
 use types::{Directory, Generate, Sessions};
@@ -55,19 +64,31 @@ pub struct ApiSettings {
     pub owned_by: String,
     /// No key's requests use what those of another key left in the prefix caches.
     pub cache_per_key: bool,
+    /// What each key may ask for.
+    pub rates: RateLimits,
+    /// Origins whose pages may read answers, as browsers send them; `*` is every one.
+    pub cors_origins: Vec<String>,
 }
 
 impl Default for ApiSettings {
     fn default() -> Self {
-        Self { api_keys: Vec::new(), owned_by: "mlx-cluster".to_owned(), cache_per_key: false }
+        Self {
+            api_keys: Vec::new(),
+            owned_by: "mlx-cluster".to_owned(),
+            cache_per_key: false,
+            rates: RateLimits::default(),
+            cors_origins: Vec::new(),
+        }
     }
 }
 
 /// The endpoint as an axum app, for [`serve`] or a larger one.
 pub fn app(state: ApiState) -> Router {
+    let rates = Arc::new(Rates::new(state.settings.rates));
     let state = Arc::new(App {
         texts: TextCache::new(state.directory.clone()),
-        generate: state.generate,
+        generate: Arc::new(Metered::new(state.generate, rates.clone())),
+        rates,
         directory: state.directory,
         sessions: state.sessions,
         settings: state.settings,
@@ -83,11 +104,20 @@ pub fn app(state: ApiState) -> Router {
         .route("/v1/sessions/{*id}", delete(sessions::delete))
         .route("/v1/cluster", get(status::cluster))
         .route("/v1/cluster/route", post(route::plan))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/api/tags", get(ollama::models::tags))
+        .route("/api/show", post(ollama::models::show))
+        .route("/api/version", get(ollama::models::version))
         .route("/health", get(status::health))
         .route("/ready", get(status::ready))
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(state.clone(), rates::limit))
         .layer(from_fn_with_state(state.clone(), auth::check))
+        .layer(from_fn(head::check))
+        .layer(from_fn(shape::shape))
+        .layer(from_fn_with_state(state.clone(), cors::allow))
         .layer(from_fn(tag::tag))
         .with_state(state)
 }
@@ -100,6 +130,7 @@ struct App {
     sessions: Arc<dyn Sessions>,
     settings: ApiSettings,
     texts: TextCache,
+    rates: Arc<Rates>,
 }
 
 async fn no_route(uri: Uri) -> ApiError {
@@ -123,6 +154,8 @@ impl fmt::Debug for ApiSettings {
             .field("api_keys", &self.api_keys.len())
             .field("owned_by", &self.owned_by)
             .field("cache_per_key", &self.cache_per_key)
+            .field("rates", &self.rates)
+            .field("cors_origins", &self.cors_origins)
             .finish()
     }
 }

@@ -1,5 +1,9 @@
-//! Serves an app over TCP: bounded connections, a time limit for headers, no waiting for full packets.
+//! Serves an app over TCP: bounded connections, time limits for headers and for clients that read nothing, no waiting for full packets.
 
+use crate::{
+    limits::{CONNECTION_BUFFER_BYTES_MAX, CONNECTIONS_MAX, HEADERS_TIME_MAX, WRITE_TIME_MAX},
+    patience::Patient,
+};
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -11,12 +15,6 @@ use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
 use tokio::{net::TcpListener, sync::Semaphore};
 use tracing::{debug, info, warn};
 
-/// Connections served at once; more wait in the kernel's backlog. One that does nothing costs about 30 kB.
-const CONNECTIONS_MAX: usize = 4096;
-/// For a request's headers to arrive, which also ends connections that stay idle.
-const HEADERS_TIME_MAX: Duration = Duration::from_secs(60);
-/// Bytes of a request's headers, and of what is buffered of one connection.
-const CONNECTION_BUFFER_BYTES_MAX: usize = 64 << 10;
 /// Pause after a failed accept: it is likely to be a lack of file descriptors, which passes when connections end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -57,7 +55,10 @@ pub async fn serve(
             .timer(TokioTimer::new())
             .header_read_timeout(HEADERS_TIME_MAX)
             .max_buf_size(CONNECTION_BUFFER_BYTES_MAX)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
+            .serve_connection(
+                TokioIo::new(Patient::new(stream, WRITE_TIME_MAX)),
+                TowerToHyperService::new(app.clone()),
+            );
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             if let Err(error) = connection.await {

@@ -4,7 +4,7 @@
 //! source says, and [`Config::over`] lays one over another. What is missing at the end takes its default.
 
 use crate::values::{
-    Auto, Bytes, Dequantize, Device, List, LogFilter, LogFormat, Secret, Setting, Share, Span,
+    Auto, Bytes, Dequantize, Device, Limit, List, LogFilter, LogFormat, Origin, Secret, Setting, Share, Span,
 };
 use router::Policy;
 use std::{
@@ -116,6 +116,14 @@ settings! {
     allow_anonymous: bool = "false", "BOOL";
     /// Keep what each key's requests leave in the prefix caches from those of all others
     cache_per_key: bool = "false", "BOOL";
+    /// Requests by the minute that each key may make; without keys, all clients together
+    key_requests_per_minute: Limit = "none", "N";
+    /// Tokens of prompts and answers by the minute that each key may use
+    key_tokens_per_minute: Limit = "none", "N";
+    /// Requests of each key that are answered at a time
+    key_concurrency: Limit = "none", "N";
+    /// Origins of web pages whose scripts may use the endpoint; `*`: all
+    cors_origins: List<Origin> = "", "ORIGIN,…";
     /// File with the cluster key, made by `mlx-node key new` [auto: cluster.key beside the configuration file in ~/.config/mlx-cluster]
     key_file: Auto<PathBuf> = "auto", "FILE";
     /// The cluster key itself, instead of a file; as a flag it shows in the list of processes

@@ -67,6 +67,8 @@ async fn serve(settings: Settings, engine: Option<EngineCommandLine>) -> Result<
     let api = ApiSettings {
         api_keys: settings.api_keys.iter().map(|Secret(key)| key.clone()).collect(),
         cache_per_key: settings.cache_per_key,
+        rates: settings.rates,
+        cors_origins: settings.cors_origins.clone(),
         ..ApiSettings::default()
     };
     let drain_timeout = settings.drain_timeout;

@@ -3,8 +3,9 @@
 use crate::{
     config::{self, Values},
     hardware,
-    values::{Auto, Dequantize, Device, LogFormat, Secret},
+    values::{Auto, Dequantize, Device, LogFormat, Origin, Secret},
 };
+use api::RateLimits;
 use node::DispatchSettings;
 use router::RouterSettings;
 use serde::{Deserialize, Serialize};
@@ -79,6 +80,8 @@ pub(crate) struct Settings {
     pub(crate) http: SocketAddr,
     pub(crate) api_keys: Vec<Secret>,
     pub(crate) cache_per_key: bool,
+    pub(crate) rates: RateLimits,
+    pub(crate) cors_origins: Vec<String>,
     pub(crate) key: ClusterKey,
     pub(crate) key_origin: KeyOrigin,
     pub(crate) mdns: bool,
@@ -170,6 +173,12 @@ impl Settings {
             http: values.http,
             api_keys,
             cache_per_key: values.cache_per_key,
+            rates: RateLimits {
+                requests_per_minute: values.key_requests_per_minute.0,
+                tokens_per_minute: values.key_tokens_per_minute.0,
+                concurrent: values.key_concurrency.0,
+            },
+            cors_origins: values.cors_origins.0.into_iter().map(|Origin(origin)| origin).collect(),
             key,
             key_origin,
             mdns: values.mdns && !alone,

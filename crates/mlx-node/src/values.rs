@@ -143,6 +143,43 @@ impl<T: Setting> Setting for Auto<T> {
     }
 }
 
+/// A number that is not to be exceeded, or `none`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limit(pub(crate) Option<u32>);
+
+impl Setting for Limit {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        u32::parse(text).map(|limit| Self(Some(limit))).map_err(|expected| format!("\"none\", or {expected}"))
+    }
+
+    fn to_toml(&self) -> String {
+        self.0.map_or_else(|| quoted("none"), |limit| limit.to_string())
+    }
+}
+
+/// An origin as browsers send it: scheme, host and, where it is not the scheme's own, port; or `*`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Origin(pub(crate) String);
+
+impl Setting for Origin {
+    fn parse(text: &str) -> Result<Self, String> {
+        let rest = text.split_once("://").map_or("", |(_, rest)| rest);
+        let host = !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
+        if text == "*" || host && text.is_ascii() && !text.bytes().any(|byte| byte.is_ascii_uppercase()) {
+            return Ok(Self(text.to_owned()));
+        }
+        Err("\"*\" or an origin is expected, in lower case and without a path, such as http://localhost:3000"
+            .to_owned())
+    }
+
+    fn to_toml(&self) -> String {
+        quoted(&self.0)
+    }
+}
+
 /// Several values: an array in TOML, separated by commas elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct List<T>(pub(crate) Vec<T>);
@@ -375,6 +412,19 @@ mod tests {
             Some((List(vec![types::Role::Node, types::Role::Router]), r#"["node", "router"]"#)),
         );
         check::<List<types::Role>>("node,leader", None);
+        check("none", Some((Limit(None), "\"none\"")));
+        check("60", Some((Limit(Some(60)), "60")));
+        check::<Limit>("0", None);
+        for good in
+            ["*", "http://localhost:3000", "https://chat.example", "app://obsidian.md", "http://[::1]:8"]
+        {
+            check(good, Some((Origin(good.to_owned()), &quoted(good))));
+        }
+        for bad in
+            ["", "localhost", "http://", "http://x/", "https://Example.org", "http://a b", "https://ä.de"]
+        {
+            check::<Origin>(bad, None);
+        }
         check("never", Some((Dequantize::Never, "\"never\"")));
         check::<Device>("tpu", None);
         check("warn,node=debug", Some((LogFilter("warn,node=debug".to_owned()), "\"warn,node=debug\"")));

@@ -1,16 +1,13 @@
 //! Reads a request's body, bounded in bytes and time.
 
-use crate::error::ApiError;
+use crate::{
+    error::ApiError,
+    limits::{BODY_TIME_MAX, DRAINED_BYTES_MAX},
+};
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
-use std::time::Duration;
 use types::limits::HTTP_BODY_BYTES_MAX;
-
-/// For the whole body: the largest takes 13 s over 10 Mbit/s.
-const BODY_TIME_MAX: Duration = Duration::from_secs(30);
-/// Bytes of a refused body that are read and dropped, so that a client that sends before it reads gets the refusal.
-const DRAINED_BYTES_MAX: usize = 64 << 20;
 
 pub(crate) async fn read(body: Body) -> Result<Bytes, ApiError> {
     let slow = |_| ApiError::BodySlow { seconds: BODY_TIME_MAX.as_secs() };

@@ -12,3 +12,4 @@ pub(crate) mod route;
 pub(crate) mod sessions;
 pub(crate) mod start;
 pub(crate) mod status;
+pub(crate) mod tokenize;

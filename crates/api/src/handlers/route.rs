@@ -3,22 +3,19 @@
 //! The body is that of a chat completion, where it has messages, or else of a completion.
 
 use super::{body, chat, completions, start::requests};
-use crate::{AppState, caller::Caller, error::ApiError, openai::request};
+use crate::{
+    AppState,
+    caller::Caller,
+    error::ApiError,
+    openai::request::{self, Shape},
+};
 use axum::{
     Json,
     body::Body,
     extract::State,
     response::{IntoResponse, Response},
 };
-use serde::{Deserialize, de::IgnoredAny};
 use serde_json::json;
-
-/// What tells the two kinds of bodies apart.
-#[derive(Debug, Deserialize)]
-struct Shape {
-    #[serde(default)]
-    messages: Option<IgnoredAny>,
-}
 
 pub(crate) async fn plan(
     State(state): State<AppState>,

@@ -9,7 +9,10 @@ use super::{
     values::{Content, LogitBias, Object, PriorityValue, Prompts, Seed, Strings},
 };
 use crate::error::ApiError;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{
+    Deserialize, Serialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
 use types::TokenId;
 
 /// Parses a body: one that cannot be read is an error that says where, or which field.
@@ -27,6 +30,13 @@ pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     })?;
     deserializer.end().map_err(|error| ApiError::Syntax { message: error.to_string() })?;
     Ok(parsed.0)
+}
+
+/// What tells the body of a chat from that of a text.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Shape {
+    #[serde(default)]
+    pub(crate) messages: Option<IgnoredAny>,
 }
 
 /// A chat message.

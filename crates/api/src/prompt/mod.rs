@@ -13,6 +13,6 @@ mod words;
 
 pub(crate) use byte_level::ByteLevel;
 pub(crate) use cache::TextCache;
-pub(crate) use clock::unix_seconds;
+pub(crate) use clock::{strftime, unix_seconds};
 pub(crate) use template::{ChatTemplate, TemplateError, TemplateInput, TemplateMessage};
 pub(crate) use tokenizer::ModelText;

@@ -130,6 +130,16 @@ impl ModelText {
         self.tokenizer.decode(tokens, true).map_err(|error| error.to_string())
     }
 
+    /// The text of some tokens, with that of special ones.
+    pub(crate) fn decode_all(&self, tokens: &[TokenId]) -> Result<String, String> {
+        self.tokenizer.decode(tokens, false).map_err(|error| error.to_string())
+    }
+
+    /// A token as the vocabulary spells it; none for an id that it leaves out.
+    pub(crate) fn spelling(&self, token: TokenId) -> Option<String> {
+        self.tokenizer.id_to_token(token)
+    }
+
     /// Whether a token has text at all: it is neither special nor outside of the vocabulary.
     pub(crate) fn has_text(&self, token: TokenId) -> bool {
         !self.special.contains(&token) && self.tokenizer.id_to_token(token).is_some()

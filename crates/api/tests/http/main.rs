@@ -4,7 +4,10 @@
 mod disconnect;
 mod errors;
 mod latency;
+mod limits;
+mod ollama;
 mod route;
 mod sessions;
 mod streams;
 mod support;
+mod tokenize;

@@ -1,0 +1,157 @@
+//! Bounds on heads and on what a key may ask for, other origins, and errors as other protocols write them.
+
+use crate::support::*;
+use api::{ApiSettings, RateLimits};
+use axum::{Router, body::Body, http::Request};
+use http_body_util::BodyExt;
+use serde_json::json;
+use tower::ServiceExt;
+use types::*;
+
+const TEXT: &str = "/v1/completions";
+const ASK: &str = r#"{"prompt":"x"}"#;
+
+fn ok() -> Script {
+    Script::Events(vec![tokens(0, "ab"), finished(FinishReason::Length, 2)])
+}
+
+fn keyed(rates: RateLimits) -> Router {
+    let api_keys = ["first", "second"].map(str::to_owned).to_vec();
+    Cluster::new(&["tiny"], None, ok()).app_with(ApiSettings { api_keys, rates, ..ApiSettings::default() })
+}
+
+fn with(request: Request<Body>, headers: &[(&str, &str)]) -> Request<Body> {
+    let (mut parts, body) = request.into_parts();
+    for &(name, value) in headers {
+        let name: axum::http::HeaderName = name.parse().unwrap();
+        parts.headers.insert(name, value.parse().unwrap());
+    }
+    Request::from_parts(parts, body)
+}
+
+fn of(key: &str) -> Request<Body> {
+    with(post(TEXT, ASK), &[("authorization", &format!("Bearer {key}"))])
+}
+
+async fn refused(app: &Router, request: Request<Body>, message: &str, retry_after: &str) {
+    let answer = ask(app.clone(), request).await;
+    let error = &answer.json()["error"];
+    assert_eq!((answer.status(), &error["code"]), (429, &json!("rate_limit_exceeded")), "{error}");
+    assert_eq!(error["type"], "rate_limit_error");
+    assert!(error["message"].as_str().unwrap().contains(message), "{error}");
+    assert_eq!(answer.header("retry-after"), retry_after);
+}
+
+#[tokio::test]
+async fn heads() {
+    let app = Cluster::new(&["tiny"], None, ok()).app();
+    let long = format!("/v1/models/{}", "x".repeat(8 << 10));
+    let answer = ask(app.clone(), get(&long)).await;
+    assert_eq!((answer.status(), &answer.json()["error"]["code"]), (431, &json!("headers_too_large")));
+    let expected = "the path and query have 8203 bytes; at most 8192 are allowed";
+    assert_eq!(answer.json()["error"]["message"], expected);
+    let answer = ask(app, with(get("/v1/models"), &[("x-long", &"x".repeat(32 << 10))])).await;
+    assert_eq!(answer.status(), 431);
+    assert_eq!(answer.json()["error"]["message"], "the headers have 32774 bytes; at most 32768 are allowed");
+}
+
+#[tokio::test]
+async fn requests_by_the_minute() {
+    let app = keyed(RateLimits { requests_per_minute: Some(2), ..RateLimits::default() });
+    for key in ["first", "second"] {
+        for _ in 0..2 {
+            let answer = ask(app.clone(), of(key)).await;
+            assert_eq!(answer.status(), 200);
+            assert!(answer.response.headers().get("content-length").is_some() || !answer.text.is_empty());
+        }
+        refused(&app, of(key), "use 2 requests by the minute", "30").await;
+        // What costs nothing is not counted.
+        let list = with(get("/v1/models"), &[("authorization", &format!("Bearer {key}"))]);
+        assert_eq!(ask(app.clone(), list).await.status(), 200);
+    }
+}
+
+#[tokio::test]
+async fn tokens_by_the_minute() {
+    // Each request reads one token and writes two.
+    let app = keyed(RateLimits { tokens_per_minute: Some(5), ..RateLimits::default() });
+    for _ in 0..2 {
+        assert_eq!(ask(app.clone(), of("first")).await.status(), 200);
+    }
+    refused(&app, of("first"), "use 5 tokens by the minute", "24").await;
+    assert_eq!(ask(app, of("second")).await.status(), 200);
+}
+
+#[tokio::test]
+async fn requests_at_a_time() {
+    let rates = RateLimits { concurrent: Some(1), ..RateLimits::default() };
+    let settings = ApiSettings { rates, ..ApiSettings::default() };
+    let app = Cluster::new(&["tiny"], None, Script::Hang(vec![tokens(0, "ab")])).app_with(settings);
+    let stream = || post(TEXT, r#"{"prompt":"x","stream":true}"#);
+    let mut running = app.clone().oneshot(stream()).await.unwrap();
+    assert!(running.body_mut().frame().await.is_some());
+    refused(&app, stream(), "have 1 requests answered at a time", "1").await;
+    drop(running);
+    assert_eq!(app.clone().oneshot(stream()).await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn other_origins() {
+    let cors_origins = vec!["http://localhost:3000".to_owned()];
+    let api_keys = vec!["k".to_owned()];
+    let settings = ApiSettings { cors_origins, api_keys, ..ApiSettings::default() };
+    let app = Cluster::new(&["tiny"], None, ok()).app_with(settings);
+    let preflight = |origin: &str| {
+        let request = Request::options(TEXT).body(Body::empty()).unwrap();
+        let headers = [
+            ("origin", origin),
+            ("access-control-request-method", "POST"),
+            ("access-control-request-headers", "authorization,x-stainless-os"),
+        ];
+        with(request, &headers)
+    };
+    let answer = ask(app.clone(), preflight("http://localhost:3000")).await;
+    assert_eq!(answer.status(), 204);
+    assert_eq!(answer.header("access-control-allow-origin"), "http://localhost:3000");
+    assert_eq!(answer.header("access-control-allow-headers"), "authorization,x-stainless-os");
+    assert_eq!(answer.header("access-control-allow-methods"), "GET, POST, DELETE");
+    assert_eq!(answer.header("vary"), "origin");
+    let answer = ask(app.clone(), preflight("http://localhost:3001")).await;
+    assert_eq!((answer.status(), answer.header("access-control-allow-origin")), (401, ""));
+
+    // A page may read a refusal too.
+    let answer = ask(app.clone(), with(post(TEXT, ASK), &[("origin", "http://localhost:3000")])).await;
+    assert_eq!(answer.status(), 401);
+    assert_eq!(answer.header("access-control-allow-origin"), "http://localhost:3000");
+    let headers = [("origin", "http://evil.example"), ("authorization", "Bearer k")];
+    let answer = ask(app, with(post(TEXT, ASK), &headers)).await;
+    assert_eq!((answer.status(), answer.header("access-control-allow-origin")), (200, ""));
+
+    let off = Cluster::new(&["tiny"], None, ok()).app();
+    let answer = ask(off, preflight("http://localhost:3000")).await;
+    assert_eq!((answer.status(), answer.header("access-control-allow-origin")), (405, ""));
+    let all = ApiSettings { cors_origins: vec!["*".to_owned()], ..ApiSettings::default() };
+    let all = Cluster::new(&["tiny"], None, ok()).app_with(all);
+    let answer = ask(all, with(get("/v1/models"), &[("origin", "null")])).await;
+    assert_eq!(answer.header("access-control-allow-origin"), "null");
+    assert_eq!(answer.header("access-control-expose-headers"), "x-request-id, x-mlx-route, retry-after");
+}
+
+#[tokio::test]
+async fn errors_of_other_protocols() {
+    let app = keyed(RateLimits::default());
+    let answer = ask(app.clone(), post("/v1/messages", ASK)).await;
+    let message = "an API key is needed, as `Authorization: Bearer …`";
+    let expected = json!({
+        "type": "error", "error": {"type": "authentication_error", "message": message},
+        "request_id": answer.header("x-request-id"),
+    });
+    assert_eq!((answer.status(), answer.json()), (401, expected));
+    let answer = ask(app.clone(), post("/api/chat", ASK)).await;
+    assert_eq!((answer.status(), answer.json()), (401, json!({"error": message})));
+    // Anthropic's clients send their key in a header of its own.
+    let answer = ask(app.clone(), with(get("/v1/models"), &[("x-api-key", "second")])).await;
+    assert_eq!(answer.status(), 200);
+    let headers = [("x-api-key", "third"), ("authorization", "Bearer fourth")];
+    assert_eq!(ask(app, with(get("/v1/models"), &headers)).await.status(), 401);
+}
