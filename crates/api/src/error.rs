@@ -156,7 +156,10 @@ impl ApiError {
             GenerateRequestError::EmptyPrompt | GenerateRequestError::PromptTooLong { .. } => prompt_param,
             GenerateRequestError::MaxTokens { .. } | GenerateRequestError::Output { .. } => "max_tokens",
             GenerateRequestError::StopTokens { .. } => "stop_token_ids",
-            GenerateRequestError::Target { name, .. } => name,
+            GenerateRequestError::Target { name, .. } | GenerateRequestError::Logprobs { name, .. } => name,
+            GenerateRequestError::GrammarTooLong { .. } => "response_format",
+            GenerateRequestError::MinTokens { .. } => "min_tokens",
+            GenerateRequestError::PromptLogprobs { .. } => "prompt_logprobs",
             GenerateRequestError::CacheSaltTooLong { .. } => "cache_salt",
         };
         Self::parameter(param, error.to_string())

@@ -8,8 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 use types::{
-    BLOCK_TOKENS, CacheScope, GenerateDraft, GenerateError, GenerateRequest, RequestId, SamplingParams,
-    Service, TokenEvent, TokenId,
+    BLOCK_TOKENS, CacheScope, GenerateDraft, GenerateError, GenerateRequest, OutputRules, RequestId,
+    SamplingParams, Service, TokenEvent, TokenId, TokenReport,
 };
 
 /// Steps before a measurement, for shapes and estimates to settle.
@@ -164,6 +164,8 @@ impl Drive {
             service: Service::default(),
             cache: CacheScope::default(),
             output: Vec::new(),
+            rules: OutputRules::default(),
+            report: TokenReport::default(),
         };
         let request = GenerateRequest::try_from(draft)
             .map_err(|error| GenerateError::Invalid { message: error.to_string(), param: None })?;

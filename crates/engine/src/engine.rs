@@ -348,6 +348,15 @@ impl Engine {
         if let Some((token, _)) = request.sampling.logit_bias.iter().find(|(token, _)| *token >= vocab) {
             return invalid(format!("token {token} of logit_bias is not below {vocab}"), "logit_bias");
         }
+        let asked = [
+            ("grammar", request.rules.grammar.is_some()),
+            ("min_tokens", request.rules.min_tokens > 0),
+            ("logprobs", request.report.logprobs.is_some()),
+            ("prompt_logprobs", request.report.prompt_logprobs.is_some()),
+        ];
+        if let Some((param, _)) = asked.into_iter().find(|(_, asked)| *asked) {
+            return invalid(format!("this engine does not know {param}"), param);
+        }
         let prompt_tokens = request.prompt.len() as u32;
         let tokens = u64::from(prompt_tokens) + u64::from(request.max_tokens);
         let blocks = self.model.limits().blocks;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep_until};
 use types::{
     Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, Generation, NodeId, TokenEvent,
-    TokenId, TokenStream, Usage,
+    TokenId, TokenReport, TokenStream, Usage,
 };
 
 /// How soon a request is looked at that brings nothing.
@@ -37,6 +37,7 @@ pub(crate) async fn start(
         ask,
         output: request.output.clone(),
         request,
+        told: 0,
         cached_tokens: None,
         tried: Vec::new(),
         failures: 0,
@@ -64,6 +65,8 @@ struct Course {
     ask: Arc<Ask>,
     /// The answer as far as it was passed on.
     output: Vec<TokenId>,
+    /// Tokens of the prompt whose log-probabilities were passed on.
+    told: usize,
     /// What the first node that began it had in its cache; told once.
     cached_tokens: Option<u32>,
     tried: Vec<Tried>,
@@ -99,7 +102,9 @@ impl Course {
         if !self.has_begun() {
             return Ok(self.request.clone());
         }
-        let draft = GenerateDraft { output: self.output.clone(), ..self.request.clone().into() };
+        // What there was to tell of the prompt was told before.
+        let report = TokenReport { prompt_logprobs: None, ..self.request.report };
+        let draft = GenerateDraft { output: self.output.clone(), report, ..self.request.clone().into() };
         draft.try_into().map_err(|error: types::GenerateRequestError| GenerateError::Engine {
             message: error.to_string(),
         })
@@ -206,7 +211,7 @@ async fn race(place: Place, request: GenerateRequest) -> Result<Won, NodeId> {
     loop {
         let Some(event) = events.next().await else { return Err(node) };
         let wins = match &event {
-            TokenEvent::Started { .. } => false,
+            TokenEvent::Prompt { .. } | TokenEvent::Started { .. } => false,
             TokenEvent::Tokens { .. } => true,
             TokenEvent::Finished(Finish { reason: FinishReason::Failed(error), .. }) => {
                 place.outcome(outcome_of(error));
@@ -265,10 +270,20 @@ impl Running {
                         return Some(TokenEvent::Started { cached_tokens });
                     }
                 }
-                Next::Event(TokenEvent::Tokens { index, tokens }) => {
+                Next::Event(TokenEvent::Prompt { index, logprobs }) => {
+                    // Another node tells from the beginning.
+                    let known = self.course.told.saturating_sub(index as usize);
+                    let new = logprobs.into_iter().skip(known).collect::<Vec<_>>();
+                    if !new.is_empty() {
+                        let index = index + known as u32;
+                        self.course.told = index as usize + new.len();
+                        return Some(TokenEvent::Prompt { index, logprobs: new });
+                    }
+                }
+                Next::Event(TokenEvent::Tokens { index, tokens, logprobs }) => {
                     if index as usize == self.course.output.len() {
                         self.took(&tokens);
-                        return Some(TokenEvent::Tokens { index, tokens });
+                        return Some(TokenEvent::Tokens { index, tokens, logprobs });
                     }
                     let reason = format!("token {index} came where {} was due", self.course.output.len());
                     if let Some(event) = self.broke_off(GenerateError::NodeLost { tokens: 0, reason }).await {

@@ -1,7 +1,8 @@
 //! Between an engine that must never wait and a consumer that may: one buffer per request, in which tokens coalesce.
 //!
 //! The [`TokenSink`] end is written by whoever reads the engine child's reports, the [`TokenSource`] end is the
-//! request's [`TokenStream`](types::TokenStream). The buffer holds at most the tokens that the request may generate.
+//! request's [`TokenStream`](types::TokenStream). The buffer holds at most the tokens that the request may generate, and
+//! log-probabilities of these and of its prompt where it asks for them.
 
 use futures_core::Stream;
 use futures_util::task::AtomicWaker;
@@ -9,10 +10,13 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use types::{Finish, FinishReason, GenerateError, TokenEvent, TokenId, Usage};
+use types::limits::LOGPROB_TOKENS_MAX;
+use types::{Finish, FinishReason, GenerateError, TokenEvent, TokenId, TokenLogprobs, Usage};
 
 /// Tokens of one event: what a slow consumer left lying must fit a reply's frame.
 const EVENT_TOKENS_MAX: usize = 4096;
+
+const _: () = assert!(LOGPROB_TOKENS_MAX <= EVENT_TOKENS_MAX);
 
 /// Makes the two ends, for the output tokens of these indexes. Dropping the source before the last event calls `cancel`.
 pub(crate) fn token_channel(
@@ -21,7 +25,12 @@ pub(crate) fn token_channel(
     cancel: impl FnOnce() + Send + 'static,
 ) -> (TokenSink, TokenSource) {
     let shared = Arc::new(Shared {
-        buffer: Mutex::new(Buffer { next: indexes.start, max_tokens: indexes.end, ..Buffer::default() }),
+        buffer: Mutex::new(Buffer {
+            next: indexes.start,
+            max_tokens: indexes.end,
+            prompt_tokens,
+            ..Buffer::default()
+        }),
         reader: AtomicWaker::new(),
     });
     let sink = TokenSink { shared: shared.clone(), prompt_tokens };
@@ -35,6 +44,10 @@ pub(crate) enum SinkError {
     Index { expected: u32, got: u32 },
     #[error("more than the {max_tokens} tokens asked for")]
     TooMany { max_tokens: u32 },
+    #[error("{logprobs} log-probabilities of {tokens} tokens")]
+    Logprobs { tokens: usize, logprobs: usize },
+    #[error("the prompt's tokens from index {got} where {expected} was next, or after its end")]
+    Prompt { expected: u32, got: u32 },
     #[error("begun for the second time, or after a token")]
     Started,
     #[error("an event after the last one")]
@@ -64,8 +77,15 @@ struct Buffer {
     started: bool,
     /// What the cache had, not read yet.
     cached_tokens: Option<u32>,
+    prompt_tokens: u32,
+    /// Index of the token of the prompt that is told of next.
+    told: u32,
+    /// Of the prompt's newest tokens, not read yet.
+    prompt: Vec<Option<TokenLogprobs>>,
     /// The newest tokens, not read yet.
     tokens: Vec<TokenId>,
+    /// Of each of these, or none.
+    logprobs: Vec<TokenLogprobs>,
     finish: Option<Finish>,
     ended: bool,
 }
@@ -92,7 +112,22 @@ impl TokenSink {
                 buffer.cached_tokens = Some(cached_tokens);
                 return Ok(());
             }
-            TokenEvent::Tokens { index, tokens } => {
+            TokenEvent::Prompt { index, logprobs } => {
+                let left = (buffer.prompt_tokens - buffer.told) as usize;
+                if buffer.started || index != buffer.told || logprobs.len() > left {
+                    return Err(SinkError::Prompt { expected: buffer.told, got: index });
+                }
+                buffer.told += logprobs.len() as u32;
+                buffer.prompt.extend(logprobs);
+            }
+            TokenEvent::Tokens { index, tokens, logprobs } => {
+                // All events of a request have them, or none.
+                let counts = [tokens.len(), buffer.tokens.len() + tokens.len()];
+                let fits = counts == [logprobs.len(), buffer.logprobs.len() + logprobs.len()];
+                if !fits && !(logprobs.is_empty() && buffer.logprobs.is_empty()) {
+                    let (tokens, logprobs) = (tokens.len(), logprobs.len());
+                    return Err(SinkError::Logprobs { tokens, logprobs });
+                }
                 if index != buffer.next {
                     return Err(SinkError::Index { expected: buffer.next, got: index });
                 }
@@ -103,6 +138,7 @@ impl TokenSink {
                 buffer.started = true;
                 buffer.next += tokens.len() as u32;
                 buffer.tokens.extend(tokens);
+                buffer.logprobs.extend(logprobs);
             }
             TokenEvent::Finished(finish) => {
                 buffer.finish = Some(finish);
@@ -142,14 +178,23 @@ impl Stream for TokenSource {
         let this = self.get_mut();
         this.shared.reader.register(context.waker());
         let mut buffer = this.shared.lock();
+        if !buffer.prompt.is_empty() {
+            let index = buffer.told - buffer.prompt.len() as u32;
+            let count = buffer.prompt.len().min(LOGPROB_TOKENS_MAX);
+            let logprobs = buffer.prompt.drain(..count).collect();
+            return Poll::Ready(Some(TokenEvent::Prompt { index, logprobs }));
+        }
         if let Some(cached_tokens) = buffer.cached_tokens.take() {
             return Poll::Ready(Some(TokenEvent::Started { cached_tokens }));
         }
         if !buffer.tokens.is_empty() {
             let index = buffer.next - buffer.tokens.len() as u32;
-            let count = buffer.tokens.len().min(EVENT_TOKENS_MAX);
+            let most = if buffer.logprobs.is_empty() { EVENT_TOKENS_MAX } else { LOGPROB_TOKENS_MAX };
+            let count = buffer.tokens.len().min(most);
+            let told = buffer.logprobs.len().min(count);
             let tokens = buffer.tokens.drain(..count).collect();
-            return Poll::Ready(Some(TokenEvent::Tokens { index, tokens }));
+            let logprobs = buffer.logprobs.drain(..told).collect();
+            return Poll::Ready(Some(TokenEvent::Tokens { index, tokens, logprobs }));
         }
         if let Some(finish) = buffer.finish.take() {
             this.cancel = None;
@@ -174,7 +219,7 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     fn tokens(index: u32, tokens: &[TokenId]) -> TokenEvent {
-        TokenEvent::Tokens { index, tokens: tokens.to_vec() }
+        TokenEvent::Tokens { index, tokens: tokens.to_vec(), logprobs: Vec::new() }
     }
 
     fn finished(reason: FinishReason) -> TokenEvent {
@@ -223,11 +268,52 @@ mod tests {
         let starts: Vec<_> = events
             .iter()
             .filter_map(|event| match event {
-                TokenEvent::Tokens { index, tokens } => Some((*index, tokens.len())),
-                TokenEvent::Started { .. } | TokenEvent::Finished(_) => None,
+                TokenEvent::Tokens { index, tokens, .. } => Some((*index, tokens.len())),
+                TokenEvent::Prompt { .. } | TokenEvent::Started { .. } | TokenEvent::Finished(_) => None,
             })
             .collect();
         assert_eq!(starts, [(0, 4096), (4096, 4096), (8192, 1808)]);
+    }
+
+    fn logprobs(logprob: f32) -> TokenLogprobs {
+        TokenLogprobs { logprob, top: vec![(5, -0.5)] }
+    }
+
+    #[test]
+    fn log_probabilities_stay_with_their_tokens_in_events_that_fit_a_frame() {
+        let (sink, source) = token_channel(3000, 0..3000, || panic!("not cancelled"));
+        let prompt = |from: u32, to: u32| {
+            let logprobs = (from..to).map(|at| (at > 0).then(|| logprobs(-(at as f32))));
+            TokenEvent::Prompt { index: from, logprobs: logprobs.collect() }
+        };
+        let tokens = |from: u32, to: u32| {
+            let logprobs = (from..to).map(|at| logprobs(-(at as f32))).collect();
+            TokenEvent::Tokens { index: from, tokens: (from..to).collect(), logprobs }
+        };
+        sink.push(prompt(0, 2000)).unwrap();
+        assert_eq!(sink.push(prompt(1999, 2001)), Err(SinkError::Prompt { expected: 2000, got: 1999 }));
+        sink.push(prompt(2000, 3000)).unwrap();
+        assert_eq!(sink.push(prompt(3000, 3001)), Err(SinkError::Prompt { expected: 3000, got: 3000 }));
+        sink.push(TokenEvent::Started { cached_tokens: 0 }).unwrap();
+        for at in 0..30 {
+            sink.push(tokens(at * 100, at * 100 + 99)).unwrap();
+            sink.push(tokens(at * 100 + 99, at * 100 + 100)).unwrap();
+        }
+        let bare = TokenEvent::Tokens { index: 3000, tokens: vec![1], logprobs: Vec::new() };
+        assert_eq!(sink.push(bare), Err(SinkError::Logprobs { tokens: 1, logprobs: 0 }));
+        sink.push(finished(FinishReason::Length)).unwrap();
+        let events: Vec<TokenEvent> = source.collect().now_or_never().expect("ended");
+        let expected = [
+            prompt(0, 1024),
+            prompt(1024, 2048),
+            prompt(2048, 3000),
+            TokenEvent::Started { cached_tokens: 0 },
+            tokens(0, 1024),
+            tokens(1024, 2048),
+            tokens(2048, 3000),
+            finished(FinishReason::Length),
+        ];
+        assert_eq!(events, expected);
     }
 
     #[test]

@@ -329,7 +329,12 @@ async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut repl
             match event {
                 // A token comes with it.
                 TokenEvent::Started { cached_tokens } => replies.hold(&Reply::Started { cached_tokens })?,
-                TokenEvent::Tokens { index, tokens } => replies.send(Reply::Tokens { index, tokens }).await?,
+                TokenEvent::Tokens { index, tokens, logprobs } => {
+                    replies.send(Reply::Tokens { index, tokens, logprobs }).await?;
+                }
+                TokenEvent::Prompt { index, logprobs } => {
+                    replies.send(Reply::Prompt { index, logprobs }).await?;
+                }
                 TokenEvent::Finished(finish) => replies.send(Reply::Done(finish)).await?,
             }
             next = events.next().await;
@@ -353,8 +358,8 @@ mod tests {
     use std::time::Duration;
     use transport::{ClusterKey, Peer};
     use types::{
-        CacheScope, Finish, FinishReason, GenerateDraft, ModelAssets, ModelCard, RequestId, SamplingParams,
-        Service, Usage,
+        CacheScope, Finish, FinishReason, GenerateDraft, ModelAssets, ModelCard, OutputRules, RequestId,
+        SamplingParams, Service, TokenReport, Usage,
     };
     use wire::EngineCommand;
 
@@ -427,12 +432,15 @@ mod tests {
             service: Service::default(),
             cache: CacheScope::default(),
             output: Vec::new(),
+            rules: OutputRules::default(),
+            report: TokenReport::default(),
         };
         let answer = peer.generate(draft.try_into().expect("valid")).await.expect("accepted");
         assert!(matches!(commands.recv().await, Some(EngineCommand::Submit(_))));
         let tokens = vec![u32::MAX - 1; TOKENS as usize];
         let finish = Finish { reason: FinishReason::Length, usage: Usage::default() };
-        let events = [TokenEvent::Tokens { index: 0, tokens }, TokenEvent::Finished(finish)];
+        let events =
+            [TokenEvent::Tokens { index: 0, tokens, logprobs: Vec::new() }, TokenEvent::Finished(finish)];
         for event in events {
             engine.child_event(RequestId(1), event).expect("in order");
         }
@@ -480,7 +488,7 @@ mod tests {
     fn tokens_of(event: &TokenEvent) -> usize {
         match event {
             TokenEvent::Tokens { tokens, .. } => tokens.len(),
-            TokenEvent::Started { .. } | TokenEvent::Finished(_) => 0,
+            TokenEvent::Prompt { .. } | TokenEvent::Started { .. } | TokenEvent::Finished(_) => 0,
         }
     }
 

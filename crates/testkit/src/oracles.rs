@@ -1,7 +1,7 @@
 //! Checks of token events: whatever produced them, a stream has one shape.
 
 use std::collections::BTreeMap;
-use types::{Finish, RequestId, TokenEvent, TokenId};
+use types::{Finish, RequestId, TokenEvent, TokenId, TokenLogprobs};
 
 /// How a stream of token events broke its contract.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -28,6 +28,24 @@ pub enum StreamFault {
         /// Tokens that had come.
         tokens: u32,
     },
+    /// Tokens of the prompt were told of in another order, or too late.
+    #[error("token {index} of the prompt came where {expected} was due, or after the prompt was read")]
+    Prompt {
+        /// What came.
+        index: u32,
+        /// What was due.
+        expected: u32,
+    },
+    /// Some tokens have log-probabilities and others not.
+    #[error("{logprobs} log-probabilities came with {tokens} tokens at index {index}")]
+    Logprobs {
+        /// Index of the first token.
+        index: u32,
+        /// Tokens that came.
+        tokens: usize,
+        /// What came with them.
+        logprobs: usize,
+    },
     /// An event of no tokens.
     #[error("an event at index {index} holds no tokens")]
     Empty {
@@ -53,8 +71,12 @@ pub enum StreamFault {
 /// What has come of one request.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Stream {
+    /// Tokens of the prompt that were told of.
+    prompt: u32,
     started: bool,
     tokens: Vec<TokenId>,
+    /// Of the tokens, or none.
+    logprobs: Vec<TokenLogprobs>,
     finish: Option<Finish>,
 }
 
@@ -66,6 +88,16 @@ impl Stream {
         }
         let expected = self.tokens.len() as u32;
         match event {
+            TokenEvent::Prompt { index, logprobs } => {
+                if self.started || *index != self.prompt {
+                    return Err(StreamFault::Prompt { index: *index, expected: self.prompt });
+                }
+                if logprobs.is_empty() {
+                    return Err(StreamFault::Empty { index: *index });
+                }
+                self.prompt += logprobs.len() as u32;
+                Ok(())
+            }
             TokenEvent::Started { .. } if self.started => Err(StreamFault::Started { tokens: expected }),
             TokenEvent::Started { .. } => {
                 self.started = true;
@@ -74,11 +106,18 @@ impl Stream {
             TokenEvent::Tokens { index, .. } if *index != expected => {
                 Err(StreamFault::Index { index: *index, expected })
             }
-            TokenEvent::Tokens { index, tokens } if tokens.is_empty() => {
+            TokenEvent::Tokens { index, tokens, .. } if tokens.is_empty() => {
                 Err(StreamFault::Empty { index: *index })
             }
-            TokenEvent::Tokens { tokens, .. } => {
+            TokenEvent::Tokens { index, tokens, logprobs } => {
+                let all = logprobs.len() == tokens.len() && (!self.started || !self.logprobs.is_empty());
+                let none = logprobs.is_empty() && self.logprobs.is_empty();
+                if !all && !none {
+                    let (tokens, logprobs) = (tokens.len(), logprobs.len());
+                    return Err(StreamFault::Logprobs { index: *index, tokens, logprobs });
+                }
                 self.started = true;
+                self.logprobs.extend_from_slice(logprobs);
                 self.tokens.extend_from_slice(tokens);
                 Ok(())
             }
@@ -165,7 +204,11 @@ mod tests {
 
     #[test]
     fn every_fault_is_named() {
-        let tokens = |index, tokens: &[TokenId]| TokenEvent::Tokens { index, tokens: tokens.to_vec() };
+        let tokens = |index, tokens: &[TokenId]| TokenEvent::Tokens {
+            index,
+            tokens: tokens.to_vec(),
+            logprobs: Vec::new(),
+        };
         let end = |completion_tokens| {
             let usage = Usage { prompt_tokens: 1, cached_tokens: 0, completion_tokens };
             TokenEvent::Finished(Finish { reason: FinishReason::Stop, usage })

@@ -51,7 +51,8 @@ impl Peer {
         let (stream, reply) = answer.map_err(lost)?;
         match reply {
             Reply::Accepted => {
-                let tokens = Tokens { stream, started: false, next_index, prompt_tokens, ended: false };
+                let tokens =
+                    Tokens { stream, started: false, next_index, told: 0, prompt_tokens, ended: false };
                 Ok(Box::pin(stream::unfold(tokens, Tokens::next)))
             }
             Reply::Rejected(error) => Err(stream.finished(error)),
@@ -228,6 +229,7 @@ fn name(reply: &Reply) -> &'static str {
         Reply::Sessions(_) => "`Sessions`",
         Reply::Started { .. } => "`Started`",
         Reply::Resyncing => "`Resyncing`",
+        Reply::Prompt { .. } => "`Prompt`",
     }
 }
 
@@ -237,6 +239,8 @@ struct Tokens {
     /// Whether tokens, or the word that they begin, came.
     started: bool,
     next_index: u32,
+    /// Tokens of the prompt that were told of.
+    told: u32,
     prompt_tokens: u32,
     ended: bool,
 }
@@ -251,10 +255,27 @@ impl Tokens {
                 self.started = true;
                 return Some((TokenEvent::Started { cached_tokens }, self));
             }
-            Ok(Some(Reply::Tokens { index, tokens })) => match self.after(index, &tokens) {
+            Ok(Some(Reply::Prompt { index, logprobs })) if !self.started => {
+                let told = index as usize + logprobs.len();
+                if index == self.told && !logprobs.is_empty() && told <= self.prompt_tokens as usize {
+                    self.told = told as u32;
+                    return Some((TokenEvent::Prompt { index, logprobs }, self));
+                }
+                format!(
+                    "the node told of {} tokens of the prompt from index {index} where index {} was due",
+                    logprobs.len(),
+                    self.told
+                )
+            }
+            Ok(Some(Reply::Tokens { tokens, logprobs, .. }))
+                if !logprobs.is_empty() && logprobs.len() != tokens.len() =>
+            {
+                format!("the node sent {} log-probabilities of {} tokens", logprobs.len(), tokens.len())
+            }
+            Ok(Some(Reply::Tokens { index, tokens, logprobs })) => match self.after(index, &tokens) {
                 Some(next_index) => {
                     (self.started, self.next_index) = (true, next_index);
-                    return Some((TokenEvent::Tokens { index, tokens }, self));
+                    return Some((TokenEvent::Tokens { index, tokens, logprobs }, self));
                 }
                 None => format!(
                     "the node sent {} tokens from index {index} where index {} was due",

@@ -194,8 +194,8 @@ async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr)
 }
 
 impl ReplySender {
-    /// Sends a reply, waiting while the router does not read. After any but `Accepted`, `Started` and `Tokens` the stream
-    /// is finished. Safe to cancel: a reply is sent whole or not at all.
+    /// Sends a reply, waiting while the router does not read. After any but `Accepted`, `Prompt`, `Started` and `Tokens`
+    /// the stream is finished. Safe to cancel: a reply is sent whole or not at all.
     pub async fn send(&mut self, reply: Reply) -> Result<(), ReplyError> {
         if self.last {
             // A cancelled call may have left a part of it.
@@ -204,7 +204,10 @@ impl ReplySender {
             return Err(ReplyError::Finished);
         }
         let class = if matches!(reply, Reply::Assets(_)) { FrameClass::Assets } else { FrameClass::Reply };
-        let last = !matches!(reply, Reply::Accepted | Reply::Started { .. } | Reply::Tokens { .. });
+        let last = !matches!(
+            reply,
+            Reply::Accepted | Reply::Prompt { .. } | Reply::Started { .. } | Reply::Tokens { .. }
+        );
         if !std::mem::take(&mut self.held) {
             self.writer.flush().await?;
         }

@@ -22,7 +22,7 @@ fn done() -> Finish {
 }
 
 fn tokens(index: u32, tokens: &[u32]) -> Reply {
-    Reply::Tokens { index, tokens: tokens.to_vec() }
+    Reply::Tokens { index, tokens: tokens.to_vec(), logprobs: Vec::new() }
 }
 
 /// Has the node answer with `replies`, and gives both ends of the stream.
@@ -65,7 +65,8 @@ async fn a_request_comes_back_as_its_events() {
     ];
     let stream = answered(&pair, replies).await.0.expect("accepted");
     let events: Vec<_> = within(stream.collect()).await;
-    let token_event = |index, tokens: &[u32]| TokenEvent::Tokens { index, tokens: tokens.to_vec() };
+    let token_event =
+        |index, tokens: &[u32]| TokenEvent::Tokens { index, tokens: tokens.to_vec(), logprobs: Vec::new() };
     let expected = [
         TokenEvent::Started { cached_tokens: 3 },
         token_event(0, &[5]),
@@ -255,7 +256,11 @@ async fn sixty_four_streams_at_once_keep_their_tokens_apart() {
             let stream = peer.generate(request(id)).await.expect("accepted");
             let events: Vec<_> = stream.collect().await;
             let expected = (0..TOKENS)
-                .map(|index| TokenEvent::Tokens { index, tokens: vec![id as u32 * 1000 + index] })
+                .map(|index| TokenEvent::Tokens {
+                    index,
+                    tokens: vec![id as u32 * 1000 + index],
+                    logprobs: Vec::new(),
+                })
                 .chain([TokenEvent::Finished(done())]);
             assert_eq!(events, expected.collect::<Vec<_>>());
         })
@@ -301,12 +306,12 @@ async fn a_slow_reader_holds_up_its_own_stream_only() {
         let mut next = 0;
         while let Some(event) = slow.next().await {
             match event {
-                TokenEvent::Tokens { index, tokens } => {
+                TokenEvent::Tokens { index, tokens, .. } => {
                     assert_eq!(index, next);
                     next += tokens.len() as u32;
                 }
                 TokenEvent::Finished(finish) => assert_eq!(finish, done()),
-                TokenEvent::Started { .. } => panic!("nobody said so"),
+                TokenEvent::Prompt { .. } | TokenEvent::Started { .. } => panic!("nobody said so"),
             }
         }
         next

@@ -10,7 +10,7 @@ use std::{fmt, future::Future, pin::Pin, sync::Arc};
 /// A boxed future, so that the traits below can be used as objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// Perhaps one [`TokenEvent::Started`], any number of [`TokenEvent::Tokens`] with gapless indexes, then exactly one
+/// Where asked for, [`TokenEvent::Prompt`] with gapless indexes; perhaps one [`TokenEvent::Started`], any number of [`TokenEvent::Tokens`] with gapless indexes, then exactly one
 /// [`TokenEvent::Finished`], then the end. Dropping it cancels the request.
 pub type TokenStream = Pin<Box<dyn Stream<Item = TokenEvent> + Send>>;
 
@@ -29,9 +29,28 @@ pub enum TokenEvent {
         index: u32,
         /// The tokens, at least one. An end-of-text token is not among them.
         tokens: Vec<TokenId>,
+        /// Of each token, where the request asks for them; else none.
+        logprobs: Vec<TokenLogprobs>,
     },
     /// The last event.
     Finished(Finish),
+    /// Tokens of the prompt were read whose log-probabilities the request asks for.
+    Prompt {
+        /// Index in the prompt of the first of them; gapless, from 0.
+        index: u32,
+        /// Of each token, at least one; the first token of a prompt has none.
+        logprobs: Vec<Option<TokenLogprobs>>,
+    },
+}
+
+/// How probable a token was: natural logarithms of the model's own distribution, before penalties, temperature, grammar and
+/// cuts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprobs {
+    /// Of the token itself.
+    pub logprob: f32,
+    /// The most probable tokens, as many as asked for, the most probable first.
+    pub top: Vec<(TokenId, f32)>,
 }
 
 /// How a request ended.

@@ -24,12 +24,12 @@ pub use cache::{
 pub use error::GenerateError;
 pub use generate::{
     BoxFuture, Directory, Finish, FinishReason, Generate, Generation, RouteInfo, RouteNode, RoutePlan,
-    TokenEvent, TokenStream, Usage,
+    TokenEvent, TokenLogprobs, TokenStream, Usage,
 };
 pub use id::{NodeId, ParseIdError, RequestId};
 pub use model::{AssetsHash, ModelAssets, ModelCard};
 pub use node::{ClusterView, EngineState, NodeLoad, NodePrediction, NodeRates, NodeView, Role};
-pub use request::{GenerateDraft, GenerateRequest, GenerateRequestError};
+pub use request::{GenerateDraft, GenerateRequest, GenerateRequestError, Grammar, OutputRules, TokenReport};
 pub use sampling::{SamplingDraft, SamplingError, SamplingParams};
 pub use sessions::{NodeSession, SessionAnswers, SessionRequest, Sessions};
 

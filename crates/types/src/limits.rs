@@ -10,6 +10,14 @@ pub const PROMPT_TOKENS_MAX: usize = 1 << 20;
 pub const NEW_TOKENS_MAX: u32 = 1 << 20;
 /// Entries of a request's `logit_bias`: OpenAI's bound.
 pub const LOGIT_BIAS_MAX: usize = 300;
+/// Bytes of a grammar or schema: those in use are a few kilobytes, and what is compiled on a server grows with it.
+pub const GRAMMAR_BYTES_MAX: usize = 256 << 10;
+/// Most probable tokens that are told of each token: OpenAI's bound.
+pub const LOGPROBS_MAX: u32 = 20;
+/// Tokens of one event that tells log-probabilities: keeps its frame small.
+pub const LOGPROB_TOKENS_MAX: usize = 1024;
+/// Tokens of a prompt whose own log-probabilities are asked for: they wait in memory until they are read, 168 bytes each.
+pub const PROMPT_LOGPROB_TOKENS_MAX: usize = 1 << 15;
 /// Extra stop tokens of a request.
 pub const STOP_TOKENS_MAX: usize = 64;
 /// Stop strings of a request. OpenAI allows 4; agents use more.

@@ -27,6 +27,50 @@ pub struct GenerateDraft {
     /// Tokens of the answer that there are already, fewer than `max_tokens`, which counts them: another node drew them and
     /// was lost. What is generated follows them, as if they had been drawn here.
     pub output: Vec<TokenId>,
+    /// What the answer must be like.
+    pub rules: OutputRules,
+    /// What is told of tokens beside the tokens themselves.
+    pub report: TokenReport,
+}
+
+/// What an answer must be like.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct OutputRules {
+    /// The whole text is a sentence of this grammar; it ends where nothing may follow.
+    pub grammar: Option<Grammar>,
+    /// Tokens of the answer before one that ends it may be drawn; at most `max_tokens`.
+    pub min_tokens: u32,
+}
+
+/// A set of texts, of at most [`limits::GRAMMAR_BYTES_MAX`] bytes. Whether it means anything, and is not too large, is said by
+/// the engine that compiles it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Grammar {
+    /// JSON that is valid under a schema, itself as JSON.
+    JsonSchema(String),
+    /// What a regular expression matches as a whole, in the syntax of Rust's crate `regex`.
+    Regex(String),
+    /// A Lark grammar, as `llguidance` reads it.
+    Lark(String),
+}
+
+impl Grammar {
+    /// Its text.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::JsonSchema(text) | Self::Regex(text) | Self::Lark(text) => text,
+        }
+    }
+}
+
+/// What is told of tokens beside the tokens themselves: log-probabilities, each with so many of the most probable
+/// alternatives, at most [`limits::LOGPROBS_MAX`]; none: no log-probabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct TokenReport {
+    /// Of the tokens of the answer.
+    pub logprobs: Option<u32>,
+    /// Of the tokens of the prompt, which is read without a cache then.
+    pub prompt_logprobs: Option<u32>,
 }
 
 /// A request that is valid by itself; whether it fits a model's context is the engine's to say.
@@ -74,6 +118,37 @@ pub enum GenerateRequestError {
         /// Tokens asked for.
         max_tokens: u32,
     },
+    /// A grammar larger than anybody writes.
+    #[error("the grammar has {bytes} bytes; at most {} are allowed", limits::GRAMMAR_BYTES_MAX)]
+    GrammarTooLong {
+        /// Bytes given.
+        bytes: usize,
+    },
+    /// More tokens at least than at most.
+    #[error("min_tokens is {value}; it must be at most max_tokens, which is {max_tokens}")]
+    MinTokens {
+        /// The value given.
+        value: u32,
+        /// Tokens at most.
+        max_tokens: u32,
+    },
+    /// More alternatives than are told.
+    #[error("{name} is {value}; it must be at most {}", limits::LOGPROBS_MAX)]
+    Logprobs {
+        /// `logprobs` or `prompt_logprobs`.
+        name: &'static str,
+        /// The value given.
+        value: u32,
+    },
+    /// More log-probabilities than are kept.
+    #[error(
+        "prompt_logprobs of a prompt of {tokens} tokens; at most {} are allowed",
+        limits::PROMPT_LOGPROB_TOKENS_MAX
+    )]
+    PromptLogprobs {
+        /// Tokens given.
+        tokens: usize,
+    },
     /// Too many stop tokens.
     #[error("{count} stop tokens; at most {} are allowed", limits::STOP_TOKENS_MAX)]
     StopTokens {
@@ -101,6 +176,24 @@ impl TryFrom<GenerateDraft> for GenerateRequest {
         }
         if draft.stop_tokens.len() > limits::STOP_TOKENS_MAX {
             return Err(GenerateRequestError::StopTokens { count: draft.stop_tokens.len() });
+        }
+        if let Some(grammar) = &draft.rules.grammar
+            && grammar.text().len() > limits::GRAMMAR_BYTES_MAX
+        {
+            return Err(GenerateRequestError::GrammarTooLong { bytes: grammar.text().len() });
+        }
+        if draft.rules.min_tokens > draft.max_tokens {
+            let (value, max_tokens) = (draft.rules.min_tokens, draft.max_tokens);
+            return Err(GenerateRequestError::MinTokens { value, max_tokens });
+        }
+        let TokenReport { logprobs, prompt_logprobs } = draft.report;
+        for (name, count) in [("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)] {
+            if let Some(value) = count.filter(|count| *count > limits::LOGPROBS_MAX) {
+                return Err(GenerateRequestError::Logprobs { name, value });
+            }
+        }
+        if prompt_logprobs.is_some() && draft.prompt.len() > limits::PROMPT_LOGPROB_TOKENS_MAX {
+            return Err(GenerateRequestError::PromptLogprobs { tokens: draft.prompt.len() });
         }
         let targets = [
             ("ttft_target_ms", draft.service.ttft_target_ms),
@@ -151,6 +244,8 @@ mod tests {
                 service: Service::default(),
                 cache: CacheScope::default(),
                 output: Vec::new(),
+                rules: OutputRules::default(),
+                report: TokenReport::default(),
             };
             assert!(GenerateRequest::try_from(draft.clone()).is_ok());
             change(&mut draft);
@@ -167,5 +262,16 @@ mod tests {
         check(|d| d.service.tpot_target_ms = Some(3_600_001), expected);
         let expected = "cache_salt has 257 bytes; at most 256 are allowed";
         check(|d| d.cache.salt = Some("x".repeat(257)), expected);
+        let expected = "the grammar has 262145 bytes; at most 262144 are allowed";
+        check(|d| d.rules.grammar = Some(Grammar::Regex("x".repeat(262_145))), expected);
+        let expected = "min_tokens is 2; it must be at most max_tokens, which is 1";
+        check(|d| d.rules.min_tokens = 2, expected);
+        check(|d| d.report.logprobs = Some(21), "logprobs is 21; it must be at most 20");
+        check(|d| d.report.prompt_logprobs = Some(30), "prompt_logprobs is 30; it must be at most 20");
+        let expected = "prompt_logprobs of a prompt of 32769 tokens; at most 32768 are allowed";
+        let long = |d: &mut GenerateDraft| {
+            (d.prompt, d.report.prompt_logprobs) = (vec![1; 32_769], Some(0));
+        };
+        check(long, expected);
     }
 }

@@ -16,9 +16,10 @@ const HELLO_BYTES_MAX: usize = 16 << 10;
 /// [`limits::CACHE_BLOCKS_SENT_MAX`] blocks of a cache, with room to spare.
 const CONTROL_BYTES_MAX: usize = 1 << 20;
 /// Bytes of a request: [`limits::PROMPT_TOKENS_MAX`] tokens of its prompt and [`limits::NEW_TOKENS_MAX`] of its answer at
-/// up to 5 bytes, plus its parameters.
+/// up to 5 bytes, plus its parameters and grammar.
 const REQUEST_BYTES_MAX: usize = 11 << 20;
-/// Bytes of an answer to `Generate` or `Sessions`: one step's tokens, an error with its text, or the sessions of an engine.
+/// Bytes of an answer to `Generate` or `Sessions`: one step's tokens, some log-probabilities, an error with its text, or the
+/// sessions of an engine.
 const REPLY_BYTES_MAX: usize = 256 << 10;
 /// Bytes of an answer to `Assets`: the assets and some lengths.
 const ASSETS_BYTES_MAX: usize = limits::ASSETS_BYTES_MAX + (64 << 10);
@@ -28,7 +29,14 @@ const ENGINE_BYTES_MAX: usize = ASSETS_BYTES_MAX + CONTROL_BYTES_MAX;
 pub(crate) const PAYLOAD_BYTES_MAX: usize = ENGINE_BYTES_MAX;
 
 const _: () = assert!(
-    REQUEST_BYTES_MAX > (limits::PROMPT_TOKENS_MAX + limits::NEW_TOKENS_MAX as usize) * 5 + (64 << 10)
+    REQUEST_BYTES_MAX
+        > (limits::PROMPT_TOKENS_MAX + limits::NEW_TOKENS_MAX as usize) * 5
+            + limits::GRAMMAR_BYTES_MAX
+            + (64 << 10)
+);
+// A token, its log-probability, and the alternatives with their count.
+const _: () = assert!(
+    REPLY_BYTES_MAX > limits::LOGPROB_TOKENS_MAX * (5 + 4 + 2 + limits::LOGPROBS_MAX as usize * (5 + 4)) + 64
 );
 // A hash takes 17 bytes; an event of one block has its parent and a few numbers besides.
 const _: () = assert!(CONTROL_BYTES_MAX > limits::CACHE_BLOCKS_SENT_MAX * (2 * 17 + 4));

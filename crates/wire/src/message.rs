@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use types::{
     AssetsHash, BlockHash, CacheEvent, EngineState, Finish, GenerateError, GenerateRequest, ModelAssets,
     ModelCard, NodeId, NodeLoad, NodeRates, RequestId, Role, SessionInfo, SessionRequest, TokenEvent,
-    TokenId,
+    TokenId, TokenLogprobs,
 };
 
 /// Who one end of a connection is.
@@ -84,8 +84,8 @@ pub enum Request {
 
 /// A node's frames on a request's stream.
 ///
-/// `Generate`: `Rejected`, or `Accepted`, `Started`, `Tokens`…, `Done`; without tokens, without `Started`. `Assets`:
-/// `Rejected` or `Assets`. `Sessions`: `Rejected` or `Sessions`. `Resync`: `Resyncing`.
+/// `Generate`: `Rejected`, or `Accepted`, where asked for `Prompt`…, `Started`, `Tokens`…, `Done`; without tokens, without
+/// `Started`. `Assets`: `Rejected` or `Assets`. `Sessions`: `Rejected` or `Sessions`. `Resync`: `Resyncing`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
     /// The engine has the request.
@@ -98,6 +98,8 @@ pub enum Reply {
         index: u32,
         /// The tokens, at least one.
         tokens: Vec<TokenId>,
+        /// Of each token, where asked for.
+        logprobs: Vec<TokenLogprobs>,
     },
     /// The last frame.
     Done(Finish),
@@ -112,6 +114,13 @@ pub enum Reply {
     },
     /// A snapshot follows on the control stream; the last frame.
     Resyncing,
+    /// Tokens of the prompt were read.
+    Prompt {
+        /// Index in the prompt of the first of them.
+        index: u32,
+        /// Of each token, at least one.
+        logprobs: Vec<Option<TokenLogprobs>>,
+    },
 }
 
 /// To an engine child, over its standard input. The end of the input means `Shutdown`.

@@ -5,9 +5,9 @@ use bytes::BytesMut;
 use serde::Serialize;
 use types::{
     AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, EngineState, Finish, FinishReason,
-    GenerateDraft, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates,
-    Priority, RequestId, Role, SamplingDraft, Service, SessionId, SessionInfo, SessionRequest, TokenEvent,
-    Usage,
+    GenerateDraft, GenerateError, GenerateRequest, Grammar, ModelAssets, ModelCard, NodeId, NodeLoad,
+    NodeRates, OutputRules, Priority, RequestId, Role, SamplingDraft, Service, SessionId, SessionInfo,
+    SessionRequest, TokenEvent, TokenLogprobs, TokenReport, Usage,
 };
 use wire::{Control, EngineCommand, EngineReport, FrameClass, Hello, Reply, Request, encode};
 
@@ -87,14 +87,20 @@ fn request(full: bool) -> GenerateRequest {
         },
         cache: CacheScope { salt: Some("salt".to_owned()), session: Some(session()) },
         output: vec![5, 70_001],
+        rules: OutputRules { grammar: Some(Grammar::JsonSchema("{}".to_owned())), min_tokens: 3 },
+        report: TokenReport { logprobs: Some(20), prompt_logprobs: Some(0) },
     };
     let draft = if full {
         draft
     } else {
-        let (service, cache) = Default::default();
-        GenerateDraft { service, cache, output: Vec::new(), ..draft }
+        let (service, cache, rules, report) = Default::default();
+        GenerateDraft { service, cache, output: Vec::new(), rules, report, ..draft }
     };
     draft.try_into().expect("valid")
+}
+
+fn logprobs() -> TokenLogprobs {
+    TokenLogprobs { logprob: -0.5, top: vec![(1, -0.5), (70_001, -2.0)] }
 }
 
 fn finish(reason: FinishReason) -> Finish {
@@ -187,7 +193,8 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
         add!(Request: Request::Sessions(request.clone()));
         add!(Engine: EngineCommand::Sessions { call: 7, request: request.clone() });
     }
-    add!(Reply: Reply::Accepted, Reply::Started { cached_tokens: 300 }, Reply::Resyncing, Reply::Tokens { index: 5, tokens: vec![1, 2, 3] },
+    add!(Reply: Reply::Accepted, Reply::Started { cached_tokens: 300 }, Reply::Resyncing, Reply::Tokens { index: 5, tokens: vec![1, 2, 3], logprobs: vec![] },
+        Reply::Tokens { index: 5, tokens: vec![1], logprobs: vec![logprobs()] }, Reply::Prompt { index: 300, logprobs: vec![None, Some(logprobs())] },
         Reply::Done(finish(FinishReason::Stop)), Reply::Done(finish(FinishReason::Length)),
         Reply::Done(finish(FinishReason::Cancelled)));
     for error in errors() {
@@ -201,7 +208,9 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
         EngineReport::Ready { card: card(), assets: assets(), rates: load().rates, slots: 8 },
         EngineReport::Rejected { id: RequestId(1), error: GenerateError::Busy { retry_after_ms: 1 } },
         event(TokenEvent::Started { cached_tokens: 300 }),
-        event(TokenEvent::Tokens { index: 5, tokens: vec![1, 2, 3] }),
+        event(TokenEvent::Tokens { index: 5, tokens: vec![1, 2, 3], logprobs: vec![] }),
+        event(TokenEvent::Tokens { index: 5, tokens: vec![1], logprobs: vec![logprobs()] }),
+        event(TokenEvent::Prompt { index: 300, logprobs: vec![None, Some(logprobs())] }),
         event(TokenEvent::Finished(finish(FinishReason::Stop))),
         EngineReport::Load(load()), EngineReport::Failed { message: "abort".to_owned() },
         EngineReport::Sessions { call: 7, sessions: sessions() }, EngineReport::Cache(cache_events()));

@@ -246,7 +246,7 @@ impl Life {
             && let Some(offset) = self.offsets.get(id)
         {
             match event {
-                TokenEvent::Started { .. } => {}
+                TokenEvent::Prompt { .. } | TokenEvent::Started { .. } => {}
                 TokenEvent::Tokens { index, .. } => *index += offset,
                 TokenEvent::Finished(finish) => {
                     finish.usage.prompt_tokens -= offset;

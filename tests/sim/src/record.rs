@@ -327,7 +327,9 @@ impl Record {
             Err(StreamFault::NoEnd { .. }) if !whole => {
                 let tokens = |event: &TokenEvent| match event {
                     TokenEvent::Tokens { tokens, .. } => tokens.clone(),
-                    TokenEvent::Started { .. } | TokenEvent::Finished(_) => Vec::new(),
+                    TokenEvent::Prompt { .. } | TokenEvent::Started { .. } | TokenEvent::Finished(_) => {
+                        Vec::new()
+                    }
                 };
                 (attempt.events.iter().flat_map(tokens).collect(), None)
             }

@@ -5,8 +5,7 @@ use rand::{Rng, SeedableRng, rngs::SmallRng, seq::IndexedRandom};
 use std::time::Duration;
 use testkit::{FakeSettings, StepCost};
 use types::{
-    CacheScope, GenerateDraft, GenerateRequest, Priority, RequestId, SamplingDraft, Service, TokenId,
-};
+    CacheScope, GenerateDraft, GenerateRequest, Priority, RequestId, SamplingDraft, Service, TokenId, OutputRules, TokenReport};
 
 /// Everything runs before anything is done to it.
 const WARM_UP: Duration = Duration::from_secs(4);
@@ -55,6 +54,8 @@ impl Job {
             service: Service { priority, ..Service::default() },
             cache: CacheScope::default(),
             output: Vec::new(),
+            rules: OutputRules::default(),
+            report: TokenReport::default(),
         };
         draft.try_into().expect("a valid request")
     }

@@ -11,8 +11,8 @@ use axum::http::HeaderValue;
 use futures_util::future::try_join_all;
 use std::sync::Arc;
 use types::{
-    ClusterView, EngineState, GenerateDraft, GenerateError, GenerateRequest, ModelCard, RequestId, RouteInfo,
-    TokenId, limits,
+    ClusterView, EngineState, GenerateDraft, GenerateError, GenerateRequest, ModelCard, OutputRules,
+    RequestId, RouteInfo, TokenId, TokenReport, limits,
 };
 
 /// What one request wants generated.
@@ -136,6 +136,8 @@ pub(crate) fn requests(state: &AppState, job: Job) -> Result<Vec<GenerateRequest
             service: parameters.service,
             cache: cache.clone(),
             output: Vec::new(),
+            rules: OutputRules::default(),
+            report: TokenReport::default(),
         };
         let prompt_param = if kind == PromptKind::Messages { "messages" } else { "prompt" };
         GenerateRequest::try_from(draft).map_err(|error| ApiError::from_request(&error, prompt_param))

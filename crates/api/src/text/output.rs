@@ -89,7 +89,8 @@ impl Output {
                 self.cached_tokens = Some(cached_tokens);
                 Ok(None)
             }
-            Some(TokenEvent::Tokens { index, tokens }) => {
+            Some(TokenEvent::Prompt { .. }) => Ok(None),
+            Some(TokenEvent::Tokens { index, tokens, .. }) => {
                 if index != self.tokens {
                     let message = format!("token {index} came where {} was due", self.tokens);
                     return Err(GenerateError::Engine { message }.into());

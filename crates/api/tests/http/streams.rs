@@ -9,9 +9,9 @@ const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.co
 /// Two events for "Hé!", the first with half of the é.
 fn hello() -> Vec<TokenEvent> {
     let events = [
-        TokenEvent::Tokens { index: 0, tokens: vec![72, 0xc3] },
-        TokenEvent::Tokens { index: 2, tokens: vec![0xa9] },
-        TokenEvent::Tokens { index: 3, tokens: vec![33] },
+        TokenEvent::Tokens { index: 0, tokens: vec![72, 0xc3], logprobs: Vec::new() },
+        TokenEvent::Tokens { index: 2, tokens: vec![0xa9], logprobs: Vec::new() },
+        TokenEvent::Tokens { index: 3, tokens: vec![33], logprobs: Vec::new() },
         finished(FinishReason::Stop, 5),
     ];
     events.to_vec()

@@ -170,7 +170,10 @@ impl Engine {
                 events.push((sequence.request, TokenEvent::Started { cached_tokens }));
             }
             if let Some((index, token)) = outcome.token {
-                events.push((sequence.request, TokenEvent::Tokens { index, tokens: vec![token] }));
+                events.push((
+                    sequence.request,
+                    TokenEvent::Tokens { index, tokens: vec![token], logprobs: Vec::new() },
+                ));
                 summary.tokens += 1;
                 self.shares.charge_output(sequence.client);
             }

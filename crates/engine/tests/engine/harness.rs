@@ -7,8 +7,8 @@ use std::{
 };
 use testkit::{FakeHandle, FakeModel, FakeSettings, Streams, VirtualClock};
 use types::{
-    CacheScope, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, NodeRates, RequestId,
-    SamplingDraft, SamplingParams, Service, TokenEvent,
+    CacheScope, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, NodeRates, OutputRules,
+    RequestId, SamplingDraft, SamplingParams, Service, TokenEvent, TokenReport,
 };
 
 /// What [`testkit::StepCost::mac`] comes to.
@@ -28,6 +28,8 @@ pub(crate) fn draft(id: u128, prompt_tokens: usize, max_tokens: u32) -> Generate
         service: Service::default(),
         cache: CacheScope::default(),
         output: Vec::new(),
+        rules: OutputRules::default(),
+        report: TokenReport::default(),
     }
 }
 

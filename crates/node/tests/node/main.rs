@@ -15,7 +15,8 @@ use testkit::{FakeSettings, check_stream};
 use transport::ClusterKey;
 use types::{
     CacheScope, Directory, EngineState, FinishReason, Generate, GenerateDraft, GenerateError,
-    GenerateRequest, Generation, NodeId, RequestId, Role, SamplingParams, Service, TokenEvent, limits,
+    GenerateRequest, Generation, NodeId, OutputRules, RequestId, Role, SamplingParams, Service, TokenEvent,
+    TokenReport, limits,
 };
 
 const MODEL: &str = "fake";
@@ -139,6 +140,8 @@ fn request(id: u128, max_tokens: u32) -> GenerateRequest {
         service: Service::default(),
         cache: CacheScope::default(),
         output: Vec::new(),
+        rules: OutputRules::default(),
+        report: TokenReport::default(),
     };
     GenerateRequest::try_from(draft).expect("a valid request")
 }

@@ -2,7 +2,10 @@
 
 use std::{future::Future, net::SocketAddr, time::Duration};
 use transport::{ClusterKey, ControlReceiver, Endpoint, IncomingRequest, Peer, ReplySender, RouterLink};
-use types::{CacheScope, GenerateDraft, GenerateRequest, NodeId, RequestId, Role, SamplingParams, Service};
+use types::{
+    CacheScope, GenerateDraft, GenerateRequest, NodeId, OutputRules, RequestId, Role, SamplingParams,
+    Service, TokenReport,
+};
 use wire::Hello;
 
 /// Nothing here takes longer; a test that does has hung.
@@ -59,6 +62,8 @@ pub(crate) fn request(id: u128) -> GenerateRequest {
         service: Service::default(),
         cache: CacheScope::default(),
         output: Vec::new(),
+        rules: OutputRules::default(),
+        report: TokenReport::default(),
     };
     draft.try_into().expect("valid")
 }

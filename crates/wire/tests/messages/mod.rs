@@ -3,9 +3,9 @@
 use proptest::{collection::vec, option, prelude::*};
 use types::{
     AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, EngineState, Finish, FinishReason,
-    GenerateDraft, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates,
-    Priority, RequestId, Role, SamplingDraft, SamplingParams, Service, SessionId, SessionInfo,
-    SessionRequest, TokenEvent, Usage, limits,
+    GenerateDraft, GenerateError, GenerateRequest, Grammar, ModelAssets, ModelCard, NodeId, NodeLoad,
+    NodeRates, OutputRules, Priority, RequestId, Role, SamplingDraft, SamplingParams, Service, SessionId,
+    SessionInfo, SessionRequest, TokenEvent, TokenLogprobs, TokenReport, Usage, limits,
 };
 use wire::{Control, EngineCommand, EngineReport, Hello, Reply, Request};
 
@@ -50,7 +50,13 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
     prop_oneof![
         Just(Reply::Accepted),
         error().prop_map(Reply::Rejected),
-        (any::<u32>(), tokens()).prop_map(|(index, tokens)| Reply::Tokens { index, tokens }),
+        (any::<u32>(), tokens(), logprobs()).prop_map(|(index, tokens, logprobs)| Reply::Tokens {
+            index,
+            tokens,
+            logprobs
+        }),
+        (any::<u32>(), vec(option::of(token_logprobs()), 1..20))
+            .prop_map(|(index, logprobs)| Reply::Prompt { index, logprobs }),
         finish().prop_map(Reply::Done),
         sessions().prop_map(Reply::Sessions),
         any::<u32>().prop_map(|cached_tokens| Reply::Started { cached_tokens }),
@@ -75,7 +81,13 @@ pub(crate) fn engine_command() -> impl Strategy<Value = EngineCommand> {
 pub(crate) fn engine_report() -> impl Strategy<Value = EngineReport> {
     let id = || any::<u128>().prop_map(RequestId);
     let event = prop_oneof![
-        (any::<u32>(), tokens()).prop_map(|(index, tokens)| TokenEvent::Tokens { index, tokens }),
+        (any::<u32>(), tokens(), logprobs()).prop_map(|(index, tokens, logprobs)| TokenEvent::Tokens {
+            index,
+            tokens,
+            logprobs
+        }),
+        (any::<u32>(), vec(option::of(token_logprobs()), 1..20))
+            .prop_map(|(index, logprobs)| TokenEvent::Prompt { index, logprobs }),
         finish().prop_map(TokenEvent::Finished),
         any::<u32>().prop_map(|cached_tokens| TokenEvent::Started { cached_tokens }),
     ];
@@ -105,6 +117,8 @@ pub(crate) fn draft(prompt: Vec<u32>) -> GenerateDraft {
         service: Service::default(),
         cache: CacheScope::default(),
         output: Vec::new(),
+        rules: OutputRules::default(),
+        report: TokenReport::default(),
     }
 }
 
@@ -172,6 +186,29 @@ fn tokens() -> impl Strategy<Value = Vec<u32>> {
     vec(any::<u32>(), 1..40)
 }
 
+fn token_logprobs() -> impl Strategy<Value = TokenLogprobs> {
+    (-50f32..=0.0, vec((any::<u32>(), -50f32..=0.0), 0..=20))
+        .prop_map(|(logprob, top)| TokenLogprobs { logprob, top })
+}
+
+fn logprobs() -> impl Strategy<Value = Vec<TokenLogprobs>> {
+    vec(token_logprobs(), 0..20)
+}
+
+fn rules() -> impl Strategy<Value = (Option<Grammar>, u32)> {
+    let grammar = prop_oneof![
+        text().prop_map(Grammar::JsonSchema),
+        text().prop_map(Grammar::Regex),
+        text().prop_map(Grammar::Lark)
+    ];
+    (option::of(grammar), any::<u32>())
+}
+
+fn report() -> impl Strategy<Value = TokenReport> {
+    let count = || option::of(0..=limits::LOGPROBS_MAX);
+    (count(), count()).prop_map(|(logprobs, prompt_logprobs)| TokenReport { logprobs, prompt_logprobs })
+}
+
 fn generate_request() -> impl Strategy<Value = GenerateRequest> {
     let sampling = (0f32..=2.0, 0.01f32..=1.0, any::<u32>(), 0f32..=1.0, any::<u64>());
     let bias = vec((any::<u32>(), -100f32..=100.0), 0..5);
@@ -183,7 +220,7 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
         1u32..=1 << 20,
         vec(any::<u32>(), 0..8),
         any::<bool>(),
-        (service(), cache_scope(), vec(any::<u32>(), 0..8)),
+        (service(), cache_scope(), vec(any::<u32>(), 0..8), rules(), report()),
     )
         .prop_map(
             |(id, model, prompt, (sampling, logit_bias), max_tokens, stop_tokens, ignore_eos, how)| {
@@ -201,7 +238,8 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
                 };
                 let sampling = sampling.try_into().expect("in range");
                 let id = RequestId(id);
-                let (service, cache, mut output) = how;
+                let (service, cache, mut output, (grammar, min_tokens), report) = how;
+                let rules = OutputRules { grammar, min_tokens: min_tokens % (max_tokens + 1) };
                 output.truncate(max_tokens as usize - 1);
                 let draft = GenerateDraft {
                     id,
@@ -214,6 +252,8 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
                     service,
                     cache,
                     output,
+                    rules,
+                    report,
                 };
                 draft.try_into().expect("valid")
             },

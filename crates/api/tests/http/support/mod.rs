@@ -220,12 +220,16 @@ impl Sessions for Cluster {
 
 /// One event with the bytes of a text as its tokens.
 pub(crate) fn tokens(index: u32, text: &str) -> TokenEvent {
-    TokenEvent::Tokens { index, tokens: text.bytes().map(TokenId::from).collect() }
+    TokenEvent::Tokens { index, tokens: text.bytes().map(TokenId::from).collect(), logprobs: Vec::new() }
 }
 
 /// One event for each byte of a text.
 pub(crate) fn each_token(text: &str) -> Vec<TokenEvent> {
-    let event = |(index, byte)| TokenEvent::Tokens { index: index as u32, tokens: vec![TokenId::from(byte)] };
+    let event = |(index, byte)| TokenEvent::Tokens {
+        index: index as u32,
+        tokens: vec![TokenId::from(byte)],
+        logprobs: Vec::new(),
+    };
     text.bytes().enumerate().map(event).collect()
 }
 
