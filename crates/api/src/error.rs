@@ -150,14 +150,18 @@ impl From<SamplingError> for ApiError {
 }
 
 impl ApiError {
-    /// A request that is invalid by itself; `prompt_param` is what its prompt came from.
-    pub(crate) fn from_request(error: &GenerateRequestError, prompt_param: &str) -> Self {
+    /// A request that is invalid by itself; `prompt_param` is what its prompt came from, `grammar_param` its grammar.
+    pub(crate) fn from_request(
+        error: &GenerateRequestError,
+        prompt_param: &str,
+        grammar_param: &str,
+    ) -> Self {
         let param = match error {
             GenerateRequestError::EmptyPrompt | GenerateRequestError::PromptTooLong { .. } => prompt_param,
             GenerateRequestError::MaxTokens { .. } | GenerateRequestError::Output { .. } => "max_tokens",
             GenerateRequestError::StopTokens { .. } => "stop_token_ids",
             GenerateRequestError::Target { name, .. } | GenerateRequestError::Logprobs { name, .. } => name,
-            GenerateRequestError::GrammarTooLong { .. } => "response_format",
+            GenerateRequestError::GrammarTooLong { .. } => grammar_param,
             GenerateRequestError::MinTokens { .. } => "min_tokens",
             GenerateRequestError::PromptLogprobs { .. } => "prompt_logprobs",
             GenerateRequestError::CacheSaltTooLong { .. } => "cache_salt",

@@ -1,9 +1,10 @@
 //! The HTTP endpoint: OpenAI's JSON in, token requests to a [`types::Generate`], text out, whole or as server-sent events.
 //!
-//! `openai` has the JSON as types, `prompt` turns messages into tokens, `text` turns tokens into text, `handlers` has a
-//! file for each route, and `error` is the one place that knows statuses. Nothing here knows nodes or sockets behind the
-//! three traits. A client that goes away drops its [`types::Generation`], which cancels it. Around the handlers lie layers, each
-//! in a file: `tag` (ids, log), `cors`, `shape` (errors of other protocols), `head` (sizes), `auth` and `rates`.
+//! `openai` has the JSON as types, `job` is the middle that knows no protocol, `prompt` turns messages into tokens, `text`
+//! turns tokens into text and its parts, `handlers` has a file for each route, and `error` is the one place that knows
+//! statuses. Nothing here knows nodes or sockets behind the three traits. A client that goes away drops its
+//! [`types::Generation`], which cancels it. Around the handlers lie layers, each in a file: `tag` (ids, log), `cors`, `shape`
+//! (errors of other protocols), `head` (sizes), `auth` and `rates`.
 
 mod auth;
 mod caller;
@@ -11,6 +12,7 @@ mod cors;
 mod error;
 mod handlers;
 mod head;
+mod job;
 mod limits;
 mod ollama;
 mod openai;
@@ -27,6 +29,7 @@ mod tokenizers_for_tests;
 
 pub use rates::RateLimits;
 pub use server::serve;
+pub use text::tools::ToolFormat;
 
 use axum::{
     Router,
@@ -38,7 +41,7 @@ use error::ApiError;
 use handlers::{chat, completions, models, route, sessions, status, tokenize};
 use prompt::TextCache;
 use rates::{Metered, Rates};
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 use tag::RequestTag;
 use types::{Directory, Generate, Sessions};
 
@@ -68,6 +71,8 @@ pub struct ApiSettings {
     pub rates: RateLimits,
     /// Origins whose pages may read answers, as browsers send them; `*` is every one.
     pub cors_origins: Vec<String>,
+    /// How models write calls of tools, by name, where that is not as their chat templates say.
+    pub tool_formats: BTreeMap<String, ToolFormat>,
 }
 
 impl Default for ApiSettings {
@@ -78,6 +83,7 @@ impl Default for ApiSettings {
             cache_per_key: false,
             rates: RateLimits::default(),
             cors_origins: Vec::new(),
+            tool_formats: BTreeMap::new(),
         }
     }
 }
@@ -156,6 +162,7 @@ impl fmt::Debug for ApiSettings {
             .field("cache_per_key", &self.cache_per_key)
             .field("rates", &self.rates)
             .field("cors_origins", &self.cors_origins)
+            .field("tool_formats", &self.tool_formats)
             .finish()
     }
 }

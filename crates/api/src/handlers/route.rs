@@ -2,11 +2,12 @@
 //!
 //! The body is that of a chat completion, where it has messages, or else of a completion.
 
-use super::{body, chat, completions, start::requests};
+use super::{body, chat, completions};
 use crate::{
     AppState,
     caller::Caller,
     error::ApiError,
+    job::requests,
     openai::request::{self, Shape},
 };
 use axum::{
@@ -26,7 +27,7 @@ pub(crate) async fn plan(
     let shape: Shape = request::parse(&body)?;
     let job = match shape.messages {
         Some(_) => chat::job(&state, &caller, body).await?,
-        None => completions::job(&state, &caller, body).await?,
+        None => completions::job(&state, &caller, body).await?.job,
     };
     let plans = requests(&state, job)?.into_iter().map(|request| state.directory.plan(&request));
     let data = plans.collect::<Result<Vec<_>, _>>()?;

@@ -1,7 +1,6 @@
 //! `GET /health` (this process lives), `/ready` (a model can answer) and `/v1/cluster` (everything there is to show).
 
-use super::start::why_not_ready;
-use crate::{AppState, error::ApiError};
+use crate::{AppState, error::ApiError, job::why_not_ready};
 use axum::{
     Json,
     extract::State,

@@ -1,10 +1,11 @@
 //! `POST /tokenize` and `POST /detokenize`: what a text or a conversation is in tokens, and back, as vLLM has them.
 
-use super::{body, chat, start::resolve};
+use super::{body, chat};
 use crate::{
     AppState,
     caller::Caller,
     error::ApiError,
+    job::resolve,
     openai::{
         parameters::check_tokens,
         request::{self, Shape},
@@ -102,7 +103,7 @@ pub(crate) async fn detokenize(State(state): State<AppState>, body: Body) -> Res
     let text = state.texts.get(&card).await?;
     let bytes = body.len();
     let decode = move |text: &crate::prompt::ModelText| {
-        text.decode_all(&tokens).map_err(|message| ApiError::Tokenizer { message })
+        text.decode(&tokens).map_err(|message| ApiError::Tokenizer { message })
     };
     let prompt = state.texts.run(&text, bytes, decode).await?;
     Ok(Json(Detokenized { prompt }).into_response())

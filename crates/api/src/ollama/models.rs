@@ -2,13 +2,7 @@
 //!
 //! A router knows of a model what its card says: where Ollama tells sizes and families, there is nothing to tell.
 
-use crate::{
-    AppState,
-    error::ApiError,
-    handlers::{body, start::resolve},
-    openai::request,
-    prompt::strftime,
-};
+use crate::{AppState, error::ApiError, handlers::body, job::resolve, openai::request, prompt::strftime};
 use axum::{
     Json,
     body::Body,

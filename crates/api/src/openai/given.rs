@@ -47,11 +47,6 @@ impl Given {
     pub(crate) fn is_list_of(&self, text: &str) -> bool {
         self.is_nothing() || matches!(self, Self::List(Some(found)) if found == text)
     }
-
-    /// Nothing, or an object with this `type`.
-    pub(crate) fn is_object_of(&self, kind: &str) -> bool {
-        self.is_nothing() || matches!(self, Self::Object(Some(found)) if found == kind)
-    }
 }
 
 /// The value as it may be repeated in an error.

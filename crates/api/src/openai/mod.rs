@@ -4,7 +4,10 @@
 //! without being kept; fields that are known but not supported yet are kept as a [`given::Given`] and refused by name.
 
 pub(crate) mod given;
+pub(crate) mod logprobs;
 pub(crate) mod parameters;
 pub(crate) mod request;
 pub(crate) mod response;
+pub(crate) mod shape;
+pub(crate) mod tools;
 pub(crate) mod values;

@@ -6,12 +6,15 @@ use crate::{
     error::ApiError,
 };
 use types::{
-    AffinityKey, CacheScope, GenerateRequestError, ModelCard, SamplingDraft, SamplingParams, Service,
-    SessionId, TokenId, limits,
+    AffinityKey, CacheScope, GenerateRequestError, ModelCard, OutputRules, SamplingDraft, SamplingParams,
+    Service, SessionId, TokenId, TokenReport, limits,
 };
 
-/// The fields as a client gives them.
-#[derive(Debug, Clone)]
+/// Answers to one request: each is a request of its own to the cluster, and takes a place in its queue.
+pub(crate) const CHOICES_MAX: usize = 128;
+
+/// The fields as a client gives them; `default()` is all of them left out.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct RawParameters {
     pub(crate) temperature: Option<f32>,
     pub(crate) top_p: Option<f32>,
@@ -34,6 +37,23 @@ pub(crate) struct RawParameters {
     pub(crate) priority: Option<PriorityValue>,
     pub(crate) ttft_target_ms: Option<i64>,
     pub(crate) tpot_target_ms: Option<i64>,
+    /// Answers to each prompt.
+    pub(crate) n: Option<i64>,
+    /// Answers to draw for each prompt, of which the `n` most probable are given.
+    pub(crate) best_of: Option<i64>,
+    /// Most probable alternatives to tell of each token of the answer; none: no log-probabilities.
+    pub(crate) logprobs: Option<i64>,
+    /// The same for the prompt.
+    pub(crate) prompt_logprobs: Option<i64>,
+    /// What the client calls the former.
+    pub(crate) logprobs_param: &'static str,
+    pub(crate) min_tokens: Option<i64>,
+    /// The text ends after the stop string that ends it.
+    pub(crate) include_stop: bool,
+    /// Special tokens show as text.
+    pub(crate) show_special: bool,
+    /// `max_tokens` may be 0: nothing is wanted but what there is to tell of the prompt.
+    pub(crate) may_be_nothing: bool,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
 }
@@ -44,8 +64,18 @@ pub(crate) struct Parameters {
     sampling: SamplingParams,
     /// Whether the client chose the seed.
     seeded: bool,
-    /// None when the client left it to the endpoint.
+    /// None when the client left it to the endpoint; 0: only the prompt is of interest.
     pub(crate) max_tokens: Option<u32>,
+    /// Answers to each prompt.
+    pub(crate) n: usize,
+    /// Answers drawn for each prompt, if these are more.
+    best_of: Option<usize>,
+    pub(crate) rules: OutputRules,
+    pub(crate) report: TokenReport,
+    /// Whether the client asks for log-probabilities of the answer.
+    pub(crate) logprobs_told: bool,
+    pub(crate) include_stop: bool,
+    pub(crate) show_special: bool,
     pub(crate) stop_strings: Vec<String>,
     pub(crate) stop_tokens: Vec<TokenId>,
     pub(crate) ignore_eos: bool,
@@ -69,10 +99,28 @@ impl RawParameters {
             check_tokens("logit_bias", &[token], card)?;
         }
         let max_tokens = match (self.max_completion_tokens, self.max_tokens) {
-            (Some(value), _) => Some(check_max_tokens("max_completion_tokens", value)?),
-            (None, Some(value)) => Some(check_max_tokens("max_tokens", value)?),
+            (_, Some(0)) if self.may_be_nothing => Some(0),
+            (Some(value), _) => Some(check_range("max_completion_tokens", value, 1, limits::NEW_TOKENS_MAX)?),
+            (None, Some(value)) => Some(check_range("max_tokens", value, 1, limits::NEW_TOKENS_MAX)?),
             (None, None) => None,
         };
+        let n = check_count("n", self.n, 1)?.unwrap_or(1);
+        let best_of = check_count("best_of", self.best_of, n)?;
+        if best_of.is_some_and(|best_of| best_of > n) && self.stream {
+            let message =
+                format!("best_of is {} and n is {n}; they must be equal in a stream", best_of.unwrap_or(n));
+            return Err(ApiError::parameter("best_of", message));
+        }
+        let best_of = best_of.filter(|&best_of| best_of > n);
+        let told = |param, value: Option<i64>| {
+            value.map(|value| check_range(param, value, 0, limits::LOGPROBS_MAX)).transpose()
+        };
+        let report = TokenReport {
+            // Answers are compared by how probable they are.
+            logprobs: told(self.logprobs_param, self.logprobs)?.or_else(|| best_of.map(|_| 0)),
+            prompt_logprobs: told("prompt_logprobs", self.prompt_logprobs)?,
+        };
+        let min_tokens = check_range("min_tokens", self.min_tokens.unwrap_or(0), 0, limits::NEW_TOKENS_MAX)?;
         let cache = CacheScope {
             salt: check_salt(self.cache_salt)?,
             session: match (self.session_id, &caller.session) {
@@ -84,11 +132,14 @@ impl RawParameters {
         // Whoever names nothing goes wherever it is best.
         let names = [cache.session.as_ref().map(SessionId::as_str), self.prompt_cache_key.as_deref()];
         let name = names.into_iter().chain([self.user.as_deref()]).flatten().find(|name| !name.is_empty());
+        let target = |param, value: Option<i64>| {
+            value.map(|value| check_range(param, value, 1, limits::TARGET_MS_MAX)).transpose()
+        };
         let service = Service {
             client: caller.client,
             priority: self.priority.map(|value| value.0).unwrap_or_default(),
-            ttft_target_ms: check_target("ttft_target_ms", self.ttft_target_ms)?,
-            tpot_target_ms: check_target("tpot_target_ms", self.tpot_target_ms)?,
+            ttft_target_ms: target("ttft_target_ms", self.ttft_target_ms)?,
+            tpot_target_ms: target("tpot_target_ms", self.tpot_target_ms)?,
             affinity: name.map(|name| AffinityKey::new(caller.client, name)),
         };
         let defaults = SamplingDraft::default();
@@ -110,6 +161,13 @@ impl RawParameters {
             sampling: SamplingParams::try_from(draft)?,
             seeded: self.seed.is_some(),
             max_tokens,
+            n,
+            best_of,
+            rules: OutputRules { grammar: None, min_tokens },
+            report,
+            logprobs_told: self.logprobs.is_some(),
+            include_stop: self.include_stop,
+            show_special: self.show_special,
             stop_strings,
             stop_tokens: self.stop_token_ids,
             ignore_eos: self.ignore_eos,
@@ -122,12 +180,22 @@ impl RawParameters {
 }
 
 impl Parameters {
-    /// How tokens are drawn, with `random` as the seed where the client chose none.
-    pub(crate) fn sampling(&self, random: u64) -> SamplingParams {
-        if self.seeded {
-            return self.sampling.clone();
-        }
-        let draft = SamplingDraft { seed: random, ..self.sampling.clone().into() };
+    /// Answers to draw for each prompt.
+    pub(crate) fn drawn(&self) -> usize {
+        self.best_of.unwrap_or(self.n)
+    }
+
+    /// What the client calls that number.
+    pub(crate) fn drawn_param(&self) -> &'static str {
+        if self.best_of.is_some() { "best_of" } else { "n" }
+    }
+
+    /// How the tokens of one of the choices are drawn. Where the client chose a seed, each choice has one of its own that
+    /// follows from it, the first one that seed itself; otherwise `random` is the seed.
+    pub(crate) fn sampling(&self, random: u64, choice: usize) -> SamplingParams {
+        let of_choice = (choice as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let seed = if self.seeded { self.sampling.seed ^ of_choice } else { random };
+        let draft = SamplingDraft { seed, ..self.sampling.clone().into() };
         SamplingParams::try_from(draft).expect("valid before, and any seed is")
     }
 }
@@ -148,19 +216,22 @@ pub(crate) fn check_tokens(
     }
 }
 
-fn check_max_tokens(param: &'static str, value: i64) -> Result<u32, ApiError> {
-    let max = limits::NEW_TOKENS_MAX;
-    let in_range = u32::try_from(value).ok().filter(|value| (1..=max).contains(value));
-    in_range
-        .ok_or_else(|| ApiError::parameter(param, format!("{param} is {value}; it must be from 1 to {max}")))
+fn check_range(param: &'static str, value: i64, min: u32, max: u32) -> Result<u32, ApiError> {
+    let in_range = u32::try_from(value).ok().filter(|value| (min..=max).contains(value));
+    in_range.ok_or_else(|| {
+        ApiError::parameter(param, format!("{param} is {value}; it must be from {min} to {max}"))
+    })
 }
 
-fn check_target(param: &'static str, value: Option<i64>) -> Result<Option<u32>, ApiError> {
+/// A number of answers.
+fn check_count(param: &'static str, value: Option<i64>, min: usize) -> Result<Option<usize>, ApiError> {
     let Some(value) = value else { return Ok(None) };
-    let max = limits::TARGET_MS_MAX;
-    match u32::try_from(value).ok().filter(|value| (1..=max).contains(value)) {
+    match usize::try_from(value).ok().filter(|value| (min..=CHOICES_MAX).contains(value)) {
         Some(value) => Ok(Some(value)),
-        None => Err(ApiError::parameter(param, format!("{param} is {value}; it must be from 1 to {max}"))),
+        None => {
+            let message = format!("{param} is {value}; it must be from {min} to {CHOICES_MAX}");
+            Err(ApiError::parameter(param, message))
+        }
     }
 }
 

@@ -6,13 +6,19 @@
 use super::{
     given::Given,
     parameters::RawParameters,
+    shape::{ResponseFormat, ShapeFields, StructuredOutputs},
+    tools::{ToolCallJson, ToolChoiceJson, ToolJson},
     values::{Content, LogitBias, Object, PriorityValue, Prompts, Seed, Strings},
 };
-use crate::error::ApiError;
+use crate::{
+    error::ApiError,
+    job::{Conversation, Message, Tool},
+};
 use serde::{
     Deserialize, Serialize,
     de::{DeserializeOwned, IgnoredAny},
 };
+use serde_json::{Map, Value};
 use types::TokenId;
 
 /// Parses a body: one that cannot be read is an error that says where, or which field.
@@ -41,18 +47,18 @@ pub(crate) struct Shape {
 
 /// A chat message.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Message {
-    pub(crate) role: Role,
+pub(crate) struct MessageJson {
+    role: Role,
     #[serde(default)]
-    pub(crate) content: Option<Content>,
+    content: Option<Content>,
     #[serde(default)]
-    pub(crate) name: Option<String>,
+    name: Option<String>,
     #[serde(default)]
-    pub(crate) tool_call_id: Option<String>,
+    tool_call_id: Option<String>,
     #[serde(default)]
-    pub(crate) reasoning_content: Option<String>,
+    reasoning_content: Option<String>,
     #[serde(default)]
-    tool_calls: Given,
+    tool_calls: Option<Vec<Object<ToolCallJson>>>,
     #[serde(default)]
     function_call: Given,
     #[serde(default)]
@@ -133,6 +139,28 @@ macro_rules! generation_request {
             #[serde(default)]
             tpot_target_ms: Option<i64>,
             #[serde(default)]
+            n: Option<i64>,
+            #[serde(default)]
+            prompt_logprobs: Option<i64>,
+            #[serde(default)]
+            min_tokens: Option<i64>,
+            #[serde(default)]
+            include_stop_str_in_output: Option<bool>,
+            #[serde(default)]
+            skip_special_tokens: Option<bool>,
+            #[serde(default)]
+            response_format: Option<Object<ResponseFormat>>,
+            #[serde(default)]
+            guided_json: Option<Value>,
+            #[serde(default)]
+            guided_regex: Option<String>,
+            #[serde(default)]
+            guided_choice: Option<Vec<String>>,
+            #[serde(default)]
+            guided_grammar: Option<String>,
+            #[serde(default)]
+            structured_outputs: Option<Object<StructuredOutputs>>,
+            #[serde(default)]
             stream: Option<bool>,
             #[serde(default)]
             stream_options: Option<Object<StreamOptions>>,
@@ -153,7 +181,7 @@ macro_rules! generation_request {
             }
 
             /// Takes the fields that both requests share.
-            pub(crate) fn take_parameters(&mut self) -> RawParameters {
+            fn take_parameters(&mut self) -> RawParameters {
                 RawParameters {
                     temperature: self.temperature,
                     top_p: self.top_p,
@@ -176,12 +204,30 @@ macro_rules! generation_request {
                     priority: self.priority,
                     ttft_target_ms: self.ttft_target_ms,
                     tpot_target_ms: self.tpot_target_ms,
+                    n: self.n,
+                    prompt_logprobs: self.prompt_logprobs,
+                    min_tokens: self.min_tokens,
+                    include_stop: self.include_stop_str_in_output.unwrap_or(false),
+                    show_special: !self.skip_special_tokens.unwrap_or(true),
                     stream: self.stream.unwrap_or(false),
                     include_usage: self
                         .stream_options
                         .as_ref()
                         .and_then(|options| options.0.include_usage)
                         .unwrap_or(false),
+                    ..RawParameters::default()
+                }
+            }
+
+            /// Takes the fields that say what the answer must be like.
+            pub(crate) fn take_shape(&mut self) -> ShapeFields {
+                ShapeFields {
+                    response_format: self.response_format.take(),
+                    guided_json: self.guided_json.take(),
+                    guided_regex: self.guided_regex.take(),
+                    guided_choice: self.guided_choice.take(),
+                    guided_grammar: self.guided_grammar.take(),
+                    structured_outputs: self.structured_outputs.take(),
                 }
             }
         }
@@ -191,44 +237,34 @@ macro_rules! generation_request {
 generation_request! {
     /// `POST /v1/chat/completions`.
     ChatCompletionRequest {
-        messages: Vec<Object<Message>>,
+        messages: Vec<Object<MessageJson>>,
+        tools: Option<Vec<Object<ToolJson>>>,
+        tool_choice: Option<ToolChoiceJson>,
+        parallel_tool_calls: Option<bool>,
+        logprobs: Option<bool>,
+        top_logprobs: Option<i64>,
         add_generation_prompt: Option<bool>,
+        continue_final_message: Option<bool>,
         reasoning_effort: Option<String>,
-        chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
+        chat_template_kwargs: Option<Map<String, Value>>,
     }
     unsupported {
-        tools: Given::is_nothing,
-        tool_choice: |given| given.is_text(&["none", "auto"]),
         functions: Given::is_nothing,
         function_call: |given| given.is_text(&["none", "auto"]),
-        response_format: |given| given.is_object_of("text"),
-        n: |given| given.is_number(1.0),
         best_of: |given| given.is_number(1.0),
-        logprobs: Given::is_off,
-        top_logprobs: |given| given.is_number(0.0),
-        prompt_logprobs: Given::is_nothing,
         audio: Given::is_nothing,
         modalities: |given| given.is_list_of("text"),
         web_search_options: Given::is_nothing,
         verbosity: |given| given.is_text(&["medium"]),
         documents: Given::is_nothing,
         chat_template: Given::is_nothing,
-        continue_final_message: Given::is_off,
         add_special_tokens: Given::is_off,
-        guided_json: Given::is_nothing,
-        guided_regex: Given::is_nothing,
-        guided_choice: Given::is_nothing,
-        guided_grammar: Given::is_nothing,
-        structured_outputs: Given::is_nothing,
-        min_tokens: |given| given.is_number(0.0),
         bad_words: Given::is_nothing,
         allowed_token_ids: Given::is_nothing,
         logits_processors: Given::is_nothing,
         typical_p: |given| given.is_number(1.0),
         length_penalty: |given| given.is_number(1.0),
         use_beam_search: Given::is_off,
-        include_stop_str_in_output: Given::is_off,
-        skip_special_tokens: Given::is_on,
         truncate_prompt_tokens: Given::is_nothing,
     }
 }
@@ -237,30 +273,19 @@ generation_request! {
     /// `POST /v1/completions`.
     CompletionRequest {
         prompt: Prompts,
+        echo: Option<bool>,
+        best_of: Option<i64>,
+        logprobs: Option<i64>,
     }
     unsupported {
         suffix: |given| given.is_text(&[""]),
-        echo: Given::is_off,
-        n: |given| given.is_number(1.0),
-        best_of: |given| given.is_number(1.0),
-        logprobs: Given::is_nothing,
-        prompt_logprobs: Given::is_nothing,
-        response_format: |given| given.is_object_of("text"),
         add_special_tokens: Given::is_on,
-        guided_json: Given::is_nothing,
-        guided_regex: Given::is_nothing,
-        guided_choice: Given::is_nothing,
-        guided_grammar: Given::is_nothing,
-        structured_outputs: Given::is_nothing,
-        min_tokens: |given| given.is_number(0.0),
         bad_words: Given::is_nothing,
         allowed_token_ids: Given::is_nothing,
         logits_processors: Given::is_nothing,
         typical_p: |given| given.is_number(1.0),
         length_penalty: |given| given.is_number(1.0),
         use_beam_search: Given::is_off,
-        include_stop_str_in_output: Given::is_off,
-        skip_special_tokens: Given::is_on,
         truncate_prompt_tokens: Given::is_nothing,
     }
 }
@@ -270,28 +295,76 @@ impl ChatCompletionRequest {
     pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let request: Self = parse(body)?;
         request.refuse_unsupported()?;
-        if request.messages.is_empty() {
-            return Err(ApiError::parameter("messages", "messages is []; at least one message is needed"));
-        }
-        for (index, Object(message)) in request.messages.iter().enumerate() {
-            let fields = [
-                ("tool_calls", &message.tool_calls),
-                ("function_call", &message.function_call),
-                ("audio", &message.audio),
-            ];
-            for (name, given) in fields {
-                if !given.is_nothing() {
-                    let param = format!("messages[{index}].{name}");
-                    return Err(ApiError::Unsupported { param, value: given.to_string() });
-                }
-            }
-            if message.content.is_none() && message.role != Role::Assistant {
-                let param = format!("messages[{index}].content");
-                let message = format!("{param} is missing; only assistant messages may lack it");
-                return Err(ApiError::Parameter { param, message });
-            }
-        }
         Ok(request)
+    }
+
+    /// What is asked, in no protocol's words.
+    pub(crate) fn into_conversation(mut self) -> Result<Conversation, ApiError> {
+        let (shape, shape_param) = self.take_shape().check()?;
+        let mut parameters = self.take_parameters();
+        parameters.logprobs_param = "top_logprobs";
+        parameters.logprobs = match (self.logprobs.unwrap_or(false), self.top_logprobs) {
+            (true, top) => Some(top.unwrap_or(0)),
+            (false, None | Some(0)) => None,
+            (false, Some(top)) => {
+                let message = format!("top_logprobs is {top}; logprobs must be true then");
+                return Err(ApiError::parameter("top_logprobs", message));
+            }
+        };
+        if parameters.stream && parameters.prompt_logprobs.is_some() {
+            return Err(ApiError::parameter("prompt_logprobs", "prompt_logprobs cannot be streamed"));
+        }
+        let messages = self.messages.into_iter().enumerate();
+        let messages = messages.map(|(index, Object(message))| message.check(index));
+        let tools = self.tools.unwrap_or_default().into_iter().map(|Object(tool)| Tool::from(tool));
+        Ok(Conversation {
+            model: self.model,
+            messages: messages.collect::<Result<_, _>>()?,
+            tools: tools.collect(),
+            tool_choice: self.tool_choice.map(|choice| choice.0).unwrap_or_default(),
+            parallel_tool_calls: self.parallel_tool_calls.unwrap_or(true),
+            thinking: None,
+            reasoning_effort: self.reasoning_effort,
+            template_kwargs: self.chat_template_kwargs.unwrap_or_default(),
+            add_generation_prompt: self.add_generation_prompt.unwrap_or(true),
+            continue_final_message: self.continue_final_message.unwrap_or(false),
+            shape,
+            shape_param,
+            parameters,
+        })
+    }
+}
+
+impl MessageJson {
+    fn check(self, index: usize) -> Result<Message, ApiError> {
+        for (name, given) in [("function_call", &self.function_call), ("audio", &self.audio)] {
+            if !given.is_nothing() {
+                let param = format!("messages[{index}].{name}");
+                return Err(ApiError::Unsupported { param, value: given.to_string() });
+            }
+        }
+        if self.content.is_none() && self.role != Role::Assistant {
+            let param = format!("messages[{index}].content");
+            let message = format!("{param} is missing; only assistant messages may lack it");
+            return Err(ApiError::Parameter { param, message });
+        }
+        let calls = self.tool_calls.unwrap_or_default();
+        if !calls.is_empty() && self.role != Role::Assistant {
+            let param = format!("messages[{index}].tool_calls");
+            let message = format!("{param} is given; only assistant messages may have it");
+            return Err(ApiError::Parameter { param, message });
+        }
+        let calls = calls.into_iter().enumerate();
+        let calls =
+            calls.map(|(call, Object(json))| json.check(&format!("messages[{index}].tool_calls[{call}]")));
+        Ok(Message {
+            role: self.role,
+            content: self.content.unwrap_or_default().0,
+            name: self.name,
+            reasoning: self.reasoning_content,
+            tool_calls: calls.collect::<Result<_, _>>()?,
+            tool_call_id: self.tool_call_id,
+        })
     }
 }
 
@@ -301,6 +374,22 @@ impl CompletionRequest {
         let request: Self = parse(body)?;
         request.refuse_unsupported()?;
         Ok(request)
+    }
+
+    /// Takes everything but the prompt, with what the answer must be like.
+    pub(crate) fn take_checked(&mut self) -> Result<(RawParameters, ShapeFields), ApiError> {
+        let echo = self.echo.unwrap_or(false);
+        let parameters = RawParameters {
+            best_of: self.best_of,
+            logprobs: self.logprobs,
+            logprobs_param: "logprobs",
+            may_be_nothing: echo,
+            ..self.take_parameters()
+        };
+        if parameters.stream && parameters.prompt_logprobs.is_some() {
+            return Err(ApiError::parameter("prompt_logprobs", "prompt_logprobs cannot be streamed"));
+        }
+        Ok((parameters, self.take_shape()))
     }
 }
 

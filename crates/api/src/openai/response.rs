@@ -1,19 +1,71 @@
 //! What `/v1` answers: whole completions, chunks of streams, lists of models.
 
+use super::logprobs::{ChatLogprobs, PromptToken, TextLogprobs};
+use crate::{prompt::unix_seconds, text::TextUsage};
 use serde::Serialize;
+use std::{collections::BTreeMap, time::SystemTime};
+use types::{ModelCard, RequestId, TokenId};
+
+/// What all chunks of an answer share.
+#[derive(Debug)]
+pub(crate) struct Head {
+    id: String,
+    created: u64,
+    model: String,
+    fingerprint: String,
+}
+
+impl Head {
+    /// `prefix` is what the answer's id begins with.
+    pub(crate) fn new(prefix: &str, id: RequestId, card: &ModelCard) -> Self {
+        Self {
+            id: format!("{prefix}-{id}"),
+            created: unix_seconds(SystemTime::now()),
+            model: card.name.clone(),
+            // Weights and KV format: what decides whether a seed gives the same text again.
+            fingerprint: format!("fp_{:012x}", card.root.0 >> 80),
+        }
+    }
+
+    pub(crate) fn with<C>(
+        &self,
+        object: &'static str,
+        choices: Vec<C>,
+        usage: Option<Option<UsageJson>>,
+    ) -> Completion<'_, C> {
+        Completion {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            system_fingerprint: &self.fingerprint,
+            choices,
+            usage,
+        }
+    }
+}
 
 /// A whole completion or one chunk of a stream.
 #[derive(Debug, Serialize)]
 pub(crate) struct Completion<'a, C> {
-    pub(crate) id: &'a str,
-    pub(crate) object: &'static str,
-    pub(crate) created: u64,
-    pub(crate) model: &'a str,
-    pub(crate) system_fingerprint: &'a str,
-    pub(crate) choices: Vec<C>,
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: Vec<C>,
     /// Absent unless asked for; then `null` in all chunks of a stream but the last.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) usage: Option<Option<UsageJson>>,
+    usage: Option<Option<UsageJson>>,
+}
+
+/// A whole chat, with what vLLM tells of the prompt beside OpenAI's fields.
+#[derive(Debug, Serialize)]
+pub(crate) struct ChatWhole<'a> {
+    #[serde(flatten)]
+    pub(crate) completion: Completion<'a, ChatChoice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_logprobs: Option<Vec<Option<BTreeMap<TokenId, PromptToken>>>>,
 }
 
 /// A whole answer of an assistant.
@@ -21,7 +73,7 @@ pub(crate) struct Completion<'a, C> {
 pub(crate) struct ChatChoice {
     pub(crate) index: usize,
     pub(crate) message: AssistantMessage,
-    pub(crate) logprobs: (),
+    pub(crate) logprobs: Option<ChatLogprobs>,
     pub(crate) finish_reason: FinishReasonJson,
 }
 
@@ -29,8 +81,29 @@ pub(crate) struct ChatChoice {
 #[derive(Debug, Serialize)]
 pub(crate) struct AssistantMessage {
     pub(crate) role: &'static str,
-    pub(crate) content: String,
+    /// Null where it only called tools.
+    pub(crate) content: Option<String>,
     pub(crate) refusal: (),
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<CallJson>,
+}
+
+/// A call of a tool.
+#[derive(Debug, Serialize)]
+pub(crate) struct CallJson {
+    pub(crate) id: String,
+    #[serde(rename = "type")]
+    pub(crate) kind: &'static str,
+    pub(crate) function: FunctionJson,
+}
+
+/// What is called.
+#[derive(Debug, Serialize)]
+pub(crate) struct FunctionJson {
+    pub(crate) name: String,
+    pub(crate) arguments: String,
 }
 
 /// A piece of an assistant's answer.
@@ -38,7 +111,7 @@ pub(crate) struct AssistantMessage {
 pub(crate) struct ChatDelta<'a> {
     pub(crate) index: usize,
     pub(crate) delta: Delta<'a>,
-    pub(crate) logprobs: (),
+    pub(crate) logprobs: Option<ChatLogprobs>,
     pub(crate) finish_reason: Option<FinishReasonJson>,
 }
 
@@ -48,7 +121,30 @@ pub(crate) struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) content: Option<&'a str>,
+    pub(crate) content: Option<Option<&'a str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tool_calls: Option<[CallDelta<'a>; 1]>,
+}
+
+/// A piece of a call: the first one has id, type and name.
+#[derive(Debug, Serialize)]
+pub(crate) struct CallDelta<'a> {
+    pub(crate) index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<&'a str>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub(crate) kind: Option<&'static str>,
+    pub(crate) function: FunctionDelta<'a>,
+}
+
+/// A piece of what is called.
+#[derive(Debug, Serialize)]
+pub(crate) struct FunctionDelta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<&'a str>,
+    pub(crate) arguments: &'a str,
 }
 
 /// A continuation of a prompt, or a piece of it.
@@ -56,33 +152,61 @@ pub(crate) struct Delta<'a> {
 pub(crate) struct TextChoice<'a> {
     pub(crate) index: usize,
     pub(crate) text: &'a str,
-    pub(crate) logprobs: (),
+    pub(crate) logprobs: Option<TextLogprobs>,
     pub(crate) finish_reason: Option<FinishReasonJson>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_logprobs: Option<Vec<Option<BTreeMap<TokenId, PromptToken>>>>,
 }
 
 /// Why a text ended, in OpenAI's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum FinishReasonJson {
     Stop,
     Length,
+    ToolCalls,
 }
 
 /// `usage`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct UsageJson {
-    pub(crate) prompt_tokens: u32,
-    pub(crate) completion_tokens: u32,
-    pub(crate) total_tokens: u32,
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u32,
     /// Absent where nobody said.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) prompt_tokens_details: Option<PromptTokensDetails>,
+    prompt_tokens_details: Option<PromptTokensDetails>,
+    /// Absent where reasoning is not told apart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens_details: Option<CompletionTokensDetails>,
 }
 
 /// `usage.prompt_tokens_details`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(crate) struct PromptTokensDetails {
-    pub(crate) cached_tokens: u32,
+struct PromptTokensDetails {
+    cached_tokens: u32,
+}
+
+/// `usage.completion_tokens_details`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct CompletionTokensDetails {
+    reasoning_tokens: u32,
+}
+
+impl UsageJson {
+    pub(crate) fn of(usage: TextUsage) -> Self {
+        let reasoning = usage.reasoning_tokens;
+        Self {
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
+            prompt_tokens_details: usage
+                .cached_tokens
+                .map(|cached_tokens| PromptTokensDetails { cached_tokens }),
+            completion_tokens_details: reasoning
+                .map(|reasoning_tokens| CompletionTokensDetails { reasoning_tokens }),
+        }
+    }
 }
 
 /// `GET /v1/sessions`.

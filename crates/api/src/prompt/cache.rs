@@ -49,20 +49,26 @@ impl TextCache {
         })
     }
 
-    /// Runs `render`, whose input has this many bytes, and reads the prompt that it gives: as much as is new of it.
-    pub(crate) async fn read(
+    /// Runs `render`, whose input has this many bytes, and reads the prompt that it gives: as much as is new of it. What it
+    /// gives beside the prompt is passed on.
+    pub(crate) async fn read<T: Send + 'static>(
         &self,
         text: &Arc<ModelText>,
         bytes: usize,
-        render: impl FnOnce(&ModelText) -> Result<String, ApiError> + Send + 'static,
-    ) -> Result<Vec<TokenId>, ApiError> {
+        render: impl FnOnce(&ModelText) -> Result<(String, T), ApiError> + Send + 'static,
+    ) -> Result<(Vec<TokenId>, T), ApiError> {
         let failed = |message| ApiError::Tokenizer { message };
         if bytes > RENDER_INLINE_BYTES_MAX {
-            let all = move |text: &ModelText| text.read(text.known(render(text)?)).map_err(failed);
+            let all = move |text: &ModelText| {
+                let (prompt, beside) = render(text)?;
+                Ok((text.read(text.known(prompt)).map_err(failed)?, beside))
+            };
             return self.run(text, bytes, all).await;
         }
-        let prompt = text.known(render(text)?);
-        self.run(text, prompt.unread_bytes(), move |text| text.read(prompt).map_err(failed)).await
+        let (prompt, beside) = render(text)?;
+        let prompt = text.known(prompt);
+        let unread = prompt.unread_bytes();
+        Ok((self.run(text, unread, move |text| text.read(prompt).map_err(failed)).await?, beside))
     }
 
     /// Runs `encode`, whose input has this many bytes: a large one waits for its turn on a blocking thread.

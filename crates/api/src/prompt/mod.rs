@@ -6,6 +6,7 @@ mod byte_level;
 mod cache;
 mod clock;
 mod json;
+mod pieces;
 mod segments;
 mod template;
 mod tokenizer;
@@ -14,5 +15,7 @@ mod words;
 pub(crate) use byte_level::ByteLevel;
 pub(crate) use cache::TextCache;
 pub(crate) use clock::{strftime, unix_seconds};
-pub(crate) use template::{ChatTemplate, TemplateError, TemplateInput, TemplateMessage};
+pub(crate) use template::{
+    ArgumentsAs, ChatTemplate, TemplateCall, TemplateError, TemplateInput, TemplateMessage,
+};
 pub(crate) use tokenizer::ModelText;

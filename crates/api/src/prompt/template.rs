@@ -4,12 +4,16 @@
 //! `strftime_now`, `break` and `continue` exist. Templates come with a model and are bounded in what they may execute.
 
 use super::{clock, json::to_json};
-use crate::openai::request::Role;
+use crate::{
+    openai::request::Role,
+    text::{ReasoningFormat, tools::ToolFormat},
+};
 use minijinja::{
     Environment, Error, ErrorKind, Value, context,
     value::{Kwargs, ValueKind},
 };
 use serde::Serialize;
+use serde_json::{Value as Json, json};
 use std::time::SystemTime;
 
 /// Instructions that one rendering may take: some thousand messages, far below a second.
@@ -25,19 +29,61 @@ pub(crate) struct TemplateMessage {
     pub(crate) content: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) name: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<TemplateCall>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) tool_call_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reasoning_content: Option<String>,
 }
 
+impl TemplateMessage {
+    /// A message that is only text.
+    pub(crate) fn text(role: Role, content: String) -> Self {
+        let (name, tool_call_id, reasoning_content) = (None, None, None);
+        Self { role, content, name, tool_calls: Vec::new(), tool_call_id, reasoning_content }
+    }
+}
+
+/// A call of a tool as templates see it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct TemplateCall {
+    id: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    pub(crate) function: TemplateFunction,
+}
+
+/// What is called.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct TemplateFunction {
+    pub(crate) name: String,
+    pub(crate) arguments: Json,
+}
+
+impl TemplateCall {
+    pub(crate) fn new(id: String, name: String, arguments: Json) -> Self {
+        Self { id, kind: "function", function: TemplateFunction { name, arguments } }
+    }
+}
+
+/// How a template takes the arguments of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ArgumentsAs {
+    Object,
+    /// The JSON text of one.
+    Text,
+}
+
 /// What a template is given.
 #[derive(Debug, Default)]
 pub(crate) struct TemplateInput {
     pub(crate) messages: Vec<TemplateMessage>,
+    /// As OpenAI describes them.
+    pub(crate) tools: Option<Vec<Json>>,
     pub(crate) add_generation_prompt: bool,
     pub(crate) reasoning_effort: Option<String>,
-    pub(crate) kwargs: serde_json::Map<String, serde_json::Value>,
+    pub(crate) kwargs: serde_json::Map<String, Json>,
 }
 
 /// Why a template gives no prompt.
@@ -58,6 +104,10 @@ pub(crate) struct ChatTemplate {
     special_tokens: Value,
     knows_developer: bool,
     knows_reasoning_effort: bool,
+    knows_tools: bool,
+    arguments_as: ArgumentsAs,
+    tool_format: Option<ToolFormat>,
+    reasoning: Option<ReasoningFormat>,
 }
 
 impl ChatTemplate {
@@ -77,12 +127,62 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, without_generation_blocks(source))
             .map_err(|error| TemplateError::Syntax(describe(&error)))?;
-        Ok(Self {
+        let mut template = Self {
             environment,
             special_tokens: context! { bos_token, eos_token },
             knows_developer: source.contains("developer"),
             knows_reasoning_effort: source.contains("reasoning_effort"),
-        })
+            knows_tools: source.contains("tools"),
+            arguments_as: ArgumentsAs::Object,
+            tool_format: ToolFormat::of_template(source),
+            reasoning: ReasoningFormat::of_template(source),
+        };
+        if template.knows_tools {
+            template.arguments_as = template.probe_arguments();
+        }
+        Ok(template)
+    }
+
+    /// Whether the template tells the model of tools.
+    pub(crate) fn knows_tools(&self) -> bool {
+        self.knows_tools
+    }
+
+    /// How the template takes arguments: found out by rendering a call.
+    pub(crate) fn arguments_as(&self) -> ArgumentsAs {
+        self.arguments_as
+    }
+
+    /// How the model writes calls, if the template says.
+    pub(crate) fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
+    }
+
+    /// How the model marks its reasoning, if the template says.
+    pub(crate) fn reasoning(&self) -> Option<ReasoningFormat> {
+        self.reasoning
+    }
+
+    fn probe_arguments(&self) -> ArgumentsAs {
+        let renders = |arguments: Json| {
+            let call = TemplateCall::new("abcdefgh1".to_owned(), "probe".to_owned(), arguments);
+            let mut called = TemplateMessage::text(Role::Assistant, String::new());
+            called.tool_calls = vec![call];
+            let mut answer = TemplateMessage::text(Role::Tool, "1".to_owned());
+            (answer.name, answer.tool_call_id) = (Some("probe".to_owned()), Some("abcdefgh1".to_owned()));
+            let user = TemplateMessage::text(Role::User, "x".to_owned());
+            let tool = json!({"type": "function", "function": {"name": "probe", "description": "",
+                "parameters": {"type": "object", "properties": {}}}});
+            let (messages, tools) = (vec![user, called, answer], Some(vec![tool]));
+            self.render(TemplateInput { messages, tools, ..TemplateInput::default() }).ok()
+        };
+        // A text that is quoted once more was not what the template wanted.
+        let object = renders(json!({"probed": "y"}));
+        let text = renders(Json::from("{\"probed\": \"y\"}")).filter(|text| text.contains("\"probed\""));
+        match (object, text) {
+            (None, Some(_)) => ArgumentsAs::Text,
+            _ => ArgumentsAs::Object,
+        }
     }
 
     /// Whether the template reads `reasoning_effort`.
@@ -102,7 +202,7 @@ impl ChatTemplate {
                 }
             }
         }
-        let TemplateInput { messages, add_generation_prompt, reasoning_effort, mut kwargs } = input;
+        let TemplateInput { messages, tools, add_generation_prompt, reasoning_effort, mut kwargs } = input;
         if let Some(effort) = reasoning_effort {
             kwargs.entry("reasoning_effort").or_insert_with(|| effort.into());
         }
@@ -110,7 +210,7 @@ impl ChatTemplate {
         // The first to name a variable wins.
         let variables = context! {
             ..Value::from_serialize(&kwargs),
-            ..context! { messages, add_generation_prompt, tools => nothing.clone(), documents => nothing },
+            ..context! { messages, add_generation_prompt, tools, documents => nothing },
             ..self.special_tokens.clone()
         };
         let template = self.environment.get_template(NAME).expect("added in new");

@@ -1,7 +1,6 @@
 //! Templates in the style of well-known models render as Hugging Face renders them.
 
 use super::*;
-use serde_json::json;
 
 const LLAMA3: &str = "\
 {{- bos_token }}
@@ -88,15 +87,10 @@ You are a helper.<|im_end|>
 /// Renders `[role, content]` pairs; an error is shown after `error: `.
 fn render(source: &str, messages: &[(Role, &str)], kwargs: serde_json::Value) -> String {
     let template = ChatTemplate::new(source, Some("<s>"), Some("</s>")).unwrap();
-    let messages = messages.iter().map(|&(role, content)| TemplateMessage {
-        role,
-        content: content.to_owned(),
-        name: None,
-        tool_call_id: None,
-        reasoning_content: None,
-    });
+    let messages = messages.iter().map(|&(role, content)| TemplateMessage::text(role, content.to_owned()));
     let input = TemplateInput {
         messages: messages.collect(),
+        tools: None,
         add_generation_prompt: true,
         reasoning_effort: Some("low".to_owned()),
         kwargs: kwargs.as_object().unwrap().clone(),

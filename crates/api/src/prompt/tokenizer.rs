@@ -2,6 +2,7 @@
 
 use super::{
     ByteLevel, ChatTemplate, TemplateError,
+    pieces::Pieces,
     segments::{SegmentCache, SegmentKey, Segments},
 };
 use std::{collections::HashSet, fmt, ops::Range, sync::Arc};
@@ -22,10 +23,13 @@ pub(crate) struct ModelText {
     tokenizer: Tokenizer,
     /// The fast way to the same tokens, where the tokenizer is of its kind.
     byte_level: Option<ByteLevel>,
-    special: HashSet<TokenId>,
+    /// Their texts, by id.
+    special: Vec<(String, TokenId)>,
+    special_ids: HashSet<TokenId>,
     template: Option<ChatTemplate>,
     segments: Option<Segments>,
     known: SegmentCache,
+    pieces: Pieces,
 }
 
 /// A prompt of which a part is tokens already; see [`ModelText::known`].
@@ -64,7 +68,11 @@ impl ModelText {
         tokenizer.with_truncation(None).map_err(|error| LoadError::Tokenizer(error.to_string()))?;
         tokenizer.with_padding(None);
         let added = tokenizer.get_added_tokens_decoder();
-        let special = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
+        let special = added.iter().filter(|(_, token)| token.special && !token.content.is_empty());
+        let mut special: Vec<(String, TokenId)> =
+            special.map(|(&id, token)| (token.content.clone(), id)).collect();
+        special.sort_by_key(|&(_, id)| id);
+        let special_ids = special.iter().map(|&(_, id)| id).collect();
         let template = assets
             .chat_template
             .as_deref()
@@ -72,7 +80,9 @@ impl ModelText {
             .transpose()?;
         let byte_level = ByteLevel::of(&tokenizer);
         let segments = Segments::new(added.values());
-        Ok(Self { tokenizer, byte_level, special, template, segments, known: SegmentCache::default() })
+        let pieces = Pieces::of(&tokenizer);
+        let known = SegmentCache::default();
+        Ok(Self { tokenizer, byte_level, special, special_ids, template, segments, known, pieces })
     }
 
     /// Whether texts are encoded the fast way.
@@ -125,14 +135,14 @@ impl ModelText {
         Ok(all)
     }
 
-    /// The text of some tokens; special ones have none.
+    /// The text of some tokens, with that of special ones.
     pub(crate) fn decode(&self, tokens: &[TokenId]) -> Result<String, String> {
-        self.tokenizer.decode(tokens, true).map_err(|error| error.to_string())
+        self.tokenizer.decode(tokens, false).map_err(|error| error.to_string())
     }
 
-    /// The text of some tokens, with that of special ones.
-    pub(crate) fn decode_all(&self, tokens: &[TokenId]) -> Result<String, String> {
-        self.tokenizer.decode(tokens, false).map_err(|error| error.to_string())
+    /// The text of some tokens; special ones have none.
+    pub(crate) fn plain(&self, tokens: &[TokenId]) -> Result<String, String> {
+        self.tokenizer.decode(tokens, true).map_err(|error| error.to_string())
     }
 
     /// A token as the vocabulary spells it; none for an id that it leaves out.
@@ -140,9 +150,27 @@ impl ModelText {
         self.tokenizer.id_to_token(token)
     }
 
-    /// Whether a token has text at all: it is neither special nor outside of the vocabulary.
+    /// Whether a token has text of its own: it is neither special nor outside of the vocabulary.
     pub(crate) fn has_text(&self, token: TokenId) -> bool {
-        !self.special.contains(&token) && self.tokenizer.id_to_token(token).is_some()
+        !self.is_special(token) && self.tokenizer.id_to_token(token).is_some()
+    }
+
+    pub(crate) fn is_special(&self, token: TokenId) -> bool {
+        self.special_ids.contains(&token)
+    }
+
+    /// Special tokens and their texts, by id.
+    pub(crate) fn special_tokens(&self) -> &[(String, TokenId)] {
+        &self.special
+    }
+
+    /// The bytes that a token stands for, whatever is around it; none of one that is not in the vocabulary.
+    pub(crate) fn token_bytes(&self, token: TokenId) -> Vec<u8> {
+        match self.tokenizer.id_to_token(token) {
+            Some(piece) if self.is_special(token) => piece.into_bytes(),
+            Some(piece) => self.pieces.bytes(piece),
+            None => Vec::new(),
+        }
     }
 }
 

@@ -20,10 +20,21 @@ const WINDOW_TOKENS: usize = 16;
 /// A window that offers no good cut, as only garbage does, is cut anyhow at this many tokens.
 const WINDOW_TOKENS_MAX: usize = 64;
 
+/// Which special tokens show as text; others have none.
+#[derive(Debug, Clone, Default)]
+pub(crate) enum Shown {
+    #[default]
+    None,
+    /// Those that a parser looks for.
+    Some(Arc<[TokenId]>),
+    All,
+}
+
 /// The text of a growing list of tokens.
 #[derive(Debug)]
 pub(crate) struct Detokenizer {
     text: Arc<ModelText>,
+    shown: Shown,
     window: Vec<TokenId>,
     /// Bytes of the window's text that were given out, or came before the start.
     given: usize,
@@ -35,25 +46,25 @@ pub(crate) struct Detokenizer {
 
 impl Detokenizer {
     /// Starts a text of its own: what a decoder drops at the start of a text is dropped.
-    pub(crate) fn new(text: Arc<ModelText>) -> Self {
-        Self { text, window: Vec::new(), given: 0, length: 0, unfinished: 0 }
+    pub(crate) fn new(text: Arc<ModelText>, shown: Shown) -> Self {
+        Self { text, shown, window: Vec::new(), given: 0, length: 0, unfinished: 0 }
     }
 
     /// Continues a prompt: a space between it and what follows is kept.
-    pub(crate) fn continuing(text: Arc<ModelText>, prompt: &[TokenId]) -> Result<Self, String> {
+    pub(crate) fn continuing(text: Arc<ModelText>, shown: Shown, prompt: &[TokenId]) -> Result<Self, String> {
         let with_text = prompt.iter().rev().copied().filter(|&token| text.has_text(token));
         let mut window: Vec<TokenId> = with_text.take(KEPT_MIN).collect();
         window.reverse();
         let given = text.decode(&window)?;
         if given.ends_with(char::REPLACEMENT_CHARACTER) {
-            return Ok(Self::new(text));
+            return Ok(Self::new(text, shown));
         }
-        Ok(Self { text, window, given: given.len(), length: given.len(), unfinished: 0 })
+        Ok(Self { text, shown, window, given: given.len(), length: given.len(), unfinished: 0 })
     }
 
     /// Takes a token and appends the text that is now certain to `out`.
     pub(crate) fn push(&mut self, token: TokenId, out: &mut String) -> Result<(), String> {
-        if !self.text.has_text(token) {
+        if !self.shows(token) {
             return Ok(());
         }
         self.window.push(token);
@@ -81,6 +92,15 @@ impl Detokenizer {
             self.give(&decoded, decoded.len(), out);
         }
         Ok(())
+    }
+
+    fn shows(&self, token: TokenId) -> bool {
+        let is_shown = match &self.shown {
+            Shown::None => false,
+            Shown::Some(tokens) => tokens.contains(&token),
+            Shown::All => self.text.is_special(token),
+        };
+        is_shown || self.text.has_text(token)
     }
 
     fn give(&mut self, decoded: &str, certain: usize, out: &mut String) {

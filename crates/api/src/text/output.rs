@@ -1,58 +1,89 @@
-//! One answer as text: token events in, pieces of text and one ending out.
+//! One answer: token events in, what is told of it out.
 
-use super::{Detokenizer, StopMatcher};
-use crate::error::ApiError;
+use super::{
+    AnswerEvent, AnswerParser, Detokenizer, EndReason, Ending, Part, Parts, ReasoningFormat, ReasoningParser,
+    Shown, Start, StopMatcher, TextUsage, TokenInfo,
+    tools::{ToolFormat, ToolParser},
+};
+use crate::{
+    error::ApiError,
+    job::{Tool, in_client_words},
+    prompt::ModelText,
+};
 use futures_util::StreamExt;
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+};
 use tracing::{info, warn};
-use types::{FinishReason, GenerateError, RequestId, TokenEvent, TokenStream};
+use types::{FinishReason, GenerateError, RequestId, TokenEvent, TokenId, TokenLogprobs, TokenStream};
 
-/// What a token event made of the text.
-#[derive(Debug, PartialEq)]
-pub(crate) enum TextEvent {
-    /// More text; not empty.
-    Text(String),
-    /// The end.
-    Ended(Ending),
+/// How an answer's text is to be read.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct AnswerFormat {
+    pub(crate) reasoning: Option<(ReasoningFormat, Start)>,
+    pub(crate) tools: Option<(ToolFormat, Arc<[Tool]>)>,
 }
 
-/// How a text ended.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Ending {
-    /// What had been held back; may be empty.
-    pub(crate) text: String,
-    pub(crate) reason: EndReason,
-    pub(crate) usage: TextUsage,
+impl AnswerFormat {
+    /// Special tokens that the parsers must see.
+    pub(crate) fn shown(&self, text: &ModelText) -> Shown {
+        let reasoning = self.reasoning.iter().flat_map(|(format, _)| [format.open, format.close]);
+        let tools = self.tools.iter().flat_map(|(format, _)| format.syntax().shown());
+        let markers: HashSet<&str> = reasoning.chain(tools).collect();
+        let special = text.special_tokens().iter();
+        let shown = special.filter(|(content, _)| markers.contains(content.as_str())).map(|&(_, id)| id);
+        let shown: Arc<[TokenId]> = shown.collect();
+        if shown.is_empty() { Shown::None } else { Shown::Some(shown) }
+    }
+
+    fn parser(&self) -> AnswerParser {
+        AnswerParser {
+            reasoning: self.reasoning.map(|(format, start)| ReasoningParser::new(format, start)),
+            tools: self.tools.clone().map(|(format, tools)| ToolParser::new(format, tools)),
+        }
+    }
 }
 
-/// Why a text is complete.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum EndReason {
-    /// The model ended it, or a stop token or string did.
-    Stop,
-    /// It reached its length.
-    Length,
+/// How an answer is made of its tokens.
+#[derive(Debug, Clone)]
+pub(crate) struct OutputSettings {
+    pub(crate) format: AnswerFormat,
+    pub(crate) stop_strings: Vec<String>,
+    /// The text ends after the stop string, not before it.
+    pub(crate) include_stop: bool,
+    /// Whether tokens are told of beside their text.
+    pub(crate) logprobs: bool,
+    /// Nothing is wanted but what there is to tell of the prompt.
+    pub(crate) prompt_only: bool,
+    /// What the client calls the grammar.
+    pub(crate) grammar_param: &'static str,
 }
 
-/// Tokens read and written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct TextUsage {
-    pub(crate) prompt_tokens: u32,
-    pub(crate) completion_tokens: u32,
-    /// Tokens of the prompt found in a cache, if the node said so.
-    pub(crate) cached_tokens: Option<u32>,
-}
-
-/// A text being generated. Dropping it cancels the request.
+/// An answer being generated. Dropping it cancels the request.
 pub(crate) struct Output {
     id: RequestId,
-    /// None once the text has ended: the request is over or cancelled.
+    /// None once the answer has ended: the request is over or cancelled.
     events: Option<TokenStream>,
     detokenizer: Detokenizer,
     stops: StopMatcher,
-    prompt_tokens: u32,
+    parser: AnswerParser,
+    parts: Parts,
+    settings: OutputSettings,
+    ready: VecDeque<AnswerEvent>,
+    prompt: Arc<[TokenId]>,
+    /// Tokens of it that were told of.
+    prompt_told: usize,
     /// As soon as the node said so.
     cached_tokens: Option<u32>,
     tokens: u32,
+    reasoning_tokens: u32,
+    calls: usize,
+    /// Bytes of text that came, and of these, that the stop strings let through.
+    text_bytes: usize,
+    released_bytes: usize,
+    /// Tokens whose text is held back, each with where it begins.
+    untold: VecDeque<(usize, TokenInfo)>,
 }
 
 impl Output {
@@ -60,55 +91,91 @@ impl Output {
         id: RequestId,
         events: TokenStream,
         detokenizer: Detokenizer,
-        stop_strings: &[String],
-        prompt_tokens: u32,
+        settings: OutputSettings,
+        prompt: Arc<[TokenId]>,
     ) -> Self {
-        let stops = StopMatcher::new(stop_strings);
-        Self { id, events: Some(events), detokenizer, stops, prompt_tokens, cached_tokens: None, tokens: 0 }
+        Self {
+            id,
+            events: Some(events),
+            detokenizer,
+            stops: StopMatcher::new(&settings.stop_strings, settings.include_stop),
+            parser: settings.format.parser(),
+            parts: Parts::default(),
+            settings,
+            ready: VecDeque::new(),
+            prompt,
+            prompt_told: 0,
+            cached_tokens: None,
+            tokens: 0,
+            reasoning_tokens: 0,
+            calls: 0,
+            text_bytes: 0,
+            released_bytes: 0,
+            untold: VecDeque::new(),
+        }
     }
 
-    /// The next piece of text; none after the end or an error.
-    pub(crate) async fn next(&mut self) -> Option<Result<TextEvent, ApiError>> {
+    /// What became known next; none after the end or an error.
+    pub(crate) async fn next(&mut self) -> Option<Result<AnswerEvent, ApiError>> {
         loop {
-            let event = self.events.as_mut()?.next().await;
-            let result = self.take(event);
-            let ended = !matches!(result, Ok(None | Some(TextEvent::Text(_))));
-            if ended {
-                self.events = None;
-                self.log(&result);
+            if let Some(event) = self.ready.pop_front() {
+                return Some(Ok(event));
             }
-            if let Some(result) = result.transpose() {
-                return Some(result);
+            let event = self.events.as_mut()?.next().await;
+            match self.take(event) {
+                Ok(ended) => {
+                    self.tell_parts();
+                    if let Some(ending) = ended {
+                        self.events = None;
+                        self.end(ending);
+                    }
+                }
+                Err(error) => {
+                    self.events = None;
+                    warn!(id = %self.id, tokens = self.tokens, %error, "text broke off");
+                    return Some(Err(error));
+                }
             }
         }
     }
 
-    fn take(&mut self, event: Option<TokenEvent>) -> Result<Option<TextEvent>, ApiError> {
+    fn take(&mut self, event: Option<TokenEvent>) -> Result<Option<Ending>, ApiError> {
         match event {
             Some(TokenEvent::Started { cached_tokens }) => {
                 self.cached_tokens = Some(cached_tokens);
+                Ok(self.settings.prompt_only.then(|| self.ending(EndReason::Length, None)))
+            }
+            Some(TokenEvent::Prompt { index, logprobs }) => {
+                self.take_prompt(index, logprobs)?;
                 Ok(None)
             }
-            Some(TokenEvent::Prompt { .. }) => Ok(None),
-            Some(TokenEvent::Tokens { index, tokens, .. }) => {
+            Some(TokenEvent::Tokens { index, tokens, logprobs }) => {
+                if self.settings.prompt_only {
+                    return Ok(Some(self.ending(EndReason::Length, None)));
+                }
                 if index != self.tokens {
                     let message = format!("token {index} came where {} was due", self.tokens);
                     return Err(GenerateError::Engine { message }.into());
                 }
-                self.take_tokens(&tokens)
+                self.take_tokens(&tokens, logprobs)
             }
             Some(TokenEvent::Finished(finish)) => {
-                let usage = TextUsage {
-                    prompt_tokens: finish.usage.prompt_tokens,
-                    completion_tokens: finish.usage.completion_tokens,
-                    cached_tokens: Some(finish.usage.cached_tokens),
+                let reason = match finish.reason {
+                    FinishReason::Stop => EndReason::Stop,
+                    FinishReason::Length => EndReason::Length,
+                    FinishReason::Cancelled => return Err(ApiError::Cancelled),
+                    FinishReason::Failed(error) => {
+                        return Err(in_client_words(error, self.settings.grammar_param));
+                    }
                 };
-                match finish.reason {
-                    FinishReason::Stop => self.end(EndReason::Stop, usage).map(Some),
-                    FinishReason::Length => self.end(EndReason::Length, usage).map(Some),
-                    FinishReason::Cancelled => Err(ApiError::Cancelled),
-                    FinishReason::Failed(error) => Err(error.into()),
+                let (reason, stop) = self.last_text(reason)?;
+                let mut ending = self.ending(reason, stop);
+                ending.usage.prompt_tokens = finish.usage.prompt_tokens;
+                ending.usage.cached_tokens = Some(finish.usage.cached_tokens);
+                if !self.settings.prompt_only {
+                    ending.usage.completion_tokens = finish.usage.completion_tokens;
                 }
+                Ok(Some(ending))
             }
             None => {
                 let message = "its events ended without a last one".to_owned();
@@ -117,57 +184,137 @@ impl Output {
         }
     }
 
+    fn take_prompt(&mut self, index: u32, logprobs: Vec<Option<TokenLogprobs>>) -> Result<(), ApiError> {
+        let (from, to) = (index as usize, index as usize + logprobs.len());
+        if from != self.prompt_told || to > self.prompt.len() {
+            let message =
+                format!("tokens {from}..{to} of the prompt came where {} was due", self.prompt_told);
+            return Err(GenerateError::Engine { message }.into());
+        }
+        let tokens = self.prompt[from..to].iter().zip(logprobs);
+        let infos = tokens.map(|(&token, logprobs)| TokenInfo { token, logprobs }).collect();
+        self.prompt_told = to;
+        self.ready.push_back(AnswerEvent::Prompt(infos));
+        Ok(())
+    }
+
     /// Token by token, so that those after a stop string are not counted.
-    fn take_tokens(&mut self, tokens: &[types::TokenId]) -> Result<Option<TextEvent>, ApiError> {
-        let mut text = String::new();
+    fn take_tokens(
+        &mut self,
+        tokens: &[TokenId],
+        logprobs: Vec<TokenLogprobs>,
+    ) -> Result<Option<Ending>, ApiError> {
+        let mut logprobs = logprobs.into_iter();
         let mut piece = String::new();
         for &token in tokens {
             self.tokens += 1;
             piece.clear();
             self.detokenizer.push(token, &mut piece).map_err(|message| ApiError::Tokenizer { message })?;
-            if piece.is_empty() {
-                continue;
+            if self.settings.logprobs {
+                let logprobs = logprobs.next();
+                self.untold.push_back((self.text_bytes, TokenInfo { token, logprobs }));
             }
-            let released = self.stops.push(&piece);
-            text.push_str(&released.text);
-            if released.stopped {
-                return Ok(Some(self.stopped(text)));
+            let was_reasoning = self.parser.is_reasoning();
+            let stop = self.push_text(&piece);
+            self.reasoning_tokens += u32::from(was_reasoning || self.parser.is_reasoning());
+            if let Some(stop) = stop {
+                return Ok(Some(self.ending(EndReason::Stop, Some(stop))));
             }
         }
-        Ok((!text.is_empty()).then_some(TextEvent::Text(text)))
+        Ok(None)
     }
 
-    fn end(&mut self, reason: EndReason, usage: TextUsage) -> Result<TextEvent, ApiError> {
+    /// Takes a piece of the text; the stop string that it completes.
+    fn push_text(&mut self, piece: &str) -> Option<String> {
+        if piece.is_empty() {
+            return None;
+        }
+        self.text_bytes += piece.len();
+        let released = self.stops.push(piece);
+        self.released_bytes += released.text.len();
+        self.parser.push(&released.text, &mut self.parts);
+        released.stopped
+    }
+
+    /// What was held back, since nothing follows.
+    fn last_text(&mut self, reason: EndReason) -> Result<(EndReason, Option<String>), ApiError> {
+        if self.settings.prompt_only {
+            return Ok((EndReason::Length, None));
+        }
         let mut piece = String::new();
         self.detokenizer.finish(&mut piece).map_err(|message| ApiError::Tokenizer { message })?;
-        let released = self.stops.push(&piece);
-        let mut text = released.text;
-        if released.stopped {
-            return Ok(TextEvent::Ended(Ending { text, reason: EndReason::Stop, usage }));
+        if let Some(stop) = self.push_text(&piece) {
+            return Ok((EndReason::Stop, Some(stop)));
         }
-        text.push_str(&self.stops.finish());
-        Ok(TextEvent::Ended(Ending { text, reason, usage }))
+        let held = self.stops.finish();
+        self.parser.push(&held, &mut self.parts);
+        self.released_bytes = usize::MAX;
+        Ok((reason, None))
     }
 
-    fn stopped(&self, text: String) -> TextEvent {
+    fn ending(&self, reason: EndReason, stop_string: Option<String>) -> Ending {
         let usage = TextUsage {
-            prompt_tokens: self.prompt_tokens,
+            prompt_tokens: u32::try_from(self.prompt.len()).unwrap_or(u32::MAX),
             completion_tokens: self.tokens,
             cached_tokens: self.cached_tokens,
+            reasoning_tokens: self.settings.format.reasoning.map(|_| self.reasoning_tokens),
         };
-        TextEvent::Ended(Ending { text, reason: EndReason::Stop, usage })
+        Ending { reason, stop_string, usage }
     }
 
-    fn log(&self, result: &Result<Option<TextEvent>, ApiError>) {
-        let (id, tokens) = (self.id, self.tokens);
-        match result {
-            Ok(Some(TextEvent::Ended(ending))) => {
-                info!(%id, tokens, prompt_tokens = self.prompt_tokens, reason = ?ending.reason, "text ended");
-            }
-            Ok(_) => {}
-            Err(error) => warn!(%id, tokens, %error, "text broke off"),
+    /// Queues what there is to tell: tokens whose text was let through, then the text's parts.
+    fn tell_parts(&mut self) {
+        let released = self.released_bytes;
+        let told = self.untold.partition_point(|&(begin, _)| begin < released);
+        if told > 0 {
+            let infos = self.untold.drain(..told).map(|(_, info)| info).collect();
+            self.ready.push_back(AnswerEvent::Tokens(infos));
+        }
+        for part in std::mem::take(&mut self.parts).0 {
+            self.tell(part);
         }
     }
+
+    fn tell(&mut self, part: Part) {
+        let call = self.calls.saturating_sub(1);
+        self.ready.push_back(match part {
+            Part::Reasoning(text) => AnswerEvent::Reasoning(text),
+            Part::Content(text) => AnswerEvent::Content(text),
+            Part::Call(name) => {
+                let call = self.calls;
+                self.calls += 1;
+                AnswerEvent::ToolCall { call, id: self.call_id(call), name }
+            }
+            Part::Arguments(text) => AnswerEvent::Arguments { call, text },
+            Part::CallEnd => AnswerEvent::ToolCallEnd { call },
+        });
+    }
+
+    fn end(&mut self, mut ending: Ending) {
+        self.parser.finish(&mut self.parts);
+        self.tell_parts();
+        if ending.reason == EndReason::Stop && self.calls > 0 {
+            ending.reason = EndReason::ToolCalls;
+        }
+        let (tokens, prompt_tokens) = (self.tokens, self.prompt.len());
+        info!(id = %self.id, tokens, prompt_tokens, reason = ?ending.reason, calls = self.calls, "text ended");
+        self.ready.push_back(AnswerEvent::Ended(ending));
+    }
+
+    /// Unlike any other call's.
+    fn call_id(&self, call: usize) -> String {
+        let mut seed = self.id.0.to_le_bytes().to_vec();
+        seed.extend(call.to_le_bytes());
+        let short = self.settings.format.tools.as_ref().is_some_and(|(format, _)| format.syntax().short_ids);
+        if short { short_id(&seed) } else { format!("call_{}", &blake3::hash(&seed).to_hex()[..24]) }
+    }
+}
+
+/// Nine letters and digits, by whatever there is.
+pub(crate) fn short_id(seed: &[u8]) -> String {
+    const DIGITS: &[u8; 32] = b"ABCDEFGHJKLMNPQRSTUVWXYZ23456789";
+    let hash = blake3::hash(seed);
+    hash.as_bytes()[..9].iter().map(|&byte| char::from(DIGITS[usize::from(byte) % 32])).collect()
 }
 
 impl Drop for Output {

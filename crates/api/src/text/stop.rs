@@ -7,6 +7,8 @@
 #[derive(Debug)]
 pub(crate) struct StopMatcher {
     patterns: Vec<Pattern>,
+    /// Whether the text ends after the stop string, not before it.
+    included: bool,
     /// The end of the text that may yet be part of a stop string.
     held: String,
 }
@@ -15,8 +17,8 @@ pub(crate) struct StopMatcher {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Released {
     pub(crate) text: String,
-    /// A stop string was found; the text ends before it, for good.
-    pub(crate) stopped: bool,
+    /// A stop string was found; the text ends before it (or after it, where it is included), for good.
+    pub(crate) stopped: Option<String>,
 }
 
 #[derive(Debug)]
@@ -29,14 +31,15 @@ struct Pattern {
 
 impl StopMatcher {
     /// A matcher for strings none of which is empty.
-    pub(crate) fn new(stops: &[String]) -> Self {
-        Self { patterns: stops.iter().map(|stop| Pattern::new(stop)).collect(), held: String::new() }
+    pub(crate) fn new(stops: &[String], included: bool) -> Self {
+        let patterns = stops.iter().map(|stop| Pattern::new(stop)).collect();
+        Self { patterns, included, held: String::new() }
     }
 
     /// Takes a piece of the text and gives what cannot be part of a stop string any more.
     pub(crate) fn push(&mut self, piece: &str) -> Released {
         if self.patterns.is_empty() {
-            return Released { text: piece.to_owned(), stopped: false };
+            return Released { text: piece.to_owned(), stopped: None };
         }
         let before = self.held.len();
         self.held.push_str(piece);
@@ -44,13 +47,17 @@ impl StopMatcher {
             let complete = self.patterns.iter_mut().filter_map(|pattern| pattern.feed(byte)).max();
             if let Some(length) = complete {
                 // Both ends are character borders: a stop string begins with a first byte and is whole.
-                self.held.truncate(before + index + 1 - length);
-                return Released { text: std::mem::take(&mut self.held), stopped: true };
+                self.held.truncate(before + index + 1);
+                let stop = self.held.split_off(self.held.len() - length);
+                if self.included {
+                    self.held.push_str(&stop);
+                }
+                return Released { text: std::mem::take(&mut self.held), stopped: Some(stop) };
             }
         }
         let hold = self.patterns.iter().map(|pattern| pattern.matched).max().unwrap_or(0);
         let held = self.held.split_off(self.held.len() - hold);
-        Released { text: std::mem::replace(&mut self.held, held), stopped: false }
+        Released { text: std::mem::replace(&mut self.held, held), stopped: None }
     }
 
     /// What was held back, once the text is known to end.
@@ -101,12 +108,15 @@ mod tests {
     }
 
     fn run(pieces: &[&str], stops: &[String]) -> (String, bool) {
-        let mut matcher = StopMatcher::new(stops);
+        let mut matcher = StopMatcher::new(stops, false);
         let mut out = String::new();
         for piece in pieces {
             let released = matcher.push(piece);
             out.push_str(&released.text);
-            if released.stopped {
+            if let Some(stop) = released.stopped {
+                let mut including = StopMatcher::new(stops, true);
+                let text = pieces.iter().map(|piece| including.push(piece)).find(|out| out.stopped.is_some());
+                assert!(text.is_some_and(|last| last.text.ends_with(&stop)));
                 return (out, true);
             }
         }
@@ -136,8 +146,9 @@ mod tests {
 
     #[test]
     fn holds_back_only_what_could_become_a_stop() {
-        let mut matcher = StopMatcher::new(&["abab!".to_owned()]);
-        let mut check = |piece: &str, text: &str, stopped| {
+        let mut matcher = StopMatcher::new(&["abab!".to_owned()], false);
+        let mut check = |piece: &str, text: &str, stopped: bool| {
+            let stopped = stopped.then(|| "abab!".to_owned());
             assert_eq!(matcher.push(piece), Released { text: text.to_owned(), stopped });
         };
         check("x", "x", false);

@@ -70,9 +70,9 @@ async fn bodies() {
         (
             CHAT,
             r#"{"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}"#,
-            "unsupported_parameter",
-            "messages[0].tool_calls",
-            "not supported yet",
+            "invalid_type",
+            "messages[0].tool_calls[0]",
+            "missing field `function`",
         ),
         (CHAT, r#"{"messages": [{"role": "user", "content": ""}]}"#, "invalid_value", "messages", "empty"),
         (TEXT, "{}", "invalid_type", ".", "missing field `prompt`"),
@@ -135,16 +135,38 @@ async fn parameters() {
         (r#""tpot_target_ms": 3600001"#, "invalid_value", "tpot_target_ms", "tpot_target_ms is 3600001"),
         (r#""stream": 1"#, "invalid_type", "stream", "1"),
         (r#""stream_options": {"include_usage": 1}"#, "invalid_type", "stream_options.include_usage", "1"),
-        (r#""n": 2"#, "unsupported_parameter", "n", "n = 2 is not supported yet"),
-        (r#""best_of": 3"#, "unsupported_parameter", "best_of", "3"),
+        (r#""n": 0"#, "invalid_value", "n", "n is 0; it must be from 1 to 128"),
+        (r#""n": 129"#, "invalid_value", "n", "n is 129"),
+        (r#""n": 1.5"#, "invalid_type", "n", "1.5"),
+        (r#""min_tokens": -1"#, "invalid_value", "min_tokens", "min_tokens is -1"),
+        (r#""max_tokens": 4, "min_tokens": 5"#, "invalid_value", "min_tokens", "min_tokens is 5"),
+        (r#""prompt_logprobs": 21"#, "invalid_value", "prompt_logprobs", "from 0 to 20"),
+        (r#""prompt_logprobs": 1, "stream": true"#, "invalid_value", "prompt_logprobs", "streamed"),
+        (r#""bad_words": ["x"]"#, "unsupported_parameter", "bad_words", "not supported"),
+        (r#""allowed_token_ids": [1]"#, "unsupported_parameter", "allowed_token_ids", "not supported"),
+        (r#""response_format": {"type": "xml"}"#, "invalid_type", "response_format.type", "xml"),
         (
-            r#""response_format": {"type": "json_object"}"#,
-            "unsupported_parameter",
-            "response_format",
-            "json_object",
+            r#""response_format": {"type": "json_schema"}"#,
+            "invalid_value",
+            "response_format.json_schema.schema",
+            "is missing",
         ),
-        (r#""guided_json": {"a": 1}"#, "unsupported_parameter", "guided_json", ""),
-        (r#""min_tokens": 5"#, "unsupported_parameter", "min_tokens", "5"),
+        (
+            r#""response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}"#,
+            "invalid_value",
+            "response_format.json_schema.schema",
+            "is 5; it must be a JSON schema",
+        ),
+        (r#""guided_json": "{""#, "invalid_value", "guided_json", "not valid JSON"),
+        (r#""guided_json": {}, "guided_regex": "a""#, "invalid_value", "guided_regex", "exclude one another"),
+        (r#""guided_choice": []"#, "invalid_value", "guided_choice", "0 texts"),
+        (r#""structured_outputs": {"regex": 5}"#, "invalid_type", "structured_outputs.regex", "5"),
+        (
+            r#""structured_outputs": {"regex": "a", "choice": ["b"]}"#,
+            "invalid_value",
+            "choice",
+            "regex and choice exclude one another",
+        ),
     ] {
         let chat = format!(r#"{{"messages": [{{"role": "user", "content": "x"}}], {fields}}}"#);
         check(cluster.app(), post(CHAT, chat), 400, code, param, message).await;
@@ -152,15 +174,12 @@ async fn parameters() {
         check(cluster.app(), post(TEXT, text), 400, code, param, message).await;
     }
     for (path, fields, param) in [
-        (CHAT, r#""tools": [{"type": "function"}]"#, "tools"),
-        (CHAT, r#""tool_choice": "required""#, "tool_choice"),
-        (CHAT, r#""logprobs": true"#, "logprobs"),
-        (CHAT, r#""top_logprobs": 2"#, "top_logprobs"),
+        (CHAT, r#""chat_template": "x""#, "chat_template"),
+        (CHAT, r#""functions": [{"name": "x"}]"#, "functions"),
         (CHAT, r#""audio": {"voice": "x"}"#, "audio"),
         (CHAT, r#""modalities": ["text", "audio"]"#, "modalities"),
         (CHAT, r#""reasoning_effort": "high""#, "reasoning_effort"),
-        (TEXT, r#""logprobs": 0"#, "logprobs"),
-        (TEXT, r#""echo": true"#, "echo"),
+        (TEXT, r#""use_beam_search": true"#, "use_beam_search"),
         (TEXT, r#""suffix": "x""#, "suffix"),
     ] {
         let body =

@@ -3,41 +3,42 @@
 use crate::{
     AppState,
     error::ApiError,
-    openai::parameters::Parameters,
+    openai::parameters::{CHOICES_MAX, Parameters},
     prompt::ModelText,
-    text::{Detokenizer, Output},
+    text::{AnswerFormat, Detokenizer, Output, OutputSettings, Shown},
 };
 use axum::http::HeaderValue;
 use futures_util::future::try_join_all;
 use std::sync::Arc;
 use types::{
-    ClusterView, EngineState, GenerateDraft, GenerateError, GenerateRequest, ModelCard, OutputRules,
-    RequestId, RouteInfo, TokenId, TokenReport, limits,
+    ClusterView, EngineState, GenerateDraft, GenerateError, GenerateRequest, ModelCard, RequestId, RouteInfo,
+    SamplingParams, TokenId, limits,
 };
 
 /// What one request wants generated.
+#[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) id: RequestId,
     pub(crate) card: ModelCard,
     pub(crate) text: Arc<ModelText>,
     pub(crate) prompts: Vec<Vec<TokenId>>,
-    pub(crate) kind: PromptKind,
+    /// What the client calls the prompt.
+    pub(crate) prompt_param: &'static str,
+    /// The answer goes on where the prompt ends; otherwise it is a text of its own.
+    pub(crate) continues: bool,
+    /// Tokens at most, unless told otherwise; none: as many as the context allows.
+    pub(crate) max_tokens_default: Option<u32>,
+    pub(crate) format: AnswerFormat,
+    /// What the client calls the grammar.
+    pub(crate) grammar_param: &'static str,
     pub(crate) parameters: Parameters,
-}
-
-/// What a prompt is, and so what its continuation is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum PromptKind {
-    /// The answer is a text of its own, as long as the context allows.
-    Messages,
-    /// The answer goes on where the prompt ends, and has this many tokens at most unless told otherwise.
-    Text { max_tokens_default: u32 },
 }
 
 /// Generations that were accepted.
 pub(crate) struct Started {
-    /// One for each prompt, in order.
+    /// By choice: all of the first prompt, then all of the second one, and so on.
     pub(crate) outputs: Vec<Output>,
+    pub(crate) text: Arc<ModelText>,
     /// The value of `x-mlx-route`.
     pub(crate) route: HeaderValue,
 }
@@ -90,59 +91,102 @@ pub(crate) fn why_not_ready(view: &ClusterView) -> String {
 
 /// Starts all generations of a job, or none.
 pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiError> {
-    let (text, kind) = (job.text.clone(), job.kind);
-    let stop_strings = job.parameters.stop_strings.clone();
+    let text = job.text.clone();
+    let settings = OutputSettings {
+        format: job.format.clone(),
+        stop_strings: job.parameters.stop_strings.clone(),
+        include_stop: job.parameters.include_stop,
+        logprobs: job.parameters.report.logprobs.is_some(),
+        prompt_only: job.parameters.max_tokens == Some(0),
+        grammar_param: job.grammar_param,
+    };
+    let shown = if job.parameters.show_special { Shown::All } else { settings.format.shown(&text) };
+    let continues = job.continues;
     let starting = requests(state, job)?.into_iter().map(|request| {
-        let (id, prompt_tokens) = (request.id, request.prompt.len() as u32);
-        let max_tokens = request.max_tokens;
-        let detokenizer = match kind {
-            PromptKind::Messages => Ok(Detokenizer::new(text.clone())),
-            PromptKind::Text { .. } => Detokenizer::continuing(text.clone(), &request.prompt)
-                .map_err(|message| ApiError::Tokenizer { message }),
+        let (id, max_tokens) = (request.id, request.max_tokens);
+        let prompt: Arc<[TokenId]> = request.prompt.as_slice().into();
+        let detokenizer = if continues {
+            Detokenizer::continuing(text.clone(), shown.clone(), &prompt)
+                .map_err(|message| ApiError::Tokenizer { message })
+        } else {
+            Ok(Detokenizer::new(text.clone(), shown.clone()))
         };
-        let stop_strings = &stop_strings;
+        let settings = settings.clone();
         async move {
             let detokenizer = detokenizer?;
-            let generation = state.generate.generate(request).await?;
-            tracing::info!(%id, prompt_tokens, max_tokens, node = generation.route.node_name, "routed");
-            let output = Output::new(id, generation.events, detokenizer, stop_strings, prompt_tokens);
+            let generation = state.generate.generate(request).await;
+            let generation = generation.map_err(|error| in_client_words(error, settings.grammar_param))?;
+            let (prompt_tokens, node) = (prompt.len(), &generation.route.node_name);
+            tracing::info!(%id, prompt_tokens, max_tokens, node, "routed");
+            let output = Output::new(id, generation.events, detokenizer, settings, prompt);
             Ok::<_, ApiError>((output, generation.route))
         }
     });
     let (outputs, routes): (Vec<_>, Vec<_>) = try_join_all(starting).await?.into_iter().unzip();
-    Ok(Started { outputs, route: route_header(&routes) })
+    Ok(Started { outputs, text, route: route_header(&routes) })
 }
 
-/// The requests of a job, one for each prompt.
+/// An error of the cluster, with the name that the client has for the grammar.
+pub(crate) fn in_client_words(error: GenerateError, grammar_param: &str) -> ApiError {
+    match error {
+        GenerateError::Invalid { message, param: Some(param) } if param == "grammar" => {
+            ApiError::parameter(grammar_param, format!("{grammar_param}: {message}"))
+        }
+        error => error.into(),
+    }
+}
+
+/// The requests of a job, so many for each prompt as the parameters say.
 pub(crate) fn requests(state: &AppState, job: Job) -> Result<Vec<GenerateRequest>, ApiError> {
-    let Job { id, card, text: _, prompts, kind, parameters } = job;
+    let Job { id, card, prompts, prompt_param, max_tokens_default, grammar_param, parameters, .. } = job;
+    let drawn = parameters.drawn();
+    if prompts.len() * drawn > CHOICES_MAX {
+        let (param, count) = (parameters.drawn_param(), prompts.len());
+        let message = format!(
+            "{param} is {drawn} for {count} prompts; at most {CHOICES_MAX} answers may be asked for at once"
+        );
+        return Err(ApiError::parameter(param, message));
+    }
     let mut cache = parameters.cache.clone();
     if state.settings.cache_per_key {
         cache = cache.of_client(parameters.service.client);
     }
-    let request = |(index, prompt): (usize, Vec<TokenId>)| {
+    let request = |prompt: Vec<TokenId>, choice: usize, index: usize| {
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
-        let max_tokens = max_tokens(&card, prompt_tokens, parameters.max_tokens, kind)?;
-        // Fixed here, so that whichever nodes draw the answer draw the same.
-        let seed = getrandom::u64().map_err(|error| ApiError::Internal { what: error.to_string() })?;
+        // One token is drawn and dropped where none is wanted.
+        let wanted = parameters.max_tokens.map(|wanted| wanted.max(1));
+        let max_tokens = max_tokens(&card, prompt_tokens, wanted, max_tokens_default)?;
         let draft = GenerateDraft {
             id: RequestId(id.0.wrapping_add(index as u128)),
             model: card.name.clone(),
             prompt,
-            sampling: parameters.sampling(seed),
+            sampling: sampling(&parameters, choice)?,
             max_tokens,
             stop_tokens: parameters.stop_tokens.clone(),
             ignore_eos: parameters.ignore_eos,
             service: parameters.service,
             cache: cache.clone(),
             output: Vec::new(),
-            rules: OutputRules::default(),
-            report: TokenReport::default(),
+            rules: parameters.rules.clone(),
+            report: parameters.report,
         };
-        let prompt_param = if kind == PromptKind::Messages { "messages" } else { "prompt" };
-        GenerateRequest::try_from(draft).map_err(|error| ApiError::from_request(&error, prompt_param))
+        GenerateRequest::try_from(draft)
+            .map_err(|error| ApiError::from_request(&error, prompt_param, grammar_param))
     };
-    prompts.into_iter().enumerate().map(request).collect()
+    let mut requests = Vec::with_capacity(prompts.len() * drawn);
+    for prompt in prompts {
+        for choice in 1..drawn {
+            requests.push(request(prompt.clone(), choice - 1, requests.len())?);
+        }
+        requests.push(request(prompt, drawn - 1, requests.len())?);
+    }
+    Ok(requests)
+}
+
+/// How the tokens of one choice are drawn: fixed here, so that whichever nodes draw the answer draw the same.
+fn sampling(parameters: &Parameters, choice: usize) -> Result<SamplingParams, ApiError> {
+    let random = getrandom::u64().map_err(|error| ApiError::Internal { what: error.to_string() })?;
+    Ok(parameters.sampling(random, choice))
 }
 
 /// The tokens to generate at most; a prompt or a demand that does not fit is an error with the numbers.
@@ -150,7 +194,7 @@ fn max_tokens(
     card: &ModelCard,
     prompt_tokens: u32,
     wanted: Option<u32>,
-    kind: PromptKind,
+    unless_told: Option<u32>,
 ) -> Result<u32, ApiError> {
     let context_tokens = card.context_tokens;
     let left = context_tokens.saturating_sub(prompt_tokens);
@@ -158,11 +202,7 @@ fn max_tokens(
     if max_tokens > left {
         return Err(GenerateError::ContextExceeded { prompt_tokens, max_tokens, context_tokens }.into());
     }
-    let unless_told = match kind {
-        PromptKind::Messages => limits::NEW_TOKENS_MAX,
-        PromptKind::Text { max_tokens_default } => max_tokens_default,
-    };
-    Ok(wanted.unwrap_or(unless_told).min(left))
+    Ok(wanted.or(unless_told).unwrap_or(limits::NEW_TOKENS_MAX).min(left))
 }
 
 /// `<node name>; <reason>; matched=<tokens>` of each generation; what a header cannot hold becomes `?`.

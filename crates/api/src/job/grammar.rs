@@ -1,0 +1,248 @@
+//! What an answer must be like, as one grammar: reasoning is free, then comes a text of the shape that was asked for, or a
+//! call of a tool.
+//!
+//! Names that begin with `mlx_` are ours.
+
+use super::{Conversation, Shape, Tool, ToolChoice};
+use crate::{
+    error::ApiError,
+    text::{
+        ReasoningFormat, Start,
+        tools::{ANY_TEXT, CallGrammar, Lark, ToolFormat, literal, pattern},
+    },
+};
+use serde_json::json;
+use std::{collections::BTreeMap, fmt::Write};
+use types::{Grammar, TokenId};
+
+/// The grammar of a conversation's answer; none where it is free.
+pub(super) fn of(
+    conversation: &Conversation,
+    tools: &[Tool],
+    format: ToolFormat,
+    reasoning: Option<(ReasoningFormat, Start)>,
+    special: &[(String, TokenId)],
+) -> Result<Option<Grammar>, ApiError> {
+    let rules = Rules { special, text: String::new(), shared: BTreeMap::new() };
+    let reasoning = reasoning.filter(|&(_, start)| start != Start::Over);
+    match &conversation.tool_choice {
+        ToolChoice::Required => {
+            Ok(Some(rules.calls(tools, format, conversation.parallel_tool_calls, reasoning)))
+        }
+        ToolChoice::Named(name) => {
+            let named: Vec<Tool> = tools.iter().filter(|tool| tool.name == *name).cloned().collect();
+            Ok(Some(rules.calls(&named, format, false, reasoning)))
+        }
+        ToolChoice::None | ToolChoice::Auto if conversation.shape != Shape::Free => {
+            Ok(rules.shape(&conversation.shape, reasoning))
+        }
+        ToolChoice::Auto if tools.iter().any(|tool| tool.strict) => {
+            Ok(Some(rules.free_or_calls(tools, format, conversation.parallel_tool_calls, reasoning)))
+        }
+        ToolChoice::None | ToolChoice::Auto => Ok(None),
+    }
+}
+
+/// The grammar of a text without messages.
+pub(crate) fn of_shape(shape: &Shape) -> Option<Grammar> {
+    Rules { special: &[], text: String::new(), shared: BTreeMap::new() }.shape(shape, None)
+}
+
+type Reasoning = Option<(ReasoningFormat, Start)>;
+
+/// Rules, being written.
+struct Rules<'a> {
+    special: &'a [(String, TokenId)],
+    text: String,
+    /// Rules that several others name.
+    shared: BTreeMap<&'static str, String>,
+}
+
+impl Rules<'_> {
+    fn shape(mut self, shape: &Shape, reasoning: Reasoning) -> Option<Grammar> {
+        let body = match (shape, reasoning) {
+            (Shape::Free, _) => return None,
+            (Shape::JsonObject, None) => {
+                return Some(Grammar::JsonSchema(json!({"type": "object"}).to_string()));
+            }
+            (Shape::JsonSchema(schema), None) => return Some(Grammar::JsonSchema(schema.to_string())),
+            (Shape::Regex(regex), None) => return Some(Grammar::Regex(regex.clone())),
+            (Shape::Lark(lark), None) => return Some(Grammar::Lark(lark.clone())),
+            (Shape::JsonObject, Some(_)) => json_terms(&json!({"type": "object"})),
+            (Shape::JsonSchema(schema), Some(_)) => json_terms(schema),
+            (Shape::Regex(regex), Some(_)) => format!("/{}/", slashed(regex)),
+            (Shape::Choice(choices), _) => {
+                let choices: Vec<String> = choices.iter().map(|choice| literal(choice)).collect();
+                choices.join(" | ")
+            }
+            (Shape::Lark(lark), Some(_)) => {
+                self.text.push_str(&renamed_start(lark));
+                self.text.push('\n');
+                "mlx_start".to_owned()
+            }
+        };
+        self.rule("mlx_answer", &body);
+        let start = self.after_reasoning(reasoning, "mlx_answer");
+        Some(self.finish(&start))
+    }
+
+    /// At least one call and nothing else.
+    fn calls(mut self, tools: &[Tool], format: ToolFormat, parallel: bool, reasoning: Reasoning) -> Grammar {
+        let grammar = format.grammar();
+        let calls = self.call_rules(&grammar, tools, parallel, true);
+        let trigger = self.terms(grammar.trigger);
+        self.rule("mlx_answer", &format!("{trigger} {calls}"));
+        let start = self.after_reasoning(reasoning, "mlx_answer");
+        self.finish(&start)
+    }
+
+    /// Any text, until a call begins.
+    fn free_or_calls(
+        mut self,
+        tools: &[Tool],
+        format: ToolFormat,
+        parallel: bool,
+        reasoning: Reasoning,
+    ) -> Grammar {
+        let grammar = format.grammar();
+        let calls = self.call_rules(&grammar, tools, parallel, false);
+        let answer = if format.syntax().is_bare() {
+            // Only at its beginning: anywhere else it is text.
+            let first = pattern(grammar.trigger);
+            format!("/[^\\s{first}](?s:.*)/ | {} {calls} | \"\"", literal(grammar.trigger))
+        } else if self.special.iter().any(|(content, _)| content == grammar.trigger) {
+            format!("{ANY_TEXT} ({} {calls})?", self.terms(grammar.trigger))
+        } else {
+            let head = format!("/(?s:.*){}/", pattern(grammar.trigger));
+            self.rule("mlx_head[lazy]", &head);
+            format!("{ANY_TEXT} | mlx_head {calls}")
+        };
+        self.rule("mlx_answer", &answer);
+        let start = match reasoning {
+            // What a model that may reason writes first is free anyway, unless its markers are no text.
+            Some((format, Start::Before)) if !self.is_special(format.open) => "mlx_answer".to_owned(),
+            reasoning => self.after_reasoning(reasoning, "mlx_answer"),
+        };
+        self.finish(&start)
+    }
+
+    /// Rules for calls of these tools after the trigger; their terms.
+    fn call_rules(&mut self, grammar: &CallGrammar, tools: &[Tool], parallel: bool, exact: bool) -> String {
+        let mut names = Vec::new();
+        for (index, tool) in tools.iter().enumerate() {
+            let mut lark = Lark::new(self.special, exact || tool.strict);
+            (grammar.call)(&mut lark, tool);
+            let (terms, shared) = lark.finish();
+            self.shared.extend(shared);
+            let name = format!("mlx_call_{index}");
+            self.rule(&name, &terms);
+            names.push(name);
+        }
+        self.rule("mlx_call", &names.join(" | "));
+        let (before, after) = (self.terms(grammar.before), self.terms(grammar.after));
+        let more =
+            if parallel { format!("({} mlx_call)*", self.terms(grammar.between)) } else { String::new() };
+        format!("{before} mlx_call {more} {after}")
+    }
+
+    /// The terms of an answer that may have reasoning before it.
+    fn after_reasoning(&mut self, reasoning: Reasoning, answer: &str) -> String {
+        let Some((format, start)) = reasoning else { return answer.to_owned() };
+        let id = |text: &str| self.special.iter().find(|(content, _)| content == text).map(|(_, id)| *id);
+        let (open, close) = (id(format.open), id(format.close));
+        let (name, body) = match close {
+            Some(close) => ("mlx_reasoning", format!("{ANY_TEXT} <[{close}]>")),
+            None => ("mlx_reasoning[lazy]", format!("/(?s:.*){}/", pattern(format.close))),
+        };
+        self.rule(name, &body);
+        self.rule("MLX_SPACE", r"/[ \t\r\n]{1,8}/");
+        let reasoning = "mlx_reasoning MLX_SPACE?";
+        match (start, open) {
+            (Start::Inside, _) => format!("{reasoning} {answer}"),
+            (_, Some(open)) => format!("(<[{open}]> {reasoning})? {answer}"),
+            (_, None) => format!("({} {reasoning})? {answer}", literal(format.open)),
+        }
+    }
+
+    fn is_special(&self, text: &str) -> bool {
+        self.special.iter().any(|(content, _)| content == text)
+    }
+
+    /// A text with its special tokens as terms.
+    fn terms(&self, text: &str) -> String {
+        let mut lark = Lark::new(self.special, true);
+        lark.text(text);
+        lark.finish().0
+    }
+
+    fn rule(&mut self, head: &str, terms: &str) {
+        writeln!(self.text, "{head}: {terms}").expect("a string");
+    }
+
+    fn finish(mut self, start: &str) -> Grammar {
+        for (head, terms) in std::mem::take(&mut self.shared) {
+            self.rule(head, &terms);
+        }
+        Grammar::Lark(format!("start: {start}\n{}", self.text))
+    }
+}
+
+fn json_terms(schema: &serde_json::Value) -> String {
+    format!("%json {schema}")
+}
+
+/// A regular expression as it may stand between slashes.
+fn slashed(regex: &str) -> String {
+    let mut out = String::with_capacity(regex.len());
+    let mut escaped = false;
+    for char in regex.chars() {
+        match char {
+            '/' if !escaped => out.push_str("\\/"),
+            '\n' if escaped => out.push('n'),
+            '\n' => out.push_str("\\n"),
+            _ => out.push(char),
+        }
+        escaped = char == '\\' && !escaped;
+    }
+    out
+}
+
+/// A Lark grammar whose rule `start` is called `mlx_start`: outside of strings, regular expressions and comments.
+fn renamed_start(lark: &str) -> String {
+    let mut out = String::with_capacity(lark.len() + 16);
+    let mut chars = lark.char_indices().peekable();
+    while let Some((at, char)) = chars.next() {
+        match char {
+            '"' | '/' if !lark[at..].starts_with("//") => {
+                out.push(char);
+                let mut escaped = false;
+                for (_, inner) in chars.by_ref() {
+                    out.push(inner);
+                    if (inner == char && !escaped) || inner == '\n' {
+                        break;
+                    }
+                    escaped = inner == '\\' && !escaped;
+                }
+            }
+            '/' | '#' => {
+                out.push(char);
+                for (_, inner) in chars.by_ref() {
+                    out.push(inner);
+                    if inner == '\n' {
+                        break;
+                    }
+                }
+            }
+            _ if char.is_alphanumeric() || char == '_' => {
+                let is_word = |char: char| char.is_alphanumeric() || matches!(char, '_' | '-');
+                let mut word = String::from(char);
+                while let Some((_, next)) = chars.next_if(|&(_, next)| is_word(next)) {
+                    word.push(next);
+                }
+                out.push_str(if word == "start" { "mlx_start" } else { &word });
+            }
+            _ => out.push(char),
+        }
+    }
+    out
+}
