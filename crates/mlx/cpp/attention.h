@@ -66,6 +66,14 @@ struct Softmax {
   float largest, total;
 };
 
+// What bounds a row's view and its scores; 0 for none.
+struct Bounds {
+  // So many tokens are seen, the row's own among them.
+  int64_t window = 0;
+  // Scores become cap * tanh(score / cap).
+  float cap = 0.0f;
+};
+
 // out += weights times values over the first `tokens` of a block, for ROWS_AT_ONCE rows and `VECTORS` vectors of each.
 template <int VECTORS>
 inline __attribute__((always_inline)) void add_values(
@@ -91,17 +99,25 @@ inline __attribute__((always_inline)) void add_values(
   }
 }
 
-// `count` query rows of one head over its whole context, each seeing the first `seen[row]` tokens: q and out
-// [count, dim], count a multiple of ROWS_AT_ONCE; blocks are taken in order, each by all rows while it is in the first
+// `count` query rows of one head over its whole context, each seeing the first `seen[row]` tokens, or the last of them
+// where there is a window: q and out [count, dim], count a multiple of ROWS_AT_ONCE; `softmax` begins as what no token
+// stands for; blocks are taken in order, each by all rows while it is in the first
 // cache, with sums that are scaled down whenever a larger score comes (online softmax, Milakov and Gimelshein 2018).
 WIDE void attend(
     const float* q_all, const Pool& keys, const Pool& values, int64_t head, const int32_t* table, const int64_t* seen,
-    int64_t count, float scale, float* out_all, Softmax* softmax) {
+    int64_t count, float scale, Bounds bounds, float* out_all, Softmax* softmax) {
   const int64_t dim = keys.dim;
-  std::fill(softmax, softmax + count, Softmax{-std::numeric_limits<float>::infinity(), 0.0f});
   std::fill(out_all, out_all + count * dim, 0.0f);
   const int64_t longest = *std::max_element(seen, seen + count);
-  for (int64_t b = 0; b * BLOCK < longest; b++) {
+  // The first token that a row sees. Rows that only fill up see none.
+  const auto begin = [&](int64_t row) {
+    return bounds.window > 0 ? std::max<int64_t>(seen[row] - bounds.window, 0) : 0;
+  };
+  int64_t earliest = longest;
+  for (int64_t row = 0; row < count; row++) {
+    earliest = seen[row] > 0 ? std::min(earliest, begin(row)) : earliest;
+  }
+  for (int64_t b = earliest / BLOCK; b * BLOCK < longest; b++) {
     const float* block = keys.at(table[b], head);
     const float* v = values.at(table[b], head);
     for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
@@ -127,10 +143,18 @@ WIDE void attend(
         Lanes* halves = reinterpret_cast<Lanes*>(w);
         Softmax& row = softmax[first + r];
         const int64_t visible = std::clamp<int64_t>(seen[first + r] - b * BLOCK, 0, BLOCK);
-        if (visible == 0) {
+        const int64_t hidden = std::clamp<int64_t>(begin(first + r) - b * BLOCK, 0, BLOCK);
+        if (visible <= hidden) {
           std::fill(w, w + BLOCK, 0.0f);
           continue;
         }
+        if (bounds.cap > 0.0f) {
+          const float into = 2.0f * scale / bounds.cap, back = bounds.cap / scale;
+          for (int64_t t = 0; t < BLOCK; t++) {
+            w[t] = back * (1.0f - 2.0f / (exponential(into * w[t]) + 1.0f));
+          }
+        }
+        std::fill(w, w + hidden, -std::numeric_limits<float>::infinity());
         std::fill(w + visible, w + BLOCK, -std::numeric_limits<float>::infinity());
         const float highest = std::max(row.largest, largest_lane(halves[0] > halves[1] ? halves[0] : halves[1]));
         const float shrink = highest == row.largest ? 1.0f : exponential((row.largest - highest) * scale);
@@ -138,6 +162,7 @@ WIDE void attend(
         for (int64_t t = 0; t < BLOCK; t++) {
           w[t] = exponential((w[t] - highest) * scale);
         }
+        std::fill(w, w + hidden, 0.0f);
         std::fill(w + visible, w + BLOCK, 0.0f);
         row.total = row.total * shrink + sum_of_lanes(halves[0] + halves[1]);
         if (shrink != 1.0f) {
@@ -178,6 +203,8 @@ struct Attention {
   const int32_t* rows; // [rows, columns]: position, then the block table
   int64_t count, columns, heads;
   float scale;
+  Bounds bounds;
+  const float* sinks; // [heads], or null
   float* out; // [rows, heads * dim]
 };
 
@@ -194,14 +221,18 @@ void attend_tokens(
   q.assign(padded * dim, 0.0f);
   attended.resize(padded * dim);
   seen.assign(padded, 0);
-  softmax.resize(padded);
+  softmax.assign(padded, Softmax{-std::numeric_limits<float>::infinity(), 0.0f});
   for (int64_t i = 0; i < count; i++) {
     const auto [index, visible] = token(i);
     std::memcpy(q.data() + i * group * dim, a.q + index * a.q_stride + head * group * dim, group * dim * sizeof(float));
     std::fill_n(seen.data() + i * group, group, visible);
+    for (int64_t g = 0; a.sinks && g < group; g++) {
+      // As a token of this score whose value is nothing.
+      softmax[i * group + g] = {a.sinks[head * group + g] / a.scale, 1.0f};
+    }
   }
-  attend(
-      q.data(), a.keys, a.values, head, table, seen.data(), padded, a.scale, attended.data(), softmax.data());
+  attend(q.data(), a.keys, a.values, head, table, seen.data(), padded, a.scale, a.bounds, attended.data(),
+         softmax.data());
   for (int64_t i = 0; i < count; i++) {
     const int64_t index = token(i).first;
     std::memcpy(out + (index * a.heads + head * group) * dim, attended.data() + i * group * dim,

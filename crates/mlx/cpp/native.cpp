@@ -93,8 +93,8 @@ enum class Kind { SwiGlu, RmsNorm, Product, Rope, AttendRows, AttendRun, Sample,
 
 class Native : public mx::UnaryPrimitive {
  public:
-  Native(mx::Stream stream, Kind kind, float number, int64_t step)
-      : mx::UnaryPrimitive(stream), kind_(kind), number_(number), step_(step) {}
+  Native(mx::Stream stream, Kind kind, float number, int64_t step, Bounds bounds)
+      : mx::UnaryPrimitive(stream), kind_(kind), number_(number), step_(step), bounds_(bounds) {}
 
   const char* name() const override {
     return "MlxNodeNative";
@@ -156,8 +156,8 @@ class Native : public mx::UnaryPrimitive {
         const auto &k = inputs[1], &v = inputs[2], &rows = inputs[5];
         const Attention attention = {
             from, k.data<float>(), v.data<float>(), x.strides(0), k.strides(0), v.strides(0), pool(inputs[3], k),
-            pool(inputs[4], k), rows.data<int32_t>(), x.shape(0), rows.shape(-1), x.shape(1), number_,
-            step_ ? to : nullptr};
+            pool(inputs[4], k), rows.data<int32_t>(), x.shape(0), rows.shape(-1), x.shape(1), number_, bounds_,
+            inputs.size() > 6 && inputs[6].size() > 0 ? inputs[6].data<float>() : nullptr, step_ ? to : nullptr};
         encoder.dispatch([=, is_run = kind_ == Kind::AttendRun] {
           is_run ? attend_run(attention) : attend_rows(attention);
         });
@@ -205,6 +205,7 @@ class Native : public mx::UnaryPrimitive {
   Kind kind_;
   float number_;
   int64_t step_;
+  Bounds bounds_;
 };
 
 mx::array& get(mlx_array handle) {
@@ -212,14 +213,14 @@ mx::array& get(mlx_array handle) {
 }
 
 int make(mlx_array* res, mx::Shape shape, mlx_stream stream, Kind kind, float number, int64_t step,
-         std::vector<mx::array> inputs, mx::Dtype dtype = mx::float32) {
+         std::vector<mx::array> inputs, mx::Dtype dtype = mx::float32, Bounds bounds = {}) {
   try {
     for (const auto& input : inputs) {
       if (input.dtype() != mx::float32 && input.dtype() != mx::int32) {
         return 1;
       }
     }
-    auto primitive = std::make_shared<Native>(*static_cast<mx::Stream*>(stream.ctx), kind, number, step);
+    auto primitive = std::make_shared<Native>(*static_cast<mx::Stream*>(stream.ctx), kind, number, step, bounds);
     auto result = mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
     if (res->ctx) {
       get(*res) = std::move(result);
@@ -268,22 +269,29 @@ int mlx_node_rope(mlx_array* res, mlx_array x, mlx_array cos, mlx_array sin, mlx
   return make(res, get(x).shape(), stream, Kind::Rope, 0, 0, {get(x), get(cos), get(sin)});
 }
 
-// q [rows, heads, dim], k and v [rows, kv_heads, dim], rows [rows, 1 + blocks]: position and block table.
+// q [rows, heads, dim], k and v [rows, kv_heads, dim], rows [rows, 1 + blocks]: position and block table; sinks [heads]
+// or [0], cap and window 0 for none.
 int mlx_node_attend_rows(
     mlx_array* res, mlx_array q, mlx_array k, mlx_array v, mlx_array keys, mlx_array values, mlx_array rows,
-    float scale, mlx_stream stream) {
+    mlx_array sinks, float scale, float cap, int window, mlx_stream stream) {
   const auto& shape = get(q).shape();
+  if (get(sinks).size() > 0 && (get(sinks).ndim() != 1 || get(sinks).shape(0) != shape[1])) {
+    return 1;
+  }
   return make(res, {shape[0], shape[1] * shape[2]}, stream, Kind::AttendRows, scale, 1,
-              {get(q), get(k), get(v), get(keys), get(values), get(rows)});
+              {get(q), get(k), get(v), get(keys), get(values), get(rows), get(sinks)}, mx::float32, {window, cap});
 }
 
 // A run of one sequence: q [count, heads, dim], k and v [count, kv_heads, dim], table [1 + blocks]: start and block table.
 int mlx_node_attend_run(
     mlx_array* res, mlx_array q, mlx_array k, mlx_array v, mlx_array keys, mlx_array values, mlx_array table,
-    float scale, mlx_stream stream) {
+    mlx_array sinks, float scale, float cap, int window, mlx_stream stream) {
   const auto& shape = get(q).shape();
+  if (get(sinks).size() > 0 && (get(sinks).ndim() != 1 || get(sinks).shape(0) != shape[1])) {
+    return 1;
+  }
   return make(res, {shape[0], shape[1] * shape[2]}, stream, Kind::AttendRun, scale, 1,
-              {get(q), get(k), get(v), get(keys), get(values), get(table)});
+              {get(q), get(k), get(v), get(keys), get(values), get(table), get(sinks)}, mx::float32, {window, cap});
 }
 
 // Only writes such a run; gives [1] of no meaning.

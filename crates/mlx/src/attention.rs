@@ -10,7 +10,43 @@ use crate::{
     native, raw,
     rope::StepRope,
 };
-use mlx_rs::{Array, error::Result, fast, ops::concatenate};
+use mlx_rs::{
+    Array,
+    error::{Exception, Result},
+    fast,
+    ops::{concatenate, select, softmax_axis, tanh},
+};
+
+/// What the queries of a layer see, and how scores become weights.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Look {
+    /// So many tokens, the query's own among them; all before it where none.
+    pub(crate) window: Option<i32>,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub(crate) cap: Option<f32>,
+    /// `[heads]`: scores of a token whose value is nothing, one for each query head.
+    pub(crate) sinks: Option<Array>,
+}
+
+impl Look {
+    pub(crate) fn is_plain(&self) -> bool {
+        self.window.is_none() && self.cap.is_none() && self.sinks.is_none()
+    }
+
+    /// For our CPU operations: sinks, cap and window, of which nothing stands for none.
+    fn numbers(&self) -> (Array, f32, i32) {
+        let sinks = self.sinks.clone().unwrap_or_else(|| Array::from_slice::<f32>(&[], &[0]));
+        (sinks, self.cap.unwrap_or(0.0), self.window.unwrap_or(0))
+    }
+}
+
+/// Which layer attends.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Layer<'a> {
+    pub(crate) index: usize,
+    pub(crate) rope: &'a StepRope<'a>,
+    pub(crate) look: &'a Look,
+}
 
 /// Rows that each append one token: the first rows of the step.
 #[derive(Debug)]
@@ -50,6 +86,8 @@ pub(crate) struct ShortRuns {
 pub(crate) struct Gathered {
     /// Blocks of all rows, one row after another.
     pub(crate) blocks: Array,
+    /// Of the queries: one a row, or those of a run.
+    pub(crate) positions: Vec<i32>,
     /// `[rows, 1, 1, tokens]`: the positions that each row sees; none where the run's own order says it.
     pub(crate) mask: Option<Array>,
 }
@@ -91,17 +129,16 @@ struct Parts {
 }
 
 impl Attention {
-    /// Rotates, appends the step's keys and values to layer `layer` of `kv`, and attends:
+    /// Rotates, appends the step's keys and values to the layer's in `kv`, and attends:
     /// `[tokens, heads · head_dim]`; nothing where only the KV is `wanted`.
     pub(crate) fn forward(
         &self,
-        layer: usize,
-        rope: &StepRope<'_>,
+        layer: Layer<'_>,
         qkv: Qkv,
         kv: &mut KvPool,
         wanted: bool,
     ) -> Result<Option<Array>> {
-        let mut parts = match rope {
+        let mut parts = match layer.rope {
             StepRope::Fused { wavelengths, half } => {
                 self.in_kernels(layer, &qkv, kv, (wavelengths, *half), wanted)?
             }
@@ -125,32 +162,42 @@ impl Attention {
     /// On a GPU: our kernels rotate, append, and attend or prepare MLX's attention.
     fn in_kernels(
         &self,
-        layer: usize,
+        layer: Layer<'_>,
         qkv: &Qkv,
         kv: &mut KvPool,
         rope: (&Array, i32),
         wanted: bool,
     ) -> Result<Vec<Array>> {
+        if !layer.look.is_plain() {
+            return Err(Exception::custom(format!("our kernels do not know {:?}", layer.look)));
+        }
+        let index = layer.index;
         let mut parts = Vec::with_capacity(2 + self.runs.len());
         if let Some(group) = &self.rows {
-            parts.push(kernels::attend_rows(qkv, kv, layer, group, rope)?);
+            parts.push(kernels::attend_rows(qkv, kv, index, group, rope)?);
         }
         if let Some(short) = &self.short {
-            parts.extend(kernels::attend_tiles(qkv, kv, layer, short, rope, wanted)?);
+            parts.extend(kernels::attend_tiles(qkv, kv, index, short, rope, wanted)?);
         }
         for run in &self.runs {
-            let (queries, keys, values) = kernels::append_run(qkv, kv, layer, run, rope)?;
+            let (queries, keys, values) = kernels::append_run(qkv, kv, index, run, rope)?;
             if wanted {
-                parts.push(self.causal(queries, keys, values)?);
+                parts.push(self.attend(&queries, &keys, &values, Mask::Causal, layer.look)?);
             }
         }
         Ok(parts)
     }
 
     /// On a CPU by our operations, or by MLX's anywhere; everything is rotated.
-    fn in_operations(&self, layer: usize, all: &Parts, kv: &mut KvPool, wanted: bool) -> Result<Vec<Array>> {
+    fn in_operations(
+        &self,
+        layer: Layer<'_>,
+        all: &Parts,
+        kv: &mut KvPool,
+        wanted: bool,
+    ) -> Result<Vec<Array>> {
         if self.path == Path::Pure {
-            self.write(layer, all, kv)?;
+            self.write(layer.index, all, kv)?;
             if !wanted {
                 return Ok(Vec::new());
             }
@@ -159,10 +206,20 @@ impl Attention {
         if let Some(group) = &self.rows {
             let part = all.rows((0, group.count))?;
             parts.push(if self.path == Path::Native {
-                let layer = &kv.layers[layer];
+                let (pool, (sinks, cap, window)) = (&kv.layers[layer.index], layer.look.numbers());
                 let Parts { queries, keys, values } = &part;
-                let (pool_keys, pool_values) = (&layer.keys, &layer.values);
-                native::attend_rows(queries, keys, values, pool_keys, pool_values, &group.table, self.scale)?
+                native::attend_rows(
+                    queries,
+                    keys,
+                    values,
+                    &pool.keys,
+                    &pool.values,
+                    &group.table,
+                    &sinks,
+                    self.scale,
+                    cap,
+                    window,
+                )?
             } else {
                 self.gathered_rows(layer, &part, kv, group)?
             });
@@ -177,27 +234,62 @@ impl Attention {
         Ok(parts)
     }
 
-    /// `queries [1, heads, count, dim]` at the end of `keys`, `values` `[1, kv_heads, length, dim]`.
-    fn causal(&self, queries: Array, keys: Array, values: Array) -> Result<Array> {
-        let (heads, count, dim) = (queries.dim(1), queries.dim(2), queries.dim(3));
-        let causal = fast::ScaledDotProductAttentionMask::Causal;
-        let attended = fast::scaled_dot_product_attention(queries, keys, values, self.scale, causal, None)?;
-        attended.swap_axes(1, 2)?.reshape(&[count, heads * dim])
+    /// `queries [rows, heads, count, dim]` to `keys` and `values` `[rows, kv_heads, length, dim]`:
+    /// `[rows · count, heads · dim]`.
+    fn attend(
+        &self,
+        queries: &Array,
+        keys: &Array,
+        values: &Array,
+        mask: Mask<'_>,
+        look: &Look,
+    ) -> Result<Array> {
+        let (rows, heads, count, dim) = (queries.dim(0), queries.dim(1), queries.dim(2), queries.dim(3));
+        let windowed = look.window.map(|window| mask.within(window, rows, keys.dim(2))).transpose()?;
+        let mask = windowed.as_ref().map_or(mask, Mask::Seen);
+        let attended = match (look.cap, mask) {
+            (Some(cap), mask) => {
+                let seen = mask.array(count, keys.dim(2))?;
+                capped(queries, keys, values, (self.scale, cap), seen.as_ref())?
+            }
+            (None, Mask::Causal | Mask::At(_, None)) => {
+                let causal = fast::ScaledDotProductAttentionMask::Causal;
+                let sinks = look.sinks.as_ref();
+                fast::scaled_dot_product_attention(queries, keys, values, self.scale, causal, sinks)?
+            }
+            (None, Mask::At(_, Some(seen)) | Mask::Seen(seen)) => {
+                let sinks = look.sinks.as_ref();
+                fast::scaled_dot_product_attention(queries, keys, values, self.scale, seen, sinks)?
+            }
+        };
+        attended.swap_axes(1, 2)?.reshape(&[rows * count, heads * dim])
     }
 
     fn native_run(
         &self,
-        layer: usize,
+        layer: Layer<'_>,
         part: &Parts,
         kv: &mut KvPool,
         run: &Run,
         wanted: bool,
     ) -> Result<Option<Array>> {
-        let (pool, Parts { queries, keys, values }) = (&kv.layers[layer], part);
+        let (pool, Parts { queries, keys, values }) = (&kv.layers[layer.index], part);
         let (pool_keys, pool_values) = (&pool.keys, &pool.values);
         if wanted {
-            native::attend_run(queries, keys, values, pool_keys, pool_values, &run.table, self.scale)
-                .map(Some)
+            let (sinks, cap, window) = layer.look.numbers();
+            native::attend_run(
+                queries,
+                keys,
+                values,
+                pool_keys,
+                pool_values,
+                &run.table,
+                &sinks,
+                self.scale,
+                cap,
+                window,
+            )
+            .map(Some)
         } else {
             let written = native::append_run(keys, values, pool_keys, pool_values, &run.table)?;
             kv.pending.push(written);
@@ -218,26 +310,94 @@ impl Attention {
         Ok(())
     }
 
-    fn gathered_rows(&self, layer: usize, part: &Parts, kv: &KvPool, group: &RowGroup) -> Result<Array> {
+    fn gathered_rows(&self, layer: Layer<'_>, part: &Parts, kv: &KvPool, group: &RowGroup) -> Result<Array> {
         let Some(gathered) = &group.gathered else { unreachable!("the pure path gathers") };
         let (heads, dim) = (part.queries.dim(1), part.queries.dim(2));
-        let (keys, values) = gather(kv, layer, &gathered.blocks, group.count)?;
+        let (keys, values) = gather(kv, layer.index, &gathered.blocks, group.count)?;
         let queries = part.queries.reshape(&[group.count, heads, 1, dim])?;
-        let attended = match &gathered.mask {
-            Some(mask) => fast::scaled_dot_product_attention(queries, keys, values, self.scale, mask, None)?,
-            None => fast::scaled_dot_product_attention(queries, keys, values, self.scale, None, None)?,
-        };
-        attended.reshape(&[group.count, heads * dim])
+        self.attend(&queries, &keys, &values, gathered.mask(), layer.look)
     }
 
-    fn gathered_run(&self, layer: usize, part: &Parts, kv: &KvPool, run: &Run) -> Result<Array> {
+    fn gathered_run(&self, layer: Layer<'_>, part: &Parts, kv: &KvPool, run: &Run) -> Result<Array> {
         let Some(gathered) = &run.gathered else { unreachable!("the pure path gathers") };
-        let (keys, values) = gather(kv, layer, &gathered.blocks, 1)?;
+        let (keys, values) = gather(kv, layer.index, &gathered.blocks, 1)?;
         let length = run.start as i32 + run.rows.1 - run.rows.0;
         let last = [1, keys.dim(1), length, keys.dim(3)];
         let (keys, values) = (raw::slice(&keys, &[0; 4], &last)?, raw::slice(&values, &[0; 4], &last)?);
-        self.causal(part.queries.swap_axes(0, 1)?.expand_dims(0)?, keys, values)
+        let queries = part.queries.swap_axes(0, 1)?.expand_dims(0)?;
+        self.attend(&queries, &keys, &values, gathered.mask(), layer.look)
     }
+}
+
+/// Which keys a query sees.
+#[derive(Debug, Clone, Copy)]
+enum Mask<'a> {
+    /// The queries are the last tokens, in order.
+    Causal,
+    /// The queries stand at these positions: one a row of the batch, or those of a run.
+    At(&'a [i32], Option<&'a Array>),
+    /// `[rows, 1, count, length]`.
+    Seen(&'a Array),
+}
+
+impl Gathered {
+    fn mask(&self) -> Mask<'_> {
+        Mask::At(&self.positions, self.mask.as_ref())
+    }
+}
+
+impl Mask<'_> {
+    /// The last `window` of what is seen, `[rows, 1, count, length]`.
+    fn within(self, window: i32, rows: i32, length: i32) -> Result<Array> {
+        let Self::At(positions, _) = self else {
+            return Err(Exception::custom("a window needs positions"));
+        };
+        let count = positions.len() as i32 / rows;
+        let queries = Array::from_slice(positions, &[rows, 1, count, 1]);
+        let keys = Array::from_slice(&(0..length).collect::<Vec<_>>(), &[length]);
+        let first = queries.subtract(Array::from_int(window))?;
+        keys.le(&queries)?.logical_and(keys.gt(&first)?)
+    }
+
+    /// Of `count` queries and `length` keys; none where everything is seen.
+    fn array(self, count: i32, length: i32) -> Result<Option<Array>> {
+        match self {
+            Self::Seen(seen) => Ok(Some(seen.clone())),
+            Self::At(_, Some(seen)) => Ok(Some(seen.clone())),
+            Self::At(_, None) | Self::Causal if count == 1 => Ok(None),
+            Self::At(_, None) | Self::Causal => {
+                let keys = Array::from_slice(&(0..length).collect::<Vec<_>>(), &[length]);
+                let queries = (length - count..length).collect::<Vec<_>>();
+                keys.le(Array::from_slice(&queries, &[count, 1])).map(Some)
+            }
+        }
+    }
+}
+
+/// Attention whose scores stay between -cap and cap, in MLX's basic operations; shapes as in [`Attention::attend`].
+fn capped(
+    queries: &Array,
+    keys: &Array,
+    values: &Array,
+    (scale, cap): (f32, f32),
+    seen: Option<&Array>,
+) -> Result<Array> {
+    let (rows, heads, count, dim) = (queries.dim(0), queries.dim(1), queries.dim(2), queries.dim(3));
+    let kv_heads = keys.dim(1);
+    let number = |value: f32| Array::from_f32(value).as_dtype(queries.dtype());
+    let queries =
+        queries.multiply(number(scale / cap)?)?.reshape(&[rows, kv_heads, heads / kv_heads, count, dim])?;
+    let (keys, values) = (keys.expand_dims(2)?, values.expand_dims(2)?);
+    let scores = tanh(queries.matmul(keys.swap_axes(3, 4)?)?)?.multiply(number(cap)?)?;
+    let scores = match seen {
+        Some(seen) => {
+            let seen = if seen.ndim() == 4 { seen.expand_dims(2)? } else { seen.clone() };
+            select(seen, &scores, number(f32::NEG_INFINITY)?)?
+        }
+        None => scores,
+    };
+    let weights = softmax_axis(&scores, -1, true)?;
+    weights.matmul(&values)?.reshape(&[rows, heads, count, dim])
 }
 
 impl Qkv {

@@ -1,7 +1,7 @@
 //! The parts that model families are made of: linear layers, embeddings, norms.
 
 use crate::{
-    checkpoint::{LoadError, Tensors, Weight},
+    checkpoint::{LoadError, Mode, Packed, Tensors, Weight},
     kernels, native,
     products::{self, Around, Products, Weights},
 };
@@ -9,16 +9,22 @@ use mlx_rs::{
     Array, Dtype,
     error::Result,
     fast,
-    ops::{addmm, concatenate, dequantize, quantized_matmul},
+    ops::{addmm, concatenate, maximum, minimum, sigmoid, tanh},
 };
 
 /// A matrix `[out, in]` as the forward pass uses it, and what is added to its product.
 #[derive(Debug)]
 enum Matrix {
     /// Also transposed, as a view, so that `x @ weight` is one call.
-    Dense { weight: Array, transposed: Array, bias: Option<Array> },
-    /// MLX's affine quantization.
-    Quantized { words: Array, scales: Array, biases: Array, group_size: i32, bits: i32, bias: Option<Array> },
+    Dense {
+        weight: Array,
+        transposed: Array,
+        bias: Option<Array>,
+    },
+    Packed {
+        packed: Packed,
+        bias: Option<Array>,
+    },
 }
 
 /// A linear layer and how it is computed.
@@ -35,29 +41,44 @@ pub(crate) struct Between<'a> {
     pub(crate) norm: Option<&'a RmsNorm>,
     /// This is added to its output.
     pub(crate) added: Option<&'a Array>,
-    /// Its output is gate and up side by side, of which `silu(gate) · up` is wanted.
-    pub(crate) gated: bool,
+    /// Its output is gate and up side by side, of which the gated part is wanted.
+    pub(crate) gated: Option<Gate>,
+}
+
+/// How a gate opens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gate {
+    /// `silu(gate) · up`.
+    Silu,
+    /// `gelu(gate) · up`, by its approximation with tanh.
+    Gelu,
+    /// gpt-oss: `gate · sigmoid(1.702 · gate) · (up + 1)`, both held below 7.
+    Clamped,
 }
 
 impl Linear {
     /// `x [rows, in] → [rows, out]`, with what comes before and after.
     pub(crate) fn forward(&self, x: &Array, between: Between<'_>) -> Result<Array> {
         let Between { norm, added, gated } = between;
-        if let Some(weights) = self.matrix.weights()
+        if matches!(gated, None | Some(Gate::Silu))
+            && let Some(weights) = self.matrix.weights()
             && x.dim(0) <= self.compute.products.rows(weights)
             && products::fits(x.dim(0), weights, x.dtype())
         {
             let norm = norm.map(|norm| (&norm.weight, norm.eps));
-            return products::product(x, weights, Around { norm, added, gated });
+            return products::product(x, weights, Around { norm, added, gated: gated.is_some() });
         }
         let normed = norm.map(|norm| norm.forward(x)).transpose()?;
-        if let (Path::Kernel, Some(added), false, Matrix::Dense { transposed, bias: None, .. }) =
+        if let (Path::Kernel, Some(added), None, Matrix::Dense { transposed, bias: None, .. }) =
             (self.compute.path, added, gated, &self.matrix)
         {
             return addmm(added, normed.as_ref().unwrap_or(x), transposed, None, None);
         }
         let product = self.product(normed.as_ref().unwrap_or(x))?;
-        let product = if gated { swiglu(&product, self.compute.path)? } else { product };
+        let product = match gated {
+            Some(gate) => gate.of(&product, self.compute.path)?,
+            None => product,
+        };
         match added {
             Some(added) => added.add(product),
             None => Ok(product),
@@ -73,15 +94,22 @@ impl Linear {
                 (native::product(x, weight)?, bias)
             }
             Matrix::Dense { transposed, bias, .. } => (x.matmul(transposed)?, bias),
-            Matrix::Quantized { words, scales, biases, group_size, bits, bias } => {
+            Matrix::Packed { packed, bias } => {
                 let product = if x.dim(0) < self.compute.dense_rows {
-                    quantized_matmul(x, words, scales, biases, true, *group_size, *bits)?
+                    packed.product(x)?
                 } else {
                     let whole = match self.matrix.weights() {
-                        Some(weights) if products.four_bits > 0 && products::fits(1, weights, x.dtype()) => {
+                        Some(Weights::FourBits { words, scales, biases, group_size })
+                            if products.four_bits > 0
+                                && products::fits(
+                                    1,
+                                    Weights::FourBits { words, scales, biases, group_size },
+                                    x.dtype(),
+                                ) =>
+                        {
                             products::dequantize(words, scales, biases)?
                         }
-                        _ => dequantize(words, scales, biases, *group_size, *bits)?,
+                        _ => packed.dense(x.dtype())?,
                     };
                     x.matmul(whole.t())?
                 };
@@ -102,18 +130,17 @@ impl Linear {
     ) -> std::result::Result<Self, LoadError> {
         let weights = prefixes.iter().map(|prefix| tensors.weight(prefix));
         let weights: Vec<_> = weights.collect::<std::result::Result<_, _>>()?;
-        let biases = prefixes.iter().map(|prefix| tensors.take_optional(&format!("{prefix}.bias")));
-        let biases: Vec<_> = biases.collect::<std::result::Result<_, _>>()?;
-        let bias = match biases.into_iter().collect::<Option<Vec<_>>>() {
-            Some(parts) => Some(compute.cast(concatenate(&parts, 0)?)?),
-            None => None,
-        };
+        let bias = joined_bias(tensors, prefixes, compute)?;
         Self::fuse(weights, bias, compute)
     }
 
-    /// The layer of one weight that others share (a tied embedding).
-    pub(crate) fn of(weight: Weight, compute: Compute) -> std::result::Result<Self, LoadError> {
-        Self::fuse(vec![weight], None, compute)
+    /// The layer of one weight: of a tied embedding, or with its rows in another order.
+    pub(crate) fn of(
+        weight: Weight,
+        bias: Option<Array>,
+        compute: Compute,
+    ) -> std::result::Result<Self, LoadError> {
+        Self::fuse(vec![weight], bias, compute)
     }
 
     fn fuse(
@@ -121,29 +148,10 @@ impl Linear {
         bias: Option<Array>,
         compute: Compute,
     ) -> std::result::Result<Self, LoadError> {
-        let weights: Vec<_> =
-            weights.into_iter().map(|weight| compute.apply(weight)).collect::<Result<_>>()?;
-        let formats: Vec<_> = weights.iter().map(format_of).collect();
-        let alike = formats.iter().all(|format| *format == formats[0]);
-        if let (true, Some((group_size, bits))) = (alike, formats[0]) {
-            let mut parts = [Vec::new(), Vec::new(), Vec::new()];
-            for weight in weights {
-                if let Weight::Quantized { words, scales, biases, .. } = weight {
-                    parts[0].push(words);
-                    parts[1].push(scales);
-                    parts[2].push(biases);
-                }
-            }
-            let [words, scales, biases] = parts.map(|arrays| concatenate(&arrays, 0));
-            let (words, scales, biases) = (words?, scales?, biases?);
-            let matrix = Matrix::Quantized { words, scales, biases, group_size, bits, bias };
-            return Ok(Self { matrix, compute });
-        }
-        // Layers quantized differently side by side cannot be one product; they are dense ones then.
-        let dense: Vec<_> =
-            weights.iter().map(|weight| dense_of(weight, compute.activations)).collect::<Result<_>>()?;
-        let joined = if dense.len() == 1 { dense[0].clone() } else { concatenate(&dense, 0)? };
-        let matrix = Matrix::Dense { transposed: joined.t(), weight: joined, bias };
+        let matrix = match compute.joined(weights, 0)? {
+            Weight::Packed(packed) => Matrix::Packed { packed, bias },
+            Weight::Dense(weight) => Matrix::Dense { transposed: weight.t(), weight, bias },
+        };
         Ok(Self { matrix, compute })
     }
 
@@ -153,9 +161,7 @@ impl Linear {
             Matrix::Dense { transposed, bias, .. } => {
                 [Some(transposed), bias.as_ref()].into_iter().flatten().collect()
             }
-            Matrix::Quantized { words, scales, biases, bias, .. } => {
-                [Some(words), Some(scales), Some(biases), bias.as_ref()].into_iter().flatten().collect()
-            }
+            Matrix::Packed { packed, bias } => packed.arrays().chain(bias).collect(),
         }
     }
 }
@@ -165,8 +171,10 @@ impl Matrix {
     fn weights(&self) -> Option<Weights<'_>> {
         match self {
             Self::Dense { weight, bias: None, .. } => Some(Weights::Dense(weight)),
-            Self::Quantized { words, scales, biases, group_size, bits: 4, bias: None } => {
-                Some(Weights::FourBits { words, scales, biases, group_size: *group_size })
+            Self::Packed { packed: Packed { words, scales, biases: Some(biases), packing }, bias: None }
+                if packing.mode == Mode::Affine && packing.bits == 4 =>
+            {
+                Some(Weights::FourBits { words, scales, biases, group_size: packing.group_size })
             }
             _ => None,
         }
@@ -203,38 +211,59 @@ impl Compute {
         if array.dtype() == self.activations { Ok(array) } else { array.as_dtype(self.activations) }
     }
 
-    fn apply(self, weight: Weight) -> Result<Weight> {
+    /// A weight as it is computed with.
+    pub(crate) fn apply(self, weight: Weight) -> Result<Weight> {
         match weight {
             Weight::Dense(array) => Ok(Weight::Dense(self.cast(array)?)),
-            quantized if self.dequantize => Ok(Weight::Dense(dense_of(&quantized, self.activations)?)),
+            Weight::Packed(packed) if self.dequantize => Ok(Weight::Dense(packed.dense(self.activations)?)),
             // Products are computed in the type of the scales.
-            Weight::Quantized { words, scales, biases, group_size, bits } => Ok(Weight::Quantized {
-                words,
-                scales: self.cast(scales)?,
-                biases: self.cast(biases)?,
-                group_size,
-                bits,
-            }),
+            Weight::Packed(packed) => Ok(Weight::Packed(packed.cast(self.activations)?)),
         }
+    }
+
+    /// Weights side by side along `axis`, as they are computed with.
+    pub(crate) fn joined(self, weights: Vec<Weight>, axis: i32) -> Result<Weight> {
+        let weights: Vec<_> = weights.into_iter().map(|weight| self.apply(weight)).collect::<Result<_>>()?;
+        if let [only] = &weights[..] {
+            return Ok(only.clone());
+        }
+        if let Some(packed) = alike(&weights) {
+            return Packed::joined(&packed, axis).map(Weight::Packed);
+        }
+        // Layers quantized differently side by side cannot be one product; they are dense ones then.
+        let dense =
+            weights.iter().map(|weight| weight.dense(self.activations)).collect::<Result<Vec<_>>>()?;
+        concatenate(&dense, axis).map(Weight::Dense)
+    }
+
+    /// A number that does not change the type of what it is multiplied with.
+    pub(crate) fn number(self, value: f32) -> Result<Array> {
+        self.cast(Array::from_f32(value))
     }
 }
 
-fn format_of(weight: &Weight) -> Option<(i32, i32)> {
-    match weight {
+/// The weights, if all are packed alike.
+fn alike(weights: &[Weight]) -> Option<Vec<Packed>> {
+    let packed = weights.iter().map(|weight| match weight {
+        Weight::Packed(packed) => Some(packed.clone()),
         Weight::Dense(_) => None,
-        Weight::Quantized { group_size, bits, .. } => Some((*group_size, *bits)),
-    }
+    });
+    let packed = packed.collect::<Option<Vec<_>>>()?;
+    packed.windows(2).all(|two| two[0].packing == two[1].packing).then_some(packed)
 }
 
-fn dense_of(weight: &Weight, dtype: Dtype) -> Result<Array> {
-    match weight {
-        Weight::Dense(array) => Ok(array.clone()),
-        Weight::Quantized { words, scales, biases, group_size, bits } => {
-            // In f32, so that the only rounding is the one to `dtype`.
-            let (scales, biases) = (scales.as_dtype(Dtype::Float32)?, biases.as_dtype(Dtype::Float32)?);
-            dequantize(words, scales, &biases, *group_size, *bits)?.as_dtype(dtype)
-        }
+/// The biases of some layers side by side; none where none has any.
+pub(crate) fn joined_bias(
+    tensors: &mut Tensors,
+    prefixes: &[String],
+    compute: Compute,
+) -> std::result::Result<Option<Array>, LoadError> {
+    let names: Vec<_> = prefixes.iter().map(|prefix| format!("{prefix}.bias")).collect();
+    if !names.iter().any(|name| tensors.contains(name)) {
+        return Ok(None);
     }
+    let parts = names.iter().map(|name| tensors.take(name)).collect::<std::result::Result<Vec<_>, _>>()?;
+    Ok(Some(compute.cast(concatenate(&parts, 0)?)?))
 }
 
 /// A table of one vector a token.
@@ -254,31 +283,29 @@ impl Embedding {
         match &self.table {
             Weight::Dense(table) if self.path == Path::Kernel => kernels::embed(table, tokens),
             Weight::Dense(table) => table.take_axis(tokens, 0),
-            Weight::Quantized { words, scales, biases, group_size, bits } => {
-                let biases = biases.take_axis(tokens, 0)?;
-                let rows = dequantize(
-                    words.take_axis(tokens, 0)?,
-                    scales.take_axis(tokens, 0)?,
-                    &biases,
-                    *group_size,
-                    *bits,
-                )?;
-                rows.as_dtype(dtype)
-            }
+            Weight::Packed(packed) => packed.rows(tokens)?.dense(dtype),
         }
     }
 
     pub(crate) fn arrays(&self) -> Vec<&Array> {
         match &self.table {
             Weight::Dense(table) => vec![table],
-            Weight::Quantized { words, scales, biases, .. } => vec![words, scales, biases],
+            Weight::Packed(packed) => packed.arrays().collect(),
         }
     }
 
     /// The same matrix as an output layer.
     pub(crate) fn tied_head(&self, compute: Compute) -> std::result::Result<Linear, LoadError> {
-        Linear::of(self.table.clone(), compute)
+        Linear::of(self.table.clone(), None, compute)
     }
+}
+
+/// What all norms of a model share.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Norms {
+    pub(crate) eps: f32,
+    /// Scales are stored as what they are above 1 (Gemma).
+    pub(crate) one_more: bool,
 }
 
 /// Root-mean-square normalization with a learned scale.
@@ -293,11 +320,16 @@ impl RmsNorm {
     pub(crate) fn load(
         tensors: &mut Tensors,
         prefix: &str,
-        eps: f32,
+        norms: Norms,
         compute: Compute,
     ) -> std::result::Result<Self, LoadError> {
-        let weight = compute.cast(tensors.take(&format!("{prefix}.weight"))?)?;
-        Ok(Self { weight, eps, path: compute.path })
+        let Norms { eps, one_more } = norms;
+        let mut weight = tensors.take(&format!("{prefix}.weight"))?;
+        if one_more {
+            // In f32, so that the only rounding is the one of the sum.
+            weight = weight.as_dtype(Dtype::Float32)?.add(Array::from_f32(1.0))?;
+        }
+        Ok(Self { weight: compute.cast(weight)?, eps, path: compute.path })
     }
 
     pub(crate) fn forward(&self, x: &Array) -> Result<Array> {
@@ -312,20 +344,43 @@ impl RmsNorm {
     }
 }
 
-/// `silu(gate) · up` of a fused product `[.., 2·n]` that holds gate and up side by side.
-pub(crate) fn swiglu(gate_up: &Array, path: Path) -> Result<Array> {
-    match path {
-        Path::Native => native::swiglu(gate_up),
-        Path::Kernel => kernels::swiglu(gate_up),
-        Path::Pure => swiglu_of_parts(gate_up),
+impl Gate {
+    /// The gated part of a fused product `[rows, 2·n]` that holds gate and up side by side.
+    pub(crate) fn of(self, gate_up: &Array, path: Path) -> Result<Array> {
+        match (self, path) {
+            (Self::Silu, Path::Native) => native::swiglu(gate_up),
+            (Self::Silu, Path::Kernel) => kernels::swiglu(gate_up),
+            (Self::Silu, Path::Pure) => swiglu_of_parts(gate_up),
+            (Self::Gelu, _) => {
+                let parts = gate_up.split_equal(2, -1)?;
+                gelu(&parts[0])?.multiply(&parts[1])
+            }
+            (Self::Clamped, _) => {
+                let parts = gate_up.split_equal(2, -1)?;
+                let number = |value: f32| Array::from_f32(value).as_dtype(gate_up.dtype());
+                let limit = number(7.0)?;
+                let gate = minimum(&parts[0], &limit)?;
+                let up = maximum(minimum(&parts[1], &limit)?, number(-7.0)?)?;
+                let opened = gate.multiply(sigmoid(gate.multiply(number(1.702)?)?)?)?;
+                opened.multiply(up.add(number(1.0)?)?)
+            }
+        }
     }
 }
 
-/// The same in MLX's operations.
+/// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`.
+fn gelu(x: &Array) -> Result<Array> {
+    let number = |value: f32| Array::from_f32(value).as_dtype(x.dtype());
+    let cubed = x.multiply(x)?.multiply(x)?.multiply(number(0.044_715)?)?;
+    let inner = x.add(cubed)?.multiply(number((2.0 / std::f32::consts::PI).sqrt())?)?;
+    x.multiply(number(0.5)?)?.multiply(tanh(inner)?.add(number(1.0)?)?)
+}
+
+/// `silu(gate) · up` in MLX's operations.
 pub(crate) fn swiglu_of_parts(gate_up: &Array) -> Result<Array> {
     let parts = gate_up.split_equal(2, -1)?;
     let gate = &parts[0];
-    gate.multiply(mlx_rs::ops::sigmoid(gate)?)?.multiply(&parts[1])
+    gate.multiply(sigmoid(gate)?)?.multiply(&parts[1])
 }
 
 /// Which rows of a step are wanted.

@@ -102,10 +102,14 @@ fn load_with(
         Dequantize::Always => true,
     };
     let activations = if on_gpu { stored_dtype(&checkpoint) } else { Dtype::Float32 };
-    let heads = models::heads_of(&checkpoint.config);
-    let works = |path| heads.is_some_and(|heads| selftest::works(path, activations, heads));
+    let spec = models::spec(&checkpoint.config)?;
+    let spec = match settings.context_tokens {
+        Some(tokens) => spec.within(tokens),
+        None => spec,
+    };
+    let works = |path| selftest::works(path, activations, &spec);
     let path = path.unwrap_or_else(|| match on_gpu {
-        true if heads.is_some_and(kernels::fit) && works(Path::Kernel) => Path::Kernel,
+        true if spec.plain_attention() && kernels::fit(spec.heads) && works(Path::Kernel) => Path::Kernel,
         false if native::works() && works(Path::Native) => Path::Native,
         _ => Path::Pure,
     });
@@ -124,7 +128,7 @@ fn load_with(
     };
     let dense_rows = if on_cuda { CUDA_DENSE_ROWS } else { i32::MAX };
     let compute = Compute { path, activations, dequantize, products, dense_rows };
-    let family = models::load(&mut checkpoint, compute)?;
+    let family = models::load(&mut checkpoint, spec, compute)?;
     let arrays = family.arrays();
     let weight_bytes: u64 = arrays.iter().map(|array| array.nbytes() as u64).sum();
     checkpoint::memory_check(weight_bytes)?;
@@ -136,7 +140,7 @@ fn load_with(
     drop(checkpoint.tensors);
 
     let dims = family.dims();
-    let wanted_context = settings.context_tokens.map_or(dims.context, |limit| limit.min(dims.context));
+    let wanted_context = dims.context;
     let kv_bytes_per_token = dims.kv.bytes_per_token();
     if on_gpu {
         // Freed buffers of odd sizes would otherwise be kept up to the whole memory.

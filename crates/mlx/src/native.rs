@@ -45,7 +45,10 @@ mod ffi {
             keys: mlx_array,
             values: mlx_array,
             rows: mlx_array,
+            sinks: mlx_array,
             scale: c_float,
+            cap: c_float,
+            window: c_int,
             stream: mlx_stream,
         ) -> c_int;
         pub(super) fn mlx_node_attend_run(
@@ -56,7 +59,10 @@ mod ffi {
             keys: mlx_array,
             values: mlx_array,
             table: mlx_array,
+            sinks: mlx_array,
             scale: c_float,
+            cap: c_float,
+            window: c_int,
             stream: mlx_stream,
         ) -> c_int;
         pub(super) fn mlx_node_append_run(
@@ -127,13 +133,16 @@ native! {
 }
 native! {
     /// Appends one token a row and attends to everything before and itself: `q [rows, heads, dim]`, `k` and `v`
-    /// `[rows, kv_heads, dim]` rotated, pools as [`crate::kv::LayerKv`], `rows [rows, 1 + blocks]` position and table.
-    attend_rows, mlx_node_attend_rows, (q, k, v, keys, values, rows), (scale: f32)
+    /// `[rows, kv_heads, dim]` rotated, pools as [`crate::kv::LayerKv`], `rows [rows, 1 + blocks]` position and table;
+    /// `sinks [heads]` or `[0]`, `cap` and `window` as [`crate::attention::Look`], 0 for none.
+    #[expect(clippy::too_many_arguments, reason = "what attention takes")]
+    attend_rows, mlx_node_attend_rows, (q, k, v, keys, values, rows, sinks), (scale: f32, cap: f32, window: i32)
 }
 native! {
     /// Appends a run of tokens of one sequence and attends, each to everything before and itself: as [`attend_rows`], with
     /// `table [1 + blocks]`, start and block table.
-    attend_run, mlx_node_attend_run, (q, k, v, keys, values, table), (scale: f32)
+    #[expect(clippy::too_many_arguments, reason = "what attention takes")]
+    attend_run, mlx_node_attend_run, (q, k, v, keys, values, table, sinks), (scale: f32, cap: f32, window: i32)
 }
 native! {
     /// Only appends such a run; gives `[1]` of no meaning, to be evaluated.

@@ -4,13 +4,13 @@
 //! flight, so that a write which is not kept in order shows.
 
 use crate::{
-    attention::Qkv,
+    attention::{Layer, Look, Qkv},
     kernels::{self, Tile},
     kv::{KvPool, KvShape},
     layers::{Path, swiglu_of_parts},
-    models::Heads,
+    models::{Heads, Spec},
     products::{self, Around, Weights},
-    rope::{Rope, wavelengths},
+    rope::{Rope, Waves},
     sampler::{self, Draws},
     step::{Ordered, Places},
 };
@@ -27,14 +27,35 @@ use types::{SamplingDraft, SamplingParams, TokenId};
 const BLOCKS: usize = 16;
 /// Layers of the test, each on its own pools.
 const LAYERS: usize = 2;
+/// Tokens that windowed layers of the test see.
+const WINDOW: i32 = 37;
 /// Output width of the test's products.
 const OUTPUTS: i32 = 64;
 /// Vocabulary of the test.
 const VOCABULARY: i32 = 3000;
 
-/// Whether `path` computes what the pure path does, and what went wrong in the log if not.
-pub(crate) fn works(path: Path, dtype: Dtype, heads: Heads) -> bool {
-    agree(&format!("{path:?}"), differences(path, dtype, heads))
+/// Whether `path` computes what the pure path does for such attention, and what went wrong in the log if not.
+pub(crate) fn works(path: Path, dtype: Dtype, spec: &Spec) -> bool {
+    let look = sample_look(spec).and_then(|look| {
+        let mut found = differences(path, dtype, spec.heads, &Look::default())?;
+        if !look.is_plain() {
+            found.extend(differences(path, dtype, spec.heads, &look)?);
+        }
+        Ok(found)
+    });
+    agree(&format!("{path:?}"), look)
+}
+
+/// A look of the kind that a model's layers have, narrow enough to hide something of the test's texts.
+fn sample_look(spec: &Spec) -> Result<Look> {
+    let sinks = if spec.sinks {
+        let key = mlx_rs::random::key(11)?;
+        Some(mlx_rs::random::normal::<f32>(&[spec.heads.queries], None, None, &key)?)
+    } else {
+        None
+    };
+    let window = spec.layers.iter().any(|layer| layer.window.is_some()).then_some(WINDOW);
+    Ok(Look { window, cap: spec.score_cap, sinks })
 }
 
 /// Whether our products of dense weights, or of those in 4 bits, compute what MLX's do.
@@ -57,15 +78,15 @@ fn agree(what: &str, differences: Result<Vec<String>>) -> bool {
 }
 
 /// What `path` computes differently.
-pub(crate) fn differences(path: Path, dtype: Dtype, heads: Heads) -> Result<Vec<String>> {
-    let theirs = attended(Path::Pure, dtype, heads, None)?;
+pub(crate) fn differences(path: Path, dtype: Dtype, heads: Heads, look: &Look) -> Result<Vec<String>> {
+    let theirs = attended(Path::Pure, dtype, heads, look, None)?;
     let tile = if path == Path::Kernel { kernels::tile(heads, dtype) } else { None };
     let mut found = Vec::new();
     for (name, tile) in [("attention", None), ("attention in tiles", tile)] {
         if name != "attention" && tile.is_none() {
             continue;
         }
-        let ours = attended(path, dtype, heads, tile)?;
+        let ours = attended(path, dtype, heads, look, tile)?;
         for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
             found.extend(off(&format!("{name} {index}"), ours, theirs, tolerance(path, dtype))?);
         }
@@ -136,7 +157,7 @@ pub(crate) fn product_differences(dtype: Dtype, dense: bool) -> Result<Vec<Strin
 
 /// Outputs of some steps: a run, a run behind it with other rows beside it, then rows that go on; runs in tiles where one
 /// is given.
-fn attended(path: Path, dtype: Dtype, heads: Heads, tile: Option<Tile>) -> Result<Vec<Array>> {
+fn attended(path: Path, dtype: Dtype, heads: Heads, look: &Look, tile: Option<Tile>) -> Result<Vec<Array>> {
     let Heads { queries, keys, dim } = heads;
     let shape = KvShape { layers: LAYERS, heads: keys, head_dim: dim, dtype };
     let mut kv = KvPool::new(shape, BLOCKS, path)?;
@@ -144,9 +165,9 @@ fn attended(path: Path, dtype: Dtype, heads: Heads, tile: Option<Tile>) -> Resul
         kv.grow(BLOCKS)?;
     }
     let scale = (dim as f32).powf(-0.5);
-    let lengths = wavelengths(dim as usize, 10_000.0, None)
+    let waves = Waves::new(dim as usize, 10_000.0, None, 0)
         .map_err(|error| mlx_rs::error::Exception::custom(error.to_string()))?;
-    let rope = Rope::new(path, &lengths, scale);
+    let rope = Rope::new(path, &waves, dim, scale);
     let one = [7, 2, 9, 11].map(BlockId);
     let two = [7, 4, 5, 6].map(BlockId);
     // (blocks, start, tokens): the second sequence shares the first block of the first.
@@ -199,7 +220,8 @@ fn attended(path: Path, dtype: Dtype, heads: Heads, tile: Option<Tile>) -> Resul
             let product = mlx_rs::random::normal::<f32>(&shape, None, None, &seed)?.as_dtype(dtype)?;
             let product = product.take_axis(indexes(&from), 0)?;
             let qkv = Qkv { product, heads: queries, kv_heads: keys };
-            let attended = attention.forward(layer, &rope, qkv, &mut kv, true)?;
+            let attended =
+                attention.forward(Layer { index: layer, rope: &rope, look }, qkv, &mut kv, true)?;
             outputs.extend(attended.map(|attended| attended.take_axis(indexes(&placed), 0)).transpose()?);
         }
         if path == Path::Pure {
@@ -271,8 +293,23 @@ mod tests {
     #[cfg(native_cpu)]
     #[test]
     fn native_operations_attend_and_draw_like_mlx() {
-        let heads = Heads { queries: 8, keys: 2, dim: 64 };
-        assert_eq!(differences(Path::Native, Dtype::Float32, heads).unwrap(), Vec::<String>::new());
+        let sinks = mlx_rs::random::normal::<f32>(&[8], None, None, None).unwrap();
+        let looks = [
+            Look::default(),
+            Look { window: Some(WINDOW), ..Look::default() },
+            Look { window: Some(1), ..Look::default() },
+            Look { cap: Some(2.0), ..Look::default() },
+            Look { cap: Some(2.0), window: Some(WINDOW), ..Look::default() },
+            Look { sinks: Some(sinks.clone()), ..Look::default() },
+            Look { sinks: Some(sinks), window: Some(WINDOW), ..Look::default() },
+        ];
+        for look in looks {
+            for (queries, keys, dim) in [(8, 2, 64), (8, 8, 24), (8, 1, 80)] {
+                let heads = Heads { queries, keys, dim };
+                let found = differences(Path::Native, Dtype::Float32, heads, &look).unwrap();
+                assert_eq!(found, Vec::<String>::new(), "{look:?} {heads:?}");
+            }
+        }
     }
 
     #[test]
@@ -282,7 +319,8 @@ mod tests {
         }
         for dtype in [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16] {
             for (queries, keys, dim) in [(8, 2, 64), (9, 3, 64), (4, 4, 128)] {
-                let found = differences(Path::Kernel, dtype, Heads { queries, keys, dim }).unwrap();
+                let found =
+                    differences(Path::Kernel, dtype, Heads { queries, keys, dim }, &Look::default()).unwrap();
                 assert_eq!(found, Vec::<String>::new(), "{dtype:?} {queries} {keys} {dim}");
             }
         }

@@ -95,6 +95,7 @@ impl<'a> Ordered<'a> {
                 table: Array::from_slice(&table, &[table.len() as i32]),
                 gathered: pure.then(|| Gathered {
                     blocks: Array::from_slice(&ids(used).collect::<Vec<_>>(), &[used.len() as i32]),
+                    positions: (slice.start..slice.start + count).map(|at| at as i32).collect(),
                     mask: None,
                 }),
             });
@@ -213,6 +214,7 @@ fn gathered_rows(slices: &[&Slice<'_>], blocks: usize) -> Gathered {
     let shape = [slices.len() as i32, 1, 1, blocks as i32 * BLOCK];
     Gathered {
         blocks: Array::from_slice(&table, &[table.len() as i32]),
+        positions: slices.iter().map(|slice| slice.start as i32).collect(),
         mask: Some(Array::from_slice(&mask, &shape)),
     }
 }

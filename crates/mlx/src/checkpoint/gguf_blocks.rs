@@ -9,6 +9,7 @@
 //! | Q4_1 | scale f16, bias f16, 16 bytes | likewise | as stored |
 //! | Q8_0 | scale f16, 32 × i8 | byte + 128 | −128 · scale |
 
+use super::packed::{Mode, Packed, Packing};
 use super::{
     LoadError, Weight,
     gguf::{Encoding, TensorInfo},
@@ -75,7 +76,7 @@ impl DataFile {
                     shape
                 };
                 let groups = with_last(1);
-                Ok(Weight::Quantized {
+                Ok(Weight::Packed(Packed {
                     words: self.array(
                         tensor,
                         &reordered(blocks.words, order, rows),
@@ -88,15 +89,14 @@ impl DataFile {
                         &groups,
                         Dtype::Float16,
                     )?,
-                    biases: self.array(
+                    biases: Some(self.array(
                         tensor,
                         &reordered(blocks.biases, order, rows),
                         &groups,
                         Dtype::Float16,
-                    )?,
-                    group_size: GROUP_SIZE,
-                    bits,
-                })
+                    )?),
+                    packing: Packing { group_size: GROUP_SIZE, bits, mode: Mode::Affine },
+                }))
             }
         }
     }
@@ -109,7 +109,7 @@ impl DataFile {
     ) -> Result<Array, LoadError> {
         match self.read(tensor, unpermute_heads)? {
             Weight::Dense(array) => Ok(array),
-            Weight::Quantized { .. } => Err(LoadError::Tensor {
+            Weight::Packed(_) => Err(LoadError::Tensor {
                 name: tensor.name.clone(),
                 origin: self.path.display().to_string(),
                 reason: format!("is quantized ({:?}); a dense one is needed", tensor.encoding),
@@ -330,9 +330,10 @@ mod tests {
                 .unwrap();
             let tensor = Header::open(&path).unwrap().tensors.remove(0);
             let weight = DataFile::open(&path).unwrap().read(&tensor, None).unwrap();
-            let Weight::Quantized { words, scales, biases, group_size, bits } = weight else {
+            let Weight::Packed(Packed { words, scales, biases: Some(biases), packing }) = weight else {
                 panic!("quantized")
             };
+            let Packing { group_size, bits, .. } = packing;
             let dense = |array: &Array| array.as_dtype(Dtype::Float32).unwrap();
             let values =
                 dequantize(&words, dense(&scales), Some(&dense(&biases)), Some(group_size), Some(bits))

@@ -16,6 +16,7 @@ mod gguf_tokenizer;
 #[cfg(test)]
 mod gguf_writer;
 mod memory;
+mod packed;
 mod quantization;
 mod safetensors;
 mod tensors;
@@ -26,6 +27,7 @@ pub(crate) use directory::{INDEX, SINGLE, shards_of_index};
 pub use error::LoadError;
 pub(crate) use memory::available as available_memory;
 pub use memory::memory_check;
+pub use packed::{Mode, Packed, Packing};
 pub use tensors::{Tensors, Weight};
 
 use fingerprint::{Fingerprint, WeightFile};

@@ -1,6 +1,7 @@
 //! What a `config.json` says of quantization, as MLX's tools write it.
 
 use super::LoadError;
+use super::packed::{Mode, Packing};
 use serde_json::{Map, Value};
 use std::{collections::BTreeMap, path::Path};
 
@@ -10,18 +11,11 @@ const BITS: [i64; 6] = [2, 3, 4, 5, 6, 8];
 /// Entries of the object that are not layers.
 const SETTINGS: [&str; 3] = ["group_size", "bits", "mode"];
 
-/// How the codes of one matrix are packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct QuantizationParams {
-    pub(crate) group_size: i32,
-    pub(crate) bits: i32,
-}
-
 /// A model's quantization, and the layers that differ.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Quantization {
-    default: Option<QuantizationParams>,
-    layers: BTreeMap<String, Option<QuantizationParams>>,
+    default: Option<Packing>,
+    layers: BTreeMap<String, Option<Packing>>,
 }
 
 impl Quantization {
@@ -34,6 +28,10 @@ impl Quantization {
         let Value::Object(fields) = section else {
             return Err(LoadError::damaged(path, format!("{key:?} is not an object")));
         };
+        // OpenAI's own files: experts in MXFP4, which are told by their tensors' names; everything else is dense.
+        if fields.get("quant_method").and_then(Value::as_str) == Some("mxfp4") {
+            return Ok(Self::default());
+        }
         if let Some(method) = fields.get("quant_method") {
             return Err(LoadError::unsupported(
                 path,
@@ -59,19 +57,22 @@ impl Quantization {
     }
 
     /// How the layer of that name is packed, if it is.
-    pub(crate) fn of(&self, prefix: &str) -> Option<QuantizationParams> {
+    pub(crate) fn of(&self, prefix: &str) -> Option<Packing> {
         self.layers.get(prefix).copied().unwrap_or(self.default)
     }
 }
 
-fn params(fields: &Map<String, Value>, key: &str, path: &Path) -> Result<QuantizationParams, LoadError> {
-    match fields.get("mode").map(|mode| mode.as_str().unwrap_or_default()) {
-        None | Some("affine") => {}
-        Some(mode) => {
-            let reason = format!("the quantization mode {mode:?} of {key:?}; \"affine\" is supported");
-            return Err(LoadError::unsupported(path, reason));
-        }
-    }
+fn params(fields: &Map<String, Value>, key: &str, path: &Path) -> Result<Packing, LoadError> {
+    let named = fields.get("mode").map_or("affine", |mode| mode.as_str().unwrap_or_default());
+    let Some(mode) = Mode::ALL.into_iter().find(|mode| mode.name() == named) else {
+        let known = Mode::ALL.map(Mode::name).join(", ");
+        let reason = format!("the quantization mode {named:?} of {key:?}; supported: {known}");
+        return Err(LoadError::unsupported(path, reason));
+    };
+    let (group_sizes, bits) = match mode.fixed() {
+        Some((group_size, bits)) => (vec![i64::from(group_size)], vec![i64::from(bits)]),
+        None => (GROUP_SIZES.to_vec(), BITS.to_vec()),
+    };
     let number = |name: &str, allowed: &[i64]| match fields.get(name).and_then(Value::as_i64) {
         Some(value) if allowed.contains(&value) => Ok(value as i32),
         _ => {
@@ -80,7 +81,7 @@ fn params(fields: &Map<String, Value>, key: &str, path: &Path) -> Result<Quantiz
             Err(LoadError::unsupported(path, reason))
         }
     };
-    Ok(QuantizationParams { group_size: number("group_size", &GROUP_SIZES)?, bits: number("bits", &BITS)? })
+    Ok(Packing { group_size: number("group_size", &group_sizes)?, bits: number("bits", &bits)?, mode })
 }
 
 #[cfg(test)]
@@ -107,6 +108,12 @@ mod tests {
         check(mixed.clone(), "lm_head", None);
         check(mixed.clone(), "model.embed_tokens", Some((32, 8)));
         check(mixed, "model.layers.0.mlp.up_proj", Some((64, 4)));
+        check(
+            json!({"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}),
+            "lm_head",
+            Some((16, 4)),
+        );
+        check(json!({"quantization_config": {"quant_method": "mxfp4"}}), "lm_head", None);
     }
 
     #[test]
@@ -119,7 +126,14 @@ mod tests {
             json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
             &["dir/config.json", "gptq", "mlx-community"],
         );
-        check(json!({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}), &["mxfp4", "affine"]);
+        check(
+            json!({"quantization": {"group_size": 32, "bits": 4, "mode": "fp3"}}),
+            &["fp3", "affine", "mxfp4"],
+        );
+        check(
+            json!({"quantization": {"group_size": 64, "bits": 4, "mode": "mxfp4"}}),
+            &["group_size", "64", "32"],
+        );
         check(json!({"quantization": {"group_size": 48, "bits": 4}}), &["group_size", "48"]);
         check(json!({"quantization": {"group_size": 64}}), &["bits", "null"]);
         check(

@@ -2,57 +2,52 @@
 //!
 //! Safetensors stay lazy MLX arrays until they are evaluated; tensors of a `.gguf` file are read when they are taken.
 
-use super::{
-    LoadError,
-    gguf::TensorInfo,
-    gguf_blocks::DataFile,
-    quantization::{Quantization, QuantizationParams},
-};
-use mlx_rs::Array;
+use super::packed::{Mode, Packed};
+use super::{LoadError, gguf::TensorInfo, gguf_blocks::DataFile, quantization::Quantization};
+use mlx_rs::{Array, Dtype, error::Exception};
 use std::{collections::BTreeMap, path::Path, rc::Rc};
 
-/// A matrix of `[out, in]`, dense or in MLX's affine quantization.
+/// A matrix of `[out, in]`, or several `[n, out, in]`, dense or packed.
 #[derive(Debug, Clone)]
 pub enum Weight {
     /// Elements as they are.
     Dense(Array),
-    /// Codes packed into 32-bit words, with a scale and a bias for each group of a row.
-    Quantized {
-        /// `[out, in · bits / 32]`, u32.
-        words: Array,
-        /// `[out, in / group_size]`.
-        scales: Array,
-        /// `[out, in / group_size]`.
-        biases: Array,
-        /// Elements that share a scale.
-        group_size: i32,
-        /// Bits of a code.
-        bits: i32,
-    },
+    /// Elements that share scales.
+    Packed(Packed),
 }
 
 impl Weight {
-    /// `[out, in]` of the matrix it stands for (whatever rank a dense array has).
+    /// `[.., out, in]` of what it stands for (whatever rank a dense array has).
     pub fn shape(&self) -> Vec<i32> {
         match self {
             Self::Dense(array) => array.shape().to_vec(),
-            Self::Quantized { words, bits, .. } => {
-                let mut shape = words.shape().to_vec();
-                if let Some(last) = shape.last_mut() {
-                    *last = *last * 32 / bits;
-                }
-                shape
-            }
+            Self::Packed(packed) => packed.shape(),
         }
     }
 
     /// Bytes of all its arrays.
     pub fn bytes(&self) -> u64 {
-        let arrays: &[&Array] = match self {
-            Self::Dense(array) => &[array],
-            Self::Quantized { words, scales, biases, .. } => &[words, scales, biases],
-        };
-        arrays.iter().map(|array| array.nbytes() as u64).sum()
+        match self {
+            Self::Dense(array) => array.nbytes() as u64,
+            Self::Packed(packed) => packed.arrays().map(|array| array.nbytes() as u64).sum(),
+        }
+    }
+
+    /// Every element written out.
+    pub(crate) fn dense(&self, dtype: Dtype) -> Result<Array, Exception> {
+        match self {
+            Self::Dense(array) if array.dtype() == dtype => Ok(array.clone()),
+            Self::Dense(array) => array.as_dtype(dtype),
+            Self::Packed(packed) => packed.dense(dtype),
+        }
+    }
+
+    /// Those rows of the one matrix.
+    pub(crate) fn rows(&self, rows: &Array) -> Result<Self, Exception> {
+        match self {
+            Self::Dense(array) => array.take_axis(rows, 0).map(Self::Dense),
+            Self::Packed(packed) => packed.rows(rows).map(Self::Packed),
+        }
     }
 }
 
@@ -87,6 +82,18 @@ impl Tensors {
         Self { entries, quantization, origin }
     }
 
+    /// Arrays under their names, with what a configuration says of their quantization.
+    #[cfg(test)]
+    pub(crate) fn of_arrays(
+        arrays: impl IntoIterator<Item = (String, Array)>,
+        config: &serde_json::Value,
+    ) -> Result<Self, LoadError> {
+        let file: Rc<Path> = Path::new("memory").into();
+        let lazy = |(name, array)| (name, Entry::Lazy { array, file: file.clone() });
+        let quantization = Quantization::parse(config, &file)?;
+        Ok(Self::new(arrays.into_iter().map(lazy).collect(), quantization, "memory".to_owned()))
+    }
+
     /// Whether a tensor of that name is there and was not taken.
     pub fn contains(&self, name: &str) -> bool {
         self.entries.contains_key(name)
@@ -109,6 +116,18 @@ impl Tensors {
         match entry {
             Entry::Lazy { array, .. } => Ok(array),
             Entry::Gguf { file, tensor, unpermute_heads } => file.read_dense(&tensor, unpermute_heads),
+        }
+    }
+
+    /// A dense tensor, which stays.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub(crate) fn get(&self, name: &str) -> Result<Array, LoadError> {
+        match self.entries.get(name) {
+            Some(Entry::Lazy { array, .. }) => Ok(array.clone()),
+            Some(Entry::Gguf { file, tensor, unpermute_heads }) => file.read_dense(tensor, *unpermute_heads),
+            None => Err(self.missing(name)),
         }
     }
 
@@ -150,33 +169,38 @@ impl Tensors {
         }
         let refused =
             |reason: String| LoadError::Tensor { name: name.clone(), origin: origin.clone(), reason };
-        let Some(QuantizationParams { group_size, bits }) = self.quantization.of(prefix) else {
+        let Some(packing) = self.quantization.of(prefix) else {
             return Err(refused(format!("has {scales_name:?}, but config.json says it is not quantized")));
         };
-        let (scales, biases) = (self.take(&scales_name)?, self.take(&biases_name)?);
-        let weight = Weight::Quantized { words: array, scales, biases, group_size, bits };
-        if let Weight::Quantized { words, scales, biases, .. } = &weight {
-            let mut groups = weight.shape();
-            let columns = groups.last().copied().unwrap_or_default();
-            if let Some(last) = groups.last_mut() {
-                *last = columns / group_size;
-            }
-            let fits = words.dtype() == mlx_rs::Dtype::Uint32
-                && columns % group_size == 0
-                && scales.shape() == groups
-                && biases.shape() == groups;
-            if !fits {
-                return Err(refused(format!(
-                    "is {:?} of {:?} with scales {:?} and biases {:?}, which is not what config.json says: \
-                     {bits} bits in groups of {group_size}",
-                    words.dtype(),
-                    words.shape(),
-                    scales.shape(),
-                    biases.shape()
-                )));
-            }
+        let affine = packing.mode == Mode::Affine;
+        let scales = self.take(&scales_name)?;
+        let biases = if affine { Some(self.take(&biases_name)?) } else { None };
+        let packed = Packed { words: array, scales, biases, packing };
+        let mut groups = packed.shape();
+        let columns = groups.last().copied().unwrap_or_default();
+        if let Some(last) = groups.last_mut() {
+            *last = columns / packing.group_size;
         }
-        Ok(weight)
+        let Packed { words, scales, biases, .. } = &packed;
+        let fits = words.dtype() == Dtype::Uint32
+            && columns % packing.group_size == 0
+            && scales.shape() == groups
+            && (affine || scales.dtype() == Dtype::Uint8)
+            && biases.as_ref().is_none_or(|biases| biases.shape() == groups);
+        if !fits {
+            return Err(refused(format!(
+                "is {:?} of {:?} with scales {:?} of {:?}, which is not what config.json says: {} with {} bits in \
+                 groups of {}",
+                words.dtype(),
+                words.shape(),
+                scales.dtype(),
+                scales.shape(),
+                packing.mode.name(),
+                packing.bits,
+                packing.group_size
+            )));
+        }
+        Ok(Weight::Packed(packed))
     }
 
     /// [`Self::weight`] that must stand for a matrix of that shape.

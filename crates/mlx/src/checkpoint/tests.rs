@@ -75,11 +75,9 @@ fn checkpoint_folder_opens() {
     assert!(dense.as_slice::<f32>().iter().enumerate().all(|(index, &value)| value == index as f32));
     for (prefix, params) in [("model.narrow", (32, 4)), ("model.wide", (64, 8))] {
         let weight = tensors.weight_shaped(prefix, [8, 64]).unwrap();
-        let Weight::Quantized { words, scales, biases, group_size, bits } = weight else {
-            panic!("{prefix}")
-        };
-        assert_eq!((group_size, bits), params);
-        let back = ops::dequantize(&words, &scales, Some(&biases), Some(group_size), Some(bits)).unwrap();
+        let Weight::Packed(packed) = weight else { panic!("{prefix}") };
+        assert_eq!((packed.packing.group_size, packed.packing.bits), params);
+        let back = packed.dense(Dtype::Float32).unwrap();
         assert!(back.all_close(&dense, 0.05, 1.5, None).unwrap(), "{prefix}");
     }
     assert_eq!(tensors.leftovers().count(), 0);
@@ -274,7 +272,7 @@ fn checkpoint_gguf_becomes_a_hugging_face_model() {
     let query = checkpoint.tensors.take("model.layers.0.self_attn.q_proj.weight").unwrap();
     assert_eq!(rows(&query)[..16], [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]);
     let key = checkpoint.tensors.weight_shaped("model.layers.0.self_attn.k_proj", [16, 32]).unwrap();
-    let Weight::Quantized { words, .. } = key else { panic!("quantized") };
+    let Weight::Packed(Packed { words, .. }) = key else { panic!("quantized") };
     let order: Vec<_> = words.as_slice::<u32>().chunks(8).map(|row| row[0] & 0x7f).collect();
     assert_eq!(order, [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]);
     let value = checkpoint.tensors.weight("model.layers.0.self_attn.v_proj").unwrap();

@@ -1,17 +1,11 @@
-//! `model_type: mistral`: Llama's layers. Windowed attention, which only the first release has, needs a context of at
-//! most the window; longer ones are cut to it.
+//! `model_type: mistral`: Llama's layers, all of them windowed where there is a window (the first release has one).
 
-use super::{Family, llama};
-use crate::{
-    checkpoint::{Checkpoint, LoadError},
-    layers::Compute,
-};
+use super::spec::{Shared, Spec};
+use crate::checkpoint::LoadError;
+use serde_json::Value;
 
-pub(super) fn load(checkpoint: &mut Checkpoint, compute: Compute) -> Result<Box<dyn Family>, LoadError> {
-    let window = checkpoint.config.get("sliding_window").and_then(serde_json::Value::as_u64);
-    let mut model = llama::Llama::load(checkpoint, compute)?;
-    if let Some(window) = window {
-        model.limit_context(window as usize);
-    }
-    Ok(Box::new(model))
+pub(super) fn spec(config: &Value) -> Result<Spec, LoadError> {
+    let shared = Shared::parse(config)?;
+    let windowed = shared.windowed(|_| true)?;
+    Ok(shared.spec()?.with_windows(&windowed, shared.sliding_window))
 }

@@ -1,7 +1,25 @@
-//! Model families: one file for each `model_type`, and the one place that tells them apart.
+//! Model families: one file for each `model_type` turns its configuration into a [`Spec`], from which one decoder is built;
+//! and the one place that tells them apart.
 
+mod decoder;
+mod deepseek;
+mod experts;
+mod gemma2;
+mod gemma3;
+mod gpt_oss;
+mod latent;
 mod llama;
 mod mistral;
+mod mixtral;
+mod phi3;
+mod qwen2;
+mod qwen3;
+mod qwen3_moe;
+mod spec;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use spec::{Heads, Spec};
 
 use crate::{
     attention::Attention,
@@ -61,41 +79,53 @@ pub(crate) fn hand_over(index: usize, x: &Array, path: Path) -> Result<()> {
     }
 }
 
-/// `model_type`s that can be loaded.
-pub const SUPPORTED: [&str; 2] = ["llama", "mistral"];
+type SpecOf = fn(&serde_json::Value) -> std::result::Result<Spec, LoadError>;
 
-/// Builds the family that the checkpoint names.
-pub(crate) fn load(
-    checkpoint: &mut Checkpoint,
-    compute: Compute,
-) -> std::result::Result<Box<dyn Family>, LoadError> {
-    let model_type = checkpoint.config.get("model_type").and_then(|value| value.as_str()).unwrap_or("");
-    match model_type {
-        "llama" => llama::load(checkpoint, compute),
-        "mistral" => mistral::load(checkpoint, compute),
-        other => Err(LoadError::UnsupportedModelType {
-            model_type: other.to_owned(),
+/// Every `model_type`, and what makes a [`Spec`] of its configuration.
+const FAMILIES: [(&str, SpecOf); 13] = [
+    ("deepseek_v2", deepseek::v2),
+    ("deepseek_v3", deepseek::v3),
+    ("gemma2", gemma2::spec),
+    ("gemma3", gemma3::spec),
+    ("gemma3_text", gemma3::spec),
+    ("gpt_oss", gpt_oss::spec),
+    ("llama", llama::spec),
+    ("mistral", mistral::spec),
+    ("mixtral", mixtral::spec),
+    ("phi3", phi3::spec),
+    ("qwen2", qwen2::spec),
+    ("qwen3", qwen3::spec),
+    ("qwen3_moe", qwen3_moe::spec),
+];
+
+/// `model_type`s that can be loaded.
+pub const SUPPORTED: [&str; FAMILIES.len()] = {
+    let mut names = [""; FAMILIES.len()];
+    let mut at = 0;
+    while at < names.len() {
+        names[at] = FAMILIES[at].0;
+        at += 1;
+    }
+    names
+};
+
+/// The decoder that a configuration describes.
+pub(crate) fn spec(config: &serde_json::Value) -> std::result::Result<Spec, LoadError> {
+    let model_type = config.get("model_type").and_then(|value| value.as_str()).unwrap_or("");
+    match FAMILIES.iter().find(|(name, _)| *name == model_type) {
+        Some((_, spec)) => spec(config),
+        None => Err(LoadError::UnsupportedModelType {
+            model_type: model_type.to_owned(),
             supported: SUPPORTED.to_vec(),
         }),
     }
 }
 
-/// Query heads, key-value heads and the size of each, as far as the configuration tells.
-pub(crate) fn heads_of(config: &serde_json::Value) -> Option<Heads> {
-    let number = |key: &str| {
-        let value = config.get(key).and_then(serde_json::Value::as_i64).filter(|&value| value > 0)?;
-        i32::try_from(value).ok()
-    };
-    let queries = number("num_attention_heads")?;
-    let keys = number("num_key_value_heads").unwrap_or(queries);
-    let dim = number("head_dim").or_else(|| Some(number("hidden_size")? / queries))?;
-    Some(Heads { queries, keys, dim })
-}
-
-/// The heads of a model's attention.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Heads {
-    pub(crate) queries: i32,
-    pub(crate) keys: i32,
-    pub(crate) dim: i32,
+/// Builds the decoder of a checkpoint.
+pub(crate) fn load(
+    checkpoint: &mut Checkpoint,
+    spec: Spec,
+    compute: Compute,
+) -> std::result::Result<Box<dyn Family>, LoadError> {
+    Ok(Box::new(decoder::Decoder::load(&mut checkpoint.tensors, spec, compute)?))
 }
