@@ -75,10 +75,11 @@ impl ToolParser {
         let State::Call(body) = &mut self.state else {
             return self.feed_text(char, out);
         };
+        let was_begun = body.is_begun();
         let step = body.feed(char, out);
         let begun = body.is_begun();
         match step {
-            Step::More if begun => self.raw.clear(),
+            Step::More if begun || was_begun => self.raw.clear(),
             Step::More => {
                 self.raw.push(char);
                 if self.raw.len() > CALL_HELD_BYTES_MAX {
