@@ -1,13 +1,17 @@
 //! The endpoint as a client sees it, over a scripted cluster.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod choices;
 mod disconnect;
 mod errors;
 mod latency;
 mod limits;
 mod ollama;
+mod reasoning;
 mod route;
 mod sessions;
 mod streams;
+mod structured;
 mod support;
 mod tokenize;
+mod tools;

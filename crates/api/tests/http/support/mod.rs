@@ -37,6 +37,8 @@ pub(crate) enum Script {
     Paced(Vec<TokenEvent>, Duration),
     /// Sends these events and then nothing.
     Hang(Vec<TokenEvent>),
+    /// Sends the first of these to the first request, and so on.
+    Each(Vec<Vec<TokenEvent>>),
 }
 
 pub(crate) struct Cluster {
@@ -60,8 +62,18 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// A cluster that serves these models, each with the byte-level tokenizer and this template.
     pub(crate) fn new(models: &[&str], template: Option<&str>, script: Script) -> Arc<Self> {
+        Self::with_special(models, template, script, &[])
+    }
+
+    /// The same with further special tokens, from id 259 on.
+    pub(crate) fn with_special(
+        models: &[&str],
+        template: Option<&str>,
+        script: Script,
+        special: &[&str],
+    ) -> Arc<Self> {
         let assets = Arc::new(ModelAssets {
-            tokenizer_json: tokenizers::byte_level(),
+            tokenizer_json: tokenizers::byte_level_with(special),
             chat_template: template.map(str::to_owned),
             bos_token: Some("<s>".to_owned()),
             eos_token: Some("<|im_end|>".to_owned()),
@@ -70,7 +82,7 @@ impl Cluster {
             name: (*name).to_owned(),
             root: BlockHash::root(&[name.as_bytes()]),
             context_tokens: CONTEXT,
-            vocab_size: 259,
+            vocab_size: 259 + special.len() as u32,
             eos_tokens: vec![257],
             assets: assets.hash(),
             created_s: 1_700_000_000,
@@ -125,12 +137,17 @@ impl Cluster {
 
 impl Generate for Cluster {
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, GenerateError>> {
-        self.asked.lock().unwrap().push(request);
+        let turn = {
+            let mut asked = self.asked.lock().unwrap();
+            asked.push(request);
+            asked.len() - 1
+        };
         let (events, pause, hang) = match self.script.clone() {
             Script::Refuse(error) => return Box::pin(async { Err(error) }),
             Script::Events(events) => (events, None, false),
             Script::Paced(events, pause) => (events, Some(pause), false),
             Script::Hang(events) => (events, None, true),
+            Script::Each(mut answers) => (answers.swap_remove(turn), None, false),
         };
         let cancelled = self.cancelled.clone();
         let route = RouteInfo {
@@ -233,6 +250,29 @@ pub(crate) fn each_token(text: &str) -> Vec<TokenEvent> {
     text.bytes().enumerate().map(event).collect()
 }
 
+/// An answer: a text, a token for each byte, then the end.
+pub(crate) fn says(text: &str) -> Vec<TokenEvent> {
+    let mut events = each_token(text);
+    events.push(finished(FinishReason::Stop, text.len() as u32 + 1));
+    events
+}
+
+/// How probable a token was, and the most probable ones.
+pub(crate) fn probable(logprob: f32, top: &[(TokenId, f32)]) -> TokenLogprobs {
+    TokenLogprobs { logprob, top: top.to_vec() }
+}
+
+/// The same answer with log-probabilities: each token has this one and is the only alternative.
+pub(crate) fn says_with(text: &str, logprob: f32) -> Vec<TokenEvent> {
+    let mut events = says(text);
+    for event in &mut events {
+        if let TokenEvent::Tokens { tokens, logprobs, .. } = event {
+            *logprobs = tokens.iter().map(|&token| probable(logprob, &[(token, logprob)])).collect();
+        }
+    }
+    events
+}
+
 pub(crate) fn finished(reason: FinishReason, completion_tokens: u32) -> TokenEvent {
     let usage = Usage { prompt_tokens: 20, cached_tokens: 8, completion_tokens };
     TokenEvent::Finished(Finish { reason, usage })
@@ -263,6 +303,13 @@ impl Answer {
 
     pub(crate) fn json(&self) -> serde_json::Value {
         serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
+    }
+
+    /// The JSON of each event of a stream that ended as it should.
+    pub(crate) fn events(&self) -> Vec<serde_json::Value> {
+        let mut data: Vec<&str> = self.text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        assert_eq!(data.pop(), Some("[DONE]"), "{}", self.text);
+        data.into_iter().map(|data| serde_json::from_str(data).unwrap()).collect()
     }
 
     /// The body, with what differs between runs replaced.

@@ -7,6 +7,11 @@ pub(crate) const SPECIAL: [&str; 3] = ["<|im_start|>", "<|im_end|>", "<s>"];
 
 /// A byte-level BPE without merges, as GPT-2 has it: the token of a byte has the byte's value as its id.
 pub(crate) fn byte_level() -> String {
+    byte_level_with(&[])
+}
+
+/// The same with further special tokens, from id 259 on.
+pub(crate) fn byte_level_with(more: &[&str]) -> String {
     let mut vocab = Map::new();
     let mut others = 0x100;
     for byte in 0..=255_u32 {
@@ -21,7 +26,8 @@ pub(crate) fn byte_level() -> String {
     }
     let byte_level =
         json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
-    tokenizer(&SPECIAL, 256, byte_level.clone(), Value::Null, byte_level, vocab, false)
+    let special = [&SPECIAL, more].concat();
+    tokenizer(&special, 256, byte_level.clone(), Value::Null, byte_level, vocab, false)
 }
 
 /// A tokenizer of Llama 2's kind: pieces with `▁` for a space, and bytes where no piece fits. Ids: 0–2 special,
