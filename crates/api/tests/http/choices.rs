@@ -24,7 +24,7 @@ async fn each_choice_is_drawn_on_its_own() {
         let cluster = Cluster::new(&["m"], Some(TEMPLATE), script());
         let json = ask(cluster.app(), post(path, body)).await.json();
         let text = |choice: &Value| {
-            choice["text"].as_str().or(choice["message"]["content"].as_str()).unwrap().to_owned()
+            choice["text"].as_str().or_else(|| choice["message"]["content"].as_str()).unwrap().to_owned()
         };
         let texts: Vec<String> = json["choices"].as_array().unwrap().iter().map(text).collect();
         assert_eq!(texts, ["a", "bb", "ccc"]);
