@@ -5,6 +5,7 @@
 
 mod attention;
 pub mod checkpoint;
+pub mod distributed;
 pub mod hub;
 mod kernels;
 mod kv;

@@ -7,8 +7,8 @@ use mlx_rs::{
     error::{Exception, Result},
 };
 use std::{
-    cell::Cell,
-    ffi::{c_int, c_void},
+    cell::{Cell, RefCell},
+    ffi::{CStr, c_char, c_int, c_void},
     fmt,
     rc::Rc,
     sync::Once,
@@ -85,14 +85,42 @@ pub(crate) fn call(
     if status == 0 {
         Ok(result)
     } else {
-        Err(Exception::custom(format!("{name} on an array of shape {:?} failed", array.shape())))
+        let (shape, message) = (array.shape(), take_error());
+        Err(Exception::custom(format!("{name} on an array of shape {shape:?} failed: {message}")))
     }
 }
 
-/// mlx-rs sets its error handler at its first fallible call; mlx-c's own one ends the process.
-fn keep_errors() {
+thread_local! {
+    static LAST_ERROR: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+unsafe extern "C" {
+    /// mlx-rs's handler, which keeps the message where only mlx-rs can read it.
+    safe fn default_mlx_error_handler(message: *const c_char, data: *mut c_void);
+}
+
+/// Keeps a message for [`take_error`], and for mlx-rs.
+extern "C" fn keep_error(message: *const c_char, data: *mut c_void) {
+    // SAFETY: mlx-c passes a C string that outlives the call.
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    LAST_ERROR.set(Some(text));
+    default_mlx_error_handler(message, data);
+}
+
+/// What MLX said last on this thread, once.
+pub(crate) fn take_error() -> String {
+    LAST_ERROR.take().unwrap_or_else(|| "MLX does not say why".to_owned())
+}
+
+/// Sets our error handler, once mlx-rs has set its own, which it does at its first fallible call; mlx-c's own one ends
+/// the process.
+pub(crate) fn keep_errors() {
     static HANDLER: Once = Once::new();
-    HANDLER.call_once(|| drop(mlx_rs::memory::active_memory()));
+    HANDLER.call_once(|| {
+        drop(mlx_rs::memory::active_memory());
+        // SAFETY: a function that may be called from any thread, without data of its own.
+        unsafe { mlx_sys::mlx_set_error_handler(Some(keep_error), std::ptr::null_mut(), None) };
+    });
 }
 
 /// Runs a C function from a vector of arrays to another.

@@ -16,6 +16,7 @@ mod decide;
 mod index;
 mod learned;
 mod node;
+pub mod placement;
 mod plan;
 mod query;
 mod queue;
