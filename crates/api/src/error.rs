@@ -6,6 +6,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use schemars::JsonSchema;
 use serde::Serialize;
 use types::{AssetsHash, GenerateError, GenerateRequestError, SamplingError, SessionId, limits};
 
@@ -40,6 +41,11 @@ pub(crate) enum ApiError {
     BodySlow { seconds: u64 },
     #[error("{}", if *given { "the API key is not valid" } else { "an API key is needed, as `Authorization: Bearer …`" })]
     Unauthorized { given: bool },
+    #[error(
+        "there is no response {id:?} here: the router that made a response keeps it in memory, for the same API key and \
+         for a while, unless store was false; ask that router, or send the whole input"
+    )]
+    NoResponse { id: String, param: &'static str },
     #[error("there is no session {:?}", id.as_str())]
     NoSession { id: SessionId },
     #[error(
@@ -106,6 +112,7 @@ impl ApiError {
             Self::BodyUnreadable { .. } => invalid(S::BAD_REQUEST, "body_unreadable"),
             Self::BodySlow { .. } => invalid(S::REQUEST_TIMEOUT, "body_timeout"),
             Self::Unauthorized { .. } => invalid(S::UNAUTHORIZED, "invalid_api_key"),
+            Self::NoResponse { param, .. } => invalid(S::NOT_FOUND, "response_not_found").param(param),
             Self::NoSession { .. } => invalid(S::NOT_FOUND, "session_not_found").param("session_id"),
             Self::SessionUnknown { .. } => {
                 Outline { retry_after_s: Some(1), ..server(S::SERVICE_UNAVAILABLE, "nodes_silent") }
@@ -187,12 +194,12 @@ impl IntoResponse for ApiError {
 }
 
 /// OpenAI's error body.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ErrorJson {
     error: ErrorFields,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct ErrorFields {
     message: String,
     #[serde(rename = "type")]

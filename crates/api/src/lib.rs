@@ -6,6 +6,7 @@
 //! [`types::Generation`], which cancels it. Around the handlers lie layers, each in a file: `tag` (ids, log), `cors`, `shape`
 //! (errors of other protocols), `head` (sizes), `auth` and `rates`.
 
+mod anthropic;
 mod auth;
 mod caller;
 mod cors;
@@ -16,13 +17,16 @@ mod job;
 mod limits;
 mod ollama;
 mod openai;
+mod openapi;
 mod patience;
 mod prompt;
 mod rates;
+mod responses;
 mod server;
 mod shape;
 mod tag;
 mod text;
+mod text_or;
 #[cfg(test)]
 #[path = "../tests/http/support/tokenizers.rs"]
 mod tokenizers_for_tests;
@@ -41,6 +45,7 @@ use error::ApiError;
 use handlers::{chat, completions, models, route, sessions, status, tokenize};
 use prompt::TextCache;
 use rates::{Metered, Rates};
+use responses::ResponseStore;
 use std::{collections::BTreeMap, fmt, sync::Arc};
 use tag::RequestTag;
 use types::{Directory, Generate, Sessions};
@@ -95,6 +100,7 @@ pub fn app(state: ApiState) -> Router {
         texts: TextCache::new(state.directory.clone()),
         generate: Arc::new(Metered::new(state.generate, rates.clone())),
         rates,
+        responses: Arc::default(),
         directory: state.directory,
         sessions: state.sessions,
         settings: state.settings,
@@ -110,11 +116,19 @@ pub fn app(state: ApiState) -> Router {
         .route("/v1/sessions/{*id}", delete(sessions::delete))
         .route("/v1/cluster", get(status::cluster))
         .route("/v1/cluster/route", post(route::plan))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items))
+        .route("/v1/messages", post(anthropic::create))
+        .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
+        .route("/api/chat", post(ollama::chat))
+        .route("/api/generate", post(ollama::generate))
         .route("/api/tags", get(ollama::models::tags))
         .route("/api/show", post(ollama::models::show))
         .route("/api/version", get(ollama::models::version))
+        .route("/openapi.json", get(openapi::document))
         .route("/health", get(status::health))
         .route("/ready", get(status::ready))
         .fallback(no_route)
@@ -137,6 +151,7 @@ struct App {
     settings: ApiSettings,
     texts: TextCache,
     rates: Arc<Rates>,
+    responses: Arc<ResponseStore>,
 }
 
 async fn no_route(uri: Uri) -> ApiError {

@@ -11,19 +11,20 @@ use axum::{
     middleware::Next,
     response::Response,
 };
+use schemars::JsonSchema;
 use serde::Serialize;
 use types::RequestId;
 
 /// Whose errors a path answers with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Protocol {
+pub(crate) enum Protocol {
     OpenAi,
     Anthropic,
     Ollama,
 }
 
 impl Protocol {
-    fn of(path: &str) -> Self {
+    pub(crate) fn of(path: &str) -> Self {
         if path == "/v1/messages" || path.starts_with("/v1/messages/") {
             Self::Anthropic
         } else if path.starts_with("/api/") {
@@ -51,7 +52,7 @@ pub(crate) async fn shape(request: Request, next: Next) -> Response {
 }
 
 /// An error as Anthropic writes it, also as an event of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct AnthropicError {
     #[serde(rename = "type")]
     kind: &'static str,
@@ -59,7 +60,7 @@ pub(crate) struct AnthropicError {
     request_id: String,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct AnthropicErrorFields {
     #[serde(rename = "type")]
     kind: &'static str,
@@ -85,7 +86,7 @@ pub(crate) fn anthropic(error: &ApiError, id: RequestId) -> AnthropicError {
 }
 
 /// An error as Ollama writes it, also as the last line of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct OllamaError {
     error: String,
 }

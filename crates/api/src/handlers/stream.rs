@@ -50,6 +50,20 @@ impl Frames {
         self.text.push_str("\n\n");
     }
 
+    /// `event: <name>` and `data: <JSON>`.
+    pub(crate) fn named(&mut self, name: &str, value: &impl Serialize) {
+        self.text.push_str("event: ");
+        self.text.push_str(name);
+        self.text.push('\n');
+        self.json(value);
+    }
+
+    /// JSON in a line of its own.
+    pub(crate) fn line(&mut self, value: &impl Serialize) {
+        self.text.push_str(&json(value));
+        self.text.push('\n');
+    }
+
     /// Anything.
     pub(crate) fn raw(&mut self, text: &str) {
         self.text.push_str(text);

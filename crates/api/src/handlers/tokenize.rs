@@ -17,12 +17,35 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use types::{ModelCard, TokenId, limits};
 
+/// `/tokenize`, of a text or of a conversation.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+#[expect(
+    dead_code,
+    reason = "each of both is parsed for itself, for the sake of messages; this is their schema"
+)]
+pub(crate) enum TokenizeBody {
+    Text {
+        #[serde(flatten)]
+        text: TokenizeRequest,
+        #[serde(flatten)]
+        options: TokenizeOptions,
+    },
+    Messages {
+        #[serde(flatten)]
+        chat: Box<request::ChatCompletionRequest>,
+        #[serde(flatten)]
+        options: TokenizeOptions,
+    },
+}
+
 /// `/tokenize` of a text.
-#[derive(Debug, Deserialize)]
-struct TokenizeRequest {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct TokenizeRequest {
     #[serde(default)]
     model: Option<String>,
     prompt: String,
@@ -32,23 +55,23 @@ struct TokenizeRequest {
 }
 
 /// What `/tokenize` reads beside a text or a conversation.
-#[derive(Debug, Deserialize)]
-struct TokenizeOptions {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct TokenizeOptions {
     #[serde(default)]
     return_token_strs: Option<bool>,
 }
 
 /// `/detokenize`.
-#[derive(Debug, Deserialize)]
-struct DetokenizeRequest {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct DetokenizeRequest {
     #[serde(default)]
     model: Option<String>,
     tokens: Vec<TokenId>,
 }
 
 /// What `/tokenize` answers.
-#[derive(Debug, Serialize)]
-struct Tokenized {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Tokenized {
     count: usize,
     max_model_len: u32,
     tokens: Vec<TokenId>,
@@ -56,8 +79,8 @@ struct Tokenized {
 }
 
 /// What `/detokenize` answers.
-#[derive(Debug, Serialize)]
-struct Detokenized {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Detokenized {
     prompt: String,
 }
 

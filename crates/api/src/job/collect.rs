@@ -1,5 +1,6 @@
 //! Whole answers: everything that a stream would tell, put together.
 
+use super::ToolCall;
 use crate::{
     error::ApiError,
     text::{AnswerEvent, EndReason, Ending, Output, TextUsage, TokenInfo},
@@ -16,19 +17,10 @@ pub(crate) struct Whole {
     pub(crate) prompt: Vec<TokenInfo>,
     pub(crate) reasoning: String,
     pub(crate) content: String,
-    pub(crate) calls: Vec<WholeCall>,
+    pub(crate) calls: Vec<ToolCall>,
     /// Of the answer, where it was asked for.
     pub(crate) tokens: Vec<TokenInfo>,
     pub(crate) ending: Ending,
-}
-
-/// A call of a tool.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct WholeCall {
-    pub(crate) id: String,
-    pub(crate) name: String,
-    /// JSON text.
-    pub(crate) arguments: String,
 }
 
 impl Whole {
@@ -50,7 +42,7 @@ impl Whole {
             AnswerEvent::Reasoning(text) => self.reasoning.push_str(&text),
             AnswerEvent::Content(text) => self.content.push_str(&text),
             AnswerEvent::ToolCall { call: _, id, name } => {
-                self.calls.push(WholeCall { id, name, arguments: String::new() });
+                self.calls.push(ToolCall { id, name, arguments: String::new() });
             }
             AnswerEvent::Arguments { call, text } => {
                 if let Some(call) = self.calls.get_mut(call) {

@@ -9,18 +9,19 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use types::ModelCard;
 
 /// What `/api/tags` answers.
-#[derive(Debug, Serialize)]
-struct Tags {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Tags {
     models: Vec<Tag>,
 }
 
 /// A model in a list.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Tag {
     name: String,
     model: String,
@@ -33,7 +34,7 @@ struct Tag {
 }
 
 /// What Ollama tells of a model's files.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, JsonSchema)]
 struct Details {
     parent_model: &'static str,
     format: &'static str,
@@ -44,8 +45,8 @@ struct Details {
 }
 
 /// `/api/show`.
-#[derive(Debug, Deserialize)]
-struct ShowRequest {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct ShowRequest {
     #[serde(default)]
     model: Option<String>,
     /// The older name of `model`.
@@ -54,8 +55,8 @@ struct ShowRequest {
 }
 
 /// What `/api/show` answers.
-#[derive(Debug, Serialize)]
-struct Shown {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Shown {
     modelfile: &'static str,
     parameters: &'static str,
     template: String,
@@ -66,8 +67,8 @@ struct Shown {
 }
 
 /// What `/api/version` answers.
-#[derive(Debug, Serialize)]
-struct Version {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct Version {
     version: &'static str,
 }
 

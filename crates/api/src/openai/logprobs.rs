@@ -1,6 +1,7 @@
 //! Log-probabilities, as OpenAI's two endpoints and vLLM write them.
 
 use crate::{prompt::ModelText, text::TokenInfo};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use types::TokenId;
@@ -9,20 +10,20 @@ use types::TokenId;
 const LOGPROB_MIN: f32 = -9999.0;
 
 /// `logprobs` of a chat's choice.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatLogprobs {
     content: Vec<ChatToken>,
     refusal: (),
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct ChatToken {
     #[serde(flatten)]
     token: ChatAlternative,
     top_logprobs: Vec<ChatAlternative>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct ChatAlternative {
     token: String,
     logprob: f32,
@@ -52,7 +53,7 @@ impl ChatLogprobs {
 }
 
 /// `logprobs` of a completion's choice.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, JsonSchema)]
 pub(crate) struct TextLogprobs {
     tokens: Vec<String>,
     /// None for the first token of a prompt.
@@ -97,7 +98,7 @@ fn token_text(text: &ModelText, token: TokenId) -> String {
 }
 
 /// A token in vLLM's `prompt_logprobs`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct PromptToken {
     logprob: f32,
     /// Among the tokens that are told, from 1.

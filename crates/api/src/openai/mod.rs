@@ -8,6 +8,7 @@ pub(crate) mod logprobs;
 pub(crate) mod parameters;
 pub(crate) mod request;
 pub(crate) mod response;
+mod schemas;
 pub(crate) mod shape;
 pub(crate) mod tools;
 pub(crate) mod values;

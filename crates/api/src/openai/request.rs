@@ -14,6 +14,7 @@ use crate::{
     error::ApiError,
     job::{Conversation, Message, Tool},
 };
+use schemars::JsonSchema;
 use serde::{
     Deserialize, Serialize,
     de::{DeserializeOwned, IgnoredAny},
@@ -46,7 +47,7 @@ pub(crate) struct Shape {
 }
 
 /// A chat message.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct MessageJson {
     role: Role,
     #[serde(default)]
@@ -66,7 +67,7 @@ pub(crate) struct MessageJson {
 }
 
 /// Who speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Role {
     System,
@@ -78,7 +79,7 @@ pub(crate) enum Role {
 }
 
 /// `stream_options`.
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
 pub(crate) struct StreamOptions {
     #[serde(default)]
     pub(crate) include_usage: Option<bool>,
@@ -91,7 +92,7 @@ macro_rules! generation_request {
         unsupported { $($other:ident: $accepts:expr,)* }
     ) => {
         $(#[$meta])*
-        #[derive(Debug, Deserialize)]
+        #[derive(Debug, Deserialize, JsonSchema)]
         pub(crate) struct $name {
             $(pub(crate) $field: $type,)*
             #[serde(default)]

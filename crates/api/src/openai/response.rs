@@ -2,6 +2,7 @@
 
 use super::logprobs::{ChatLogprobs, PromptToken, TextLogprobs};
 use crate::{prompt::unix_seconds, text::TextUsage};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::{collections::BTreeMap, time::SystemTime};
 use types::{ModelCard, RequestId, TokenId};
@@ -46,7 +47,7 @@ impl Head {
 }
 
 /// A whole completion or one chunk of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Completion<'a, C> {
     id: &'a str,
     object: &'static str,
@@ -60,7 +61,7 @@ pub(crate) struct Completion<'a, C> {
 }
 
 /// A whole chat, with what vLLM tells of the prompt beside OpenAI's fields.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatWhole<'a> {
     #[serde(flatten)]
     pub(crate) completion: Completion<'a, ChatChoice>,
@@ -69,7 +70,7 @@ pub(crate) struct ChatWhole<'a> {
 }
 
 /// A whole answer of an assistant.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatChoice {
     pub(crate) index: usize,
     pub(crate) message: AssistantMessage,
@@ -78,7 +79,7 @@ pub(crate) struct ChatChoice {
 }
 
 /// What an assistant said.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct AssistantMessage {
     pub(crate) role: &'static str,
     /// Null where it only called tools.
@@ -91,7 +92,7 @@ pub(crate) struct AssistantMessage {
 }
 
 /// A call of a tool.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct CallJson {
     pub(crate) id: String,
     #[serde(rename = "type")]
@@ -100,14 +101,14 @@ pub(crate) struct CallJson {
 }
 
 /// What is called.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct FunctionJson {
     pub(crate) name: String,
     pub(crate) arguments: String,
 }
 
 /// A piece of an assistant's answer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatDelta<'a> {
     pub(crate) index: usize,
     pub(crate) delta: Delta<'a>,
@@ -116,7 +117,7 @@ pub(crate) struct ChatDelta<'a> {
 }
 
 /// What a chunk adds.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, JsonSchema)]
 pub(crate) struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) role: Option<&'static str>,
@@ -129,7 +130,7 @@ pub(crate) struct Delta<'a> {
 }
 
 /// A piece of a call: the first one has id, type and name.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct CallDelta<'a> {
     pub(crate) index: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -140,7 +141,7 @@ pub(crate) struct CallDelta<'a> {
 }
 
 /// A piece of what is called.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct FunctionDelta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) name: Option<&'a str>,
@@ -148,7 +149,7 @@ pub(crate) struct FunctionDelta<'a> {
 }
 
 /// A continuation of a prompt, or a piece of it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct TextChoice<'a> {
     pub(crate) index: usize,
     pub(crate) text: &'a str,
@@ -159,7 +160,7 @@ pub(crate) struct TextChoice<'a> {
 }
 
 /// Why a text ended, in OpenAI's words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum FinishReasonJson {
     Stop,
@@ -168,7 +169,7 @@ pub(crate) enum FinishReasonJson {
 }
 
 /// `usage`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 pub(crate) struct UsageJson {
     prompt_tokens: u32,
     completion_tokens: u32,
@@ -182,13 +183,13 @@ pub(crate) struct UsageJson {
 }
 
 /// `usage.prompt_tokens_details`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 struct PromptTokensDetails {
     cached_tokens: u32,
 }
 
 /// `usage.completion_tokens_details`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 struct CompletionTokensDetails {
     reasoning_tokens: u32,
 }
@@ -210,7 +211,7 @@ impl UsageJson {
 }
 
 /// `GET /v1/sessions`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct SessionList<'a> {
     pub(crate) object: &'static str,
     pub(crate) data: Vec<Session<'a>>,
@@ -219,7 +220,7 @@ pub(crate) struct SessionList<'a> {
 }
 
 /// `DELETE /v1/sessions/{id}`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct SessionDeletion<'a> {
     pub(crate) id: &'a str,
     pub(crate) object: &'static str,
@@ -231,7 +232,7 @@ pub(crate) struct SessionDeletion<'a> {
 }
 
 /// A session on one node.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Session<'a> {
     pub(crate) id: &'a str,
     pub(crate) object: &'static str,
@@ -243,14 +244,14 @@ pub(crate) struct Session<'a> {
 }
 
 /// `GET /v1/models`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ModelList<'a> {
     pub(crate) object: &'static str,
     pub(crate) data: Vec<Model<'a>>,
 }
 
 /// `GET /v1/models/{id}`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Model<'a> {
     pub(crate) id: &'a str,
     pub(crate) object: &'static str,

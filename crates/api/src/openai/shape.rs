@@ -2,6 +2,7 @@
 
 use super::values::Object;
 use crate::{error::ApiError, job::Shape};
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -20,7 +21,7 @@ pub(crate) struct ShapeFields {
 }
 
 /// `response_format`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub(crate) struct ResponseFormat {
     #[serde(rename = "type")]
     kind: ResponseKind,
@@ -28,7 +29,7 @@ pub(crate) struct ResponseFormat {
     json_schema: Option<Object<NamedSchema>>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum ResponseKind {
     Text,
@@ -37,14 +38,14 @@ enum ResponseKind {
 }
 
 /// `response_format.json_schema`. Strict or not, the schema holds.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 struct NamedSchema {
     #[serde(default)]
     schema: Option<Value>,
 }
 
 /// vLLM's `structured_outputs`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub(crate) struct StructuredOutputs {
     #[serde(default)]
     json: Option<Value>,

@@ -5,18 +5,19 @@ use crate::{
     error::ApiError,
     job::{Tool, ToolCall, ToolChoice},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
 /// An entry of `tools`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub(crate) struct ToolJson {
     #[serde(rename = "type")]
     _type: FunctionType,
     function: Object<FunctionJson>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 struct FunctionJson {
     name: String,
     #[serde(default)]
@@ -29,7 +30,7 @@ struct FunctionJson {
 
 /// `"function"`: no other kind of tool is known.
 #[derive(Debug, Clone, Copy)]
-struct FunctionType;
+pub(super) struct FunctionType;
 
 impl<'de> Deserialize<'de> for FunctionType {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -53,7 +54,7 @@ impl From<ToolJson> for Tool {
 }
 
 /// An entry of a message's `tool_calls`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub(crate) struct ToolCallJson {
     #[serde(default)]
     id: Option<String>,
@@ -62,7 +63,7 @@ pub(crate) struct ToolCallJson {
     function: Object<CalledJson>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 struct CalledJson {
     name: String,
     /// A JSON text; some clients send the object itself.

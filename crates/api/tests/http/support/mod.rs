@@ -339,3 +339,38 @@ pub(crate) async fn serve(app: Router) -> SocketAddr {
     tokio::spawn(api::serve(listener, app, std::future::pending()));
     address
 }
+
+/// A template that knows roles, what was thought, tools and calls; its model thinks between `<think>` and `</think>`, and
+/// calls between `<tool_call>` and `</tool_call>`.
+pub(crate) const AGENT: &str = concat!(
+    "{% if tools %}T{{ tools | tojson }}{{ '\\n' }}{% endif %}",
+    "{% for m in messages %}{{ m.role }}:{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}",
+    "{{ m.content }}{% for c in m.tool_calls %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}",
+    "{% if m.tool_call_id %}={{ m.tool_call_id }}{% endif %}{{ '\\n' }}{% endfor %}",
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+);
+
+/// What an agent says that thinks, speaks and calls; a byte an event.
+pub(crate) fn agent_says(text: &str) -> Script {
+    let mut events = each_token(text);
+    events.push(finished(FinishReason::Stop, text.len() as u32 + 1));
+    Script::Events(events)
+}
+
+/// The prompt of a request as text.
+pub(crate) fn prompt_text(request: &GenerateRequest) -> String {
+    let byte = |&token: &TokenId| u8::try_from(token).ok();
+    String::from_utf8_lossy(&request.prompt.iter().filter_map(byte).collect::<Vec<u8>>()).into_owned()
+}
+
+/// The events of a stream of server-sent events: name and data.
+pub(crate) fn sse(text: &str) -> Vec<(String, serde_json::Value)> {
+    let event = |event: &str| {
+        let field = |name: &str| {
+            event.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim().to_owned()
+        };
+        let data = field("data:");
+        (field("event:"), serde_json::from_str(&data).unwrap_or_else(|error| panic!("{error}: {data}")))
+    };
+    text.split("\n\n").filter(|part| !part.is_empty()).map(event).collect()
+}

@@ -1,122 +1,12 @@
-"""The official openai client against one mlx-node that is started here; see ./run."""
+"""The official openai client: chats, completions, models and errors."""
 
-import argparse
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-import traceback
-import urllib.error
-import urllib.request
 
 import openai
 
-API_KEY = "test-key-1"
-# Loading the test model takes a few seconds on two cores; a debug build takes longer.
-READY_SECONDS = 180
-# A cancelled request frees its slot within two steps; this leaves room for a slow machine.
-FREED_SECONDS = 10
-SLOTS = 4
-TESTS = []
-
-
-def test(function):
-    TESTS.append(function)
-    return function
-
-
-class Node:
-    """One mlx-node process on loopback, alone: it has no cluster key."""
-
-    def __init__(self, binary, model, folder):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = "127.0.0.1:%d" % probe.getsockname()[1]
-        self.log_path = pathlib.Path(folder) / "node.log"
-        self.log = open(self.log_path, "wb")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_NODE_")}
-        environment.update(HOME=folder, XDG_CONFIG_HOME=folder)
-        flags = ["--model", model, "--http", self.address, "--api-keys", API_KEY, "--max-batch", str(SLOTS)]
-        self.process = subprocess.Popen(
-            [binary, *flags], cwd=folder, env=environment, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL
-        )
-
-    def get(self, path, key=API_KEY, method="GET"):
-        """Status and text of a GET, or of another request without a body."""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        request = urllib.request.Request(f"http://{self.address}{path}", headers=headers, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def delete(self, path):
-        """Status and text of a DELETE."""
-        return self.get(path, method="DELETE")
-
-    def wait_ready(self):
-        deadline = time.monotonic() + READY_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"mlx-node ended with {self.process.returncode}:\n{self.log_path.read_text()}")
-            try:
-                if self.get("/ready")[0] == 200:
-                    return
-            except OSError:
-                pass
-            time.sleep(0.1)
-        raise RuntimeError(f"mlx-node was not ready after {READY_SECONDS} s:\n{self.log_path.read_text()}")
-
-    def load(self):
-        """The node's load, as /v1/cluster tells it."""
-        return json.loads(self.get("/v1/cluster")[1])["nodes"][0]["load"]
-
-    def wait_idle(self, seconds):
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            load = self.load()
-            if load["running"] == 0 and load["waiting"] == 0:
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"not idle after {seconds} s: {load}")
-
-    def client(self, key=API_KEY):
-        return openai.OpenAI(base_url=f"http://{self.address}/v1", api_key=key, max_retries=0, timeout=120)
-
-    def stop(self):
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise AssertionError("mlx-node did not end within 30 s of SIGTERM")
-        finally:
-            self.log.close()
-
-
-def model_of(client):
-    return client.models.list().data[0].id
-
-
-def ask(text):
-    return [{"role": "user", "content": text}]
-
-
-def expect(error, call, contains=""):
-    """Calls and demands that error class, with that text in its message."""
-    try:
-        call()
-    except error as raised:
-        assert contains in str(raised), f"{contains!r} is not in {raised}"
-        return raised
-    raise AssertionError(f"no {error.__name__} was raised")
+from harness import API_KEY, SLOTS, ask, expect, model_of, test
 
 
 @test
@@ -295,7 +185,7 @@ def a_wrong_key_is_refused(node):
 @test
 def a_cancelled_stream_frees_its_slot(node):
     client = node.client()
-    node.wait_idle(FREED_SECONDS)
+    node.wait_idle()
     streams = [
         client.chat.completions.create(
             model=model_of(client), messages=ask("Count to one thousand."), max_tokens=1500, stream=True,
@@ -305,13 +195,10 @@ def a_cancelled_stream_frees_its_slot(node):
     ]
     for stream in streams:
         next(iter(stream))
-    seen = time.monotonic() + FREED_SECONDS
-    while node.load()["running"] < SLOTS:
-        assert time.monotonic() < seen, node.load()
-        time.sleep(0.05)
+    node.wait_running(SLOTS)
     for stream in streams:
         stream.close()
-    node.wait_idle(FREED_SECONDS)
+    node.wait_idle()
 
 
 @test
@@ -395,45 +282,4 @@ def sixteen_at_once(node, seconds):
     print(f"  {len(done)} requests, {len(failures)} errors, {sum(done) / elapsed:.0f} tokens/s")
     assert not failures, failures[:5]
     assert len(done) >= 16, done
-    node.wait_idle(FREED_SECONDS)
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--binary", required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--only", default="", help="run the tests whose name contains this")
-    arguments = parser.parse_args()
-    tests = [(function.__name__, function) for function in TESTS]
-    tests.append(("sixteen_at_once", lambda node: sixteen_at_once(node, arguments.seconds)))
-    passed = failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        binary, model = (str(pathlib.Path(path).resolve()) for path in (arguments.binary, arguments.model))
-        node = Node(binary, model, folder)
-        try:
-            node.wait_ready()
-            for name, function in tests:
-                if arguments.only not in name:
-                    continue
-                began = time.monotonic()
-                try:
-                    function(node)
-                    passed += 1
-                    print(f"ok {name} ({time.monotonic() - began:.1f} s)", flush=True)
-                except Exception:
-                    failed += 1
-                    print(f"FAILED {name}\n{traceback.format_exc()}", flush=True)
-            node.stop()
-        finally:
-            if node.process.poll() is None:
-                node.process.kill()
-                node.process.wait()
-            if failed:
-                print("last lines of the node's log:\n" + "\n".join(node.log_path.read_text().splitlines()[-40:]))
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(1 if failed or not passed else 0)
-
-
-if __name__ == "__main__":
-    main()
+    node.wait_idle()

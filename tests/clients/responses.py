@@ -1,0 +1,133 @@
+"""The official openai client: /v1/responses."""
+
+import json
+
+import openai
+from pydantic import BaseModel
+
+from harness import OTHER_KEY, SLOTS, ask, expect, test
+
+ADD = {
+    "type": "function",
+    "name": "add",
+    "description": "Adds two numbers",
+    "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+
+
+class Answer(BaseModel):
+    number: int
+
+
+@test
+def a_response_is_created_kept_and_deleted(node):
+    client, model = node.client(), node.model()
+    response = client.responses.create(
+        model=model, input="What is the capital of France?", instructions="Be brief.", temperature=0,
+        max_output_tokens=32, metadata={"a": "b"},
+    )
+    assert "Paris" in response.output_text and response.status in ("completed", "incomplete"), response
+    assert response.usage.input_tokens > 5 and response.usage.output_tokens > 0, response.usage
+    assert client.responses.retrieve(response.id).output_text == response.output_text
+    items = client.responses.input_items.list(response.id).data
+    assert [item.content[0].text for item in items] == ["What is the capital of France?"], items
+    expect(openai.NotFoundError, lambda: node.client(OTHER_KEY).responses.retrieve(response.id), response.id)
+
+    follow = client.responses.create(
+        model=model, input="And of Italy?", previous_response_id=response.id, temperature=0, max_output_tokens=32
+    )
+    assert follow.previous_response_id == response.id and follow.usage.input_tokens > response.usage.input_tokens
+    said = {"role": "assistant", "content": response.output_text}
+    history = ask("What is the capital of France?") + [said] + ask("And of Italy?")
+    whole = client.responses.create(model=model, input=history, temperature=0, max_output_tokens=32, store=False)
+    assert whole.output_text == follow.output_text, (whole, follow)
+    expect(openai.NotFoundError, lambda: client.responses.retrieve(whole.id), "there is no response")
+
+    client.responses.delete(response.id)
+    expect(openai.NotFoundError, lambda: client.responses.retrieve(response.id), response.id)
+    expect(
+        openai.NotFoundError,
+        lambda: client.responses.create(model=model, input="x", previous_response_id=response.id),
+        "previous",
+    )
+
+
+@test
+def a_streamed_response_is_the_same(node):
+    client, model = node.client(), node.model()
+    question = dict(model=model, input=ask("Name three colours."), temperature=0, max_output_tokens=40)
+    whole = client.responses.create(**question)
+    events = list(client.responses.create(**question, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    ], kinds
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    last = events[-1].response
+    assert text == whole.output_text == last.output_text, (text, whole)
+    assert last.status == whole.status and last.usage.output_tokens == whole.usage.output_tokens, last
+    assert client.responses.retrieve(last.id).output_text == text
+    with client.responses.stream(**question) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_text == text
+
+
+@test
+def a_response_may_be_of_a_schema(node):
+    client, model = node.client(), node.model()
+    response = client.responses.parse(
+        model=model, input="Seven, as JSON.", text_format=Answer, temperature=0, max_output_tokens=60
+    )
+    assert isinstance(response.output_parsed, Answer), response
+
+
+@test
+def a_response_calls_a_tool(node):
+    client, model = node.client(), node.model()
+    question = dict(model=model, tools=[ADD], temperature=0, max_output_tokens=120)
+    first = client.responses.create(input="What is 2 plus 3?", tool_choice="required", **question)
+    call = next(item for item in first.output if item.type == "function_call")
+    assert call.name == "add" and set(json.loads(call.arguments)) == {"a", "b"}, call
+    streamed = client.responses.create(input="What is 2 plus 3?", tool_choice="required", stream=True, **question)
+    pieces = [event.delta for event in streamed if event.type == "response.function_call_arguments.delta"]
+    assert "".join(pieces) == call.arguments, pieces
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "5"}
+    second = client.responses.create(
+        input=[output], previous_response_id=first.id, **dict(question, tool_choice="none")
+    )
+    assert second.output_text, second
+
+
+@test
+def responses_refuse_what_they_cannot_do(node):
+    client, model = node.client(), node.model()
+    create = client.responses.create
+    expect(openai.BadRequestError, lambda: create(model=model, input="x", truncation="auto"), "truncation")
+    expect(openai.BadRequestError, lambda: create(model=model, input="x", background=True), "background")
+    expect(openai.BadRequestError, lambda: create(model=model, input=[]), "input")
+    search = {"type": "web_search"}
+    expect(openai.BadRequestError, lambda: create(model=model, input="x", tools=[search]), "web_search")
+    image = {"type": "input_image", "image_url": "http://x/"}
+    message = {"role": "user", "content": [image]}
+    expect(openai.BadRequestError, lambda: create(model=model, input=[message]), "input_image")
+
+
+@test
+def a_cancelled_response_frees_its_slot(node):
+    client, model = node.client(), node.model()
+    node.wait_idle()
+    question = dict(model=model, input="Count to one thousand.", max_output_tokens=4000, stream=True)
+    streams = [client.responses.create(**question, extra_body={"min_tokens": 3000}) for _ in range(SLOTS)]
+    for stream in streams:
+        next(iter(stream))
+    for stream in streams:
+        stream.close()
+    node.wait_idle()
