@@ -89,6 +89,9 @@ impl Connected {
             entry.passes = load.passes;
             if load.passes != before {
                 all.works(self.node, now);
+            } else if load.running + load.waiting == 0 {
+                // What it did not bring was taken elsewhere.
+                all.hanging.remove(&self.node);
             }
             all.router.rtt(self.node, rtt);
             all.router.load(self.node, load, now);

@@ -6,6 +6,7 @@
 //! but does not bring the request on, a rival is started elsewhere: whoever has the next token first has the request.
 
 use crate::dispatch::{Ask, Dispatch, Place, Silence, Tried};
+use crate::health::START_DEADLINE_MIN;
 use crate::settings::{ENGINE_FAILURES_MAX, RESUMES_MAX, ROUTER_WAIT_MAX, TRIES_MAX};
 use futures_util::{StreamExt, future::BoxFuture, stream};
 use router::Outcome;
@@ -19,8 +20,8 @@ use types::{
     TokenId, TokenReport, TokenStream, Usage,
 };
 
-/// How soon a request is looked at that brings nothing.
-const LOOK_AFTER: Duration = types::limits::NODE_SILENCE_MAX;
+/// How soon a request is looked at again that should go on elsewhere, where no node has room for it.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// An engine that fails so many tokens after another one did fails of something else.
 const FAR_TOKENS: usize = 32;
@@ -377,7 +378,7 @@ impl Running {
             Silence::Normal(wait) => wait,
             Silence::Stalled => {
                 self.rival = self.course.rival(&current.place);
-                LOOK_AFTER
+                LOOK_AGAIN
             }
         };
         self.watch.sleep.as_mut().reset(Instant::now() + wait);
@@ -454,6 +455,6 @@ struct Watch {
 impl Watch {
     fn new() -> Self {
         let since = Instant::now();
-        Self { since, sleep: Box::pin(sleep_until(since + LOOK_AFTER)) }
+        Self { since, sleep: Box::pin(sleep_until(since + START_DEADLINE_MIN)) }
     }
 }

@@ -13,7 +13,7 @@ pub(crate) use ask::{Ask, Tried};
 pub(crate) use state::State;
 
 use crate::connected::Connected;
-use crate::health::{Pulse, RetryBudget, step_deadline};
+use crate::health::{Pulse, RetryBudget, start_deadline, step_deadline};
 use crate::settings::RETRY_AFTER_MIN;
 use crate::target::Target;
 use ask::busy;
@@ -25,7 +25,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-use types::{EngineState, GenerateError, GenerateRequest, RouteInfo, limits};
+use types::{GenerateError, GenerateRequest, RouteInfo, limits};
 use wire::Hello;
 
 /// Reports of many nodes do not serve the queue more often than this: a place that becomes free always does.
@@ -38,6 +38,8 @@ pub(crate) struct Place {
     /// Tells this life of the node's engine, and of its connection, from the next.
     pub(crate) life: u64,
     pub(crate) pulse: Arc<Pulse>,
+    /// Its first token was expected after this.
+    expected: Duration,
     /// Tokens that came from there.
     pub(crate) tokens: u32,
     booking: BookingId,
@@ -52,6 +54,7 @@ impl Place {
     pub(crate) fn first_token(&self) {
         let (mut state, now) = (self.dispatch.lock(), now());
         state.router.first_token(self.booking, now);
+        state.hanging.remove(&self.info.node);
         state.outcome(self.info.node, Outcome::Answered, now);
     }
 
@@ -120,6 +123,7 @@ impl Dispatch {
             nodes: BTreeMap::new(),
             waiting: Queue::new(limits::ROUTER_WAITING_MAX),
             tripped: BTreeSet::new(),
+            hanging: BTreeSet::new(),
             retries: RetryBudget::new(now()),
             served: now(),
             serial: 0,
@@ -228,42 +232,41 @@ impl Dispatch {
         let waiting = Waiting {
             client: ask.service.client,
             priority: ask.service.priority,
-            work_s: state.work_s(ask),
+            work_s: state.router.work_s(&ask.query(&[]), now()),
             again,
         };
-        state.serial += 1;
         let (reply, receiver) = oneshot::channel();
-        let waiter = Waiter { serial: state.serial, ask: ask.clone(), tried: tried.to_vec(), again, reply };
+        let waiter = Waiter { ask: ask.clone(), tried: tried.to_vec(), again, reply };
         let id = state.waiting.push(waiter, waiting, now()).map_err(|_| busy(wait))?;
         Ok((id, receiver))
     }
 
-    /// Whether a request is to be given up that has brought nothing since `since`. One that waits for its first token is
-    /// brought on by whatever its node does.
+    /// Whether a request is to be tried elsewhere that has brought nothing since `since`. One that waits for its first token
+    /// is brought on by whatever its node does, and is given less time where that does nothing at all.
     pub(crate) fn silence(&self, place: &Place, model: &str, started: bool, since: Instant) -> Silence {
-        let state = self.lock();
-        let now = now();
-        let load = state.router.node(place.info.node).and_then(router::KnownNode::load);
-        let deadline = step_deadline(load);
-        let last = if started { since } else { place.pulse.last().max(since) };
-        let silent = now.saturating_duration_since(last);
-        if silent < deadline {
-            return Silence::Normal(deadline - silent);
-        }
+        let mut state = self.lock();
+        let (node, now) = (place.info.node, now());
+        let pass_s = state.router.node(node).and_then(|known| Some(known.load()?.step_s));
+        let working = place.pulse.last().max(since);
+        let (deadline, last) = if started {
+            (step_deadline(pass_s), since)
+        } else {
+            (start_deadline(pass_s, place.expected), working)
+        };
+        let hanging = start_deadline(pass_s, Duration::ZERO);
+        let (silent, idle) = (now.saturating_duration_since(last), now.saturating_duration_since(working));
         // Where everybody has stopped, it is this process, or the network, that hangs.
-        let works = state.nodes.iter().any(|(&node, entry)| {
-            let known = state.router.node(node);
-            let known = known.filter(|known| {
-                let serves = known.models().iter().any(|card| card.name == model);
-                serves && *known.state() == EngineState::Ready
-            });
-            let load = known.and_then(router::KnownNode::load);
-            let idle = load.is_some_and(|load| load.running + load.waiting == 0);
-            node != place.info.node
-                && known.is_some()
-                && (idle || now.saturating_duration_since(entry.pulse.last()) < deadline)
-        });
-        if works { Silence::Stalled } else { Silence::Normal(deadline) }
+        if idle >= hanging && state.others_work(node, model, hanging, now) {
+            state.hangs(node);
+        }
+        if silent < deadline {
+            return Silence::Normal((deadline - silent).min(hanging));
+        }
+        if state.others_work(node, model, deadline, now) {
+            Silence::Stalled
+        } else {
+            Silence::Normal(hanging)
+        }
     }
 
     /// From now on requests that were not tried yet are refused.
@@ -283,8 +286,8 @@ impl Dispatch {
     }
 
     fn place_of(self: &Arc<Self>, booked: Booked) -> Place {
-        let Booked { booking, target, info, life, pulse } = booked;
-        Place { target, info, life, pulse, tokens: 0, booking, dispatch: self.clone() }
+        let Booked { booking, target, info, life, pulse, expected } = booked;
+        Place { target, info, life, pulse, expected, tokens: 0, booking, dispatch: self.clone() }
     }
 
     /// Changes what is known of a node, and serves the queue where that is not done all the time.

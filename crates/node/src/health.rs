@@ -1,11 +1,11 @@
 //! Whether nodes bring their requests on, and how much may be tried again; pure but for a number that tasks share.
 //!
 //! A [`Pulse`] is when a node was last seen to work: a token of any of its requests, or a load report with passes that it
-//! had not told of. A node can answer and not work: its engine hangs in the middle of a pass.
+//! had not told of. A node can answer and not work: its engine hangs in the middle of a pass. It can also do neither, and
+//! that shows long before its connection counts as lost.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use types::NodeLoad;
 
 /// A pass that takes so many times what its engine expected does not end by itself in useful time.
 const STEP_DEADLINE_STEPS: f64 = 4.0;
@@ -14,6 +14,12 @@ const STEP_DEADLINE_STEPS: f64 = 4.0;
 const STEP_DEADLINE_MIN: Duration = types::limits::NODE_SILENCE_MAX;
 /// The most, whatever an engine says that it expects.
 const STEP_DEADLINE_MAX: Duration = Duration::from_secs(30);
+/// A request that has not begun is tried elsewhere as well once its node brought nothing for so many times what the
+/// router expected until its first token: predictions are rarely wrong by more while a node works.
+const START_DEADLINE_TTFTS: u32 = 3;
+/// The least time for that, and before a node is left alone that brings nothing: beyond what reports of a busy node come
+/// late by, and a small part of the seconds in which a connection is lost.
+pub(crate) const START_DEADLINE_MIN: Duration = Duration::from_millis(400);
 /// Tries that are at hand at first, and at most: what one node may have had in flight when it died.
 const RETRIES_MAX: f64 = 1024.0;
 /// Tries that each new request adds: further tries are at most this part of the traffic in the long run.
@@ -24,10 +30,21 @@ const RETRIES_PER_S: f64 = 5.0;
 const HEDGE_SHARE: f64 = 0.5;
 
 /// How long a request, or a whole node, may bring nothing before it counts as stalled.
-pub(crate) fn step_deadline(load: Option<&NodeLoad>) -> Duration {
-    let expected_s = load.map_or(0.0, |load| f64::from(load.step_s) * STEP_DEADLINE_STEPS);
-    let expected = Duration::try_from_secs_f64(expected_s).unwrap_or(STEP_DEADLINE_MAX);
-    expected.clamp(STEP_DEADLINE_MIN, STEP_DEADLINE_MAX)
+pub(crate) fn step_deadline(pass_s: Option<f32>) -> Duration {
+    passes(pass_s).clamp(STEP_DEADLINE_MIN, STEP_DEADLINE_MAX)
+}
+
+/// How long the node of a request that has not begun may bring nothing, where its first token was expected after
+/// `expected`; at most what a request that has begun is given.
+pub(crate) fn start_deadline(pass_s: Option<f32>, expected: Duration) -> Duration {
+    let least = passes(pass_s).max(expected.saturating_mul(START_DEADLINE_TTFTS));
+    least.clamp(START_DEADLINE_MIN, step_deadline(pass_s))
+}
+
+/// So many times the seconds that an engine expects its pass to take.
+fn passes(pass_s: Option<f32>) -> Duration {
+    let seconds = f64::from(pass_s.unwrap_or(0.0)) * STEP_DEADLINE_STEPS;
+    Duration::try_from_secs_f64(seconds).unwrap_or(STEP_DEADLINE_MAX)
 }
 
 /// When a node was last seen to work.
@@ -102,6 +119,23 @@ mod tests {
         (0..100).for_each(|_| budget.earn());
         assert_eq!((take(&mut budget, true, 1000), take(&mut budget, false, 1000)), (0, 25));
         assert_eq!(take(&mut budget, false, 10_000_000), 1024);
+    }
+
+    #[test]
+    fn what_has_not_begun_is_given_less_time() {
+        let check = |pass_s: Option<f32>, expected_ms: u64, ms: (u128, u128)| {
+            let start = start_deadline(pass_s, Duration::from_millis(expected_ms));
+            let got = (start.as_millis(), step_deadline(pass_s).as_millis());
+            assert_eq!(got, ms, "{pass_s:?} {expected_ms}");
+        };
+        check(None, 0, (400, 2000));
+        check(Some(0.02), 100, (400, 2000));
+        check(Some(0.02), 300, (900, 2000));
+        check(Some(0.25), 100, (1000, 2000));
+        check(Some(0.02), 9000, (2000, 2000));
+        check(Some(1.0), 100, (4000, 4000));
+        check(Some(f32::NAN), 0, (30_000, 30_000));
+        check(Some(1e9), 0, (30_000, 30_000));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use crate::learned::{Features, Predictor};
 use crate::query::RouteQuery;
 use crate::settings::CostWeights;
 use std::time::Duration;
-use types::NodeLoad;
+use types::{NodeLoad, Priority};
 
 /// The most of a node's time that is taken for spoken for: beyond it the room for more is not told apart.
 const UTILIZATION_MAX: f64 = 0.9;
@@ -14,6 +14,10 @@ const SLOTS_UNKNOWN: u32 = 1;
 const BACKLOG_S_MAX: f64 = 86_400.0;
 /// The most tokens believed, of anything: past it sums lose digits.
 const TOKENS_MAX: u64 = 1 << 48;
+/// What others' seconds weigh for a request of low priority, relative to one of normal priority; for an urgent one it is the
+/// inverse. Two classes apart, who is in a hurry goes to a free node where who is not waits for the one with its prefix.
+const LOW_OTHERS: f64 = 2.0;
+
 /// The terms of a node's cost for one request, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Cost {
@@ -54,6 +58,8 @@ pub(crate) struct Job {
     pub(crate) own_tokens: u64,
     /// Tokens that the answer is expected to have.
     pub(crate) answer_tokens: f64,
+    /// What a second that it costs others weighs against one of its own.
+    pub(crate) others: f64,
 }
 
 impl Job {
@@ -70,6 +76,11 @@ impl Job {
             matched_tokens: u64::from(matched_tokens),
             uncached_tokens: u64::from(query.prompt_tokens.saturating_sub(matched_tokens)),
             answer_tokens: answer_tokens.min(f64::from(query.max_tokens)),
+            others: match query.priority {
+                Priority::Low => LOW_OTHERS,
+                Priority::Normal => 1.0,
+                Priority::High => 1.0 / LOW_OTHERS,
+            },
         }
     }
 }
@@ -191,15 +202,16 @@ impl Work<'_> {
         let busy_s = (backlog_s + prefill_s) / (1.0 - self.utilization.min(UTILIZATION_MAX));
         let delayed = self.arrivals_per_s * busy_s;
         let step_s = self.step_s(rows);
+        let read_s = weights.work * job.own_tokens as f64 * token_s;
         let slower_s = f64::from(rows - 1) * (self.step_s(rows + 1) - step_s).max(0.0);
         Cost {
             backlog_s,
             slot_s: self.slot_s(),
             prefill_s,
             rtt_s: self.rtt.as_secs_f64(),
-            evict_s: weights.eviction * self.evict_s(job, weights, token_s),
+            evict_s: job.others * weights.eviction * self.evict_s(job, weights, token_s),
             decode_s: weights.decode * job.answer_tokens * (step_s + slower_s),
-            others_s: weights.others * delayed * prefill_s + weights.work * job.own_tokens as f64 * token_s,
+            others_s: job.others * (weights.others * delayed * prefill_s + read_s),
         }
     }
 }

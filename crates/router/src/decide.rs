@@ -101,11 +101,11 @@ impl Router {
         considered.collect()
     }
 
-    /// Tokens of the prompt that no node's cache is expected to hold.
-    pub fn uncached_tokens(&self, query: &RouteQuery<'_>) -> u32 {
-        let matches = self.matches(query);
-        let longest = self.nodes.values().map(|known| matches.blocks(known.slot)).max().unwrap_or(0);
-        query.prompt_tokens.saturating_sub((longest * BLOCK_TOKENS) as u32)
+    /// Seconds that reading its prompt would take where that is done soonest: what it brings to the queue.
+    pub fn work_s(&self, query: &RouteQuery<'_>, now: Instant) -> f64 {
+        let considered = self.explain(query, now).into_iter();
+        let able = considered.filter(|one| one.excluded.is_none_or(|excluded| excluded == Excluded::Full));
+        able.map(|one| one.cost.prefill_s).min_by(f64::total_cmp).unwrap_or(0.0)
     }
 
     fn shared_tokens(&self, query: &RouteQuery<'_>) -> u32 {

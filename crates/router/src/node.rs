@@ -97,6 +97,16 @@ impl KnownNode {
         &self.models
     }
 
+    /// When that came.
+    pub fn reported_at(&self) -> Option<Instant> {
+        self.load.as_ref().map(|(_, at)| *at)
+    }
+
+    /// Requests of this router that are there or on their way.
+    pub fn in_flight(&self) -> usize {
+        self.bookings.len()
+    }
+
     /// Its last load report.
     pub fn load(&self) -> Option<&NodeLoad> {
         self.load.as_ref().map(|(load, _)| load)

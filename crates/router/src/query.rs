@@ -20,7 +20,7 @@ pub struct RouteQuery<'a> {
     pub exclude: &'a [NodeId],
     /// A hash of who goes on: between nodes that cost the same, the one that had the session's last request is chosen.
     pub session: Option<u64>,
-    /// How urgent it is.
+    /// How urgent it is: what it costs others weighs more or less.
     pub priority: Priority,
 }
 

@@ -7,9 +7,10 @@
 //! 3. by work: the shortest first, where each second of waiting counts for a second of work, so that a long request is
 //!    overtaken by others only for as long as its own work takes.
 //!
-//! Where several may be served only by nodes that others do not need, whoever asks says which are eligible.
+//! Whoever goes through the queue ([`Queue::pass`]) may pass over those whose node has no room.
 
-use std::collections::BTreeMap;
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BTreeMap, BinaryHeap};
 use std::time::{Duration, Instant};
 use types::{ClientId, Priority};
 
@@ -35,6 +36,14 @@ pub struct Waiting {
     pub work_s: f64,
     /// It had a place before, which was lost: it goes before all others.
     pub again: bool,
+}
+
+/// Once through the queue, in its order.
+#[derive(Debug)]
+pub struct Pass {
+    now: Instant,
+    /// Of those that were not met yet; the least comes first.
+    keys: BinaryHeap<Reverse<(Key, QueueId)>>,
 }
 
 /// There is no room.
@@ -113,15 +122,25 @@ impl<T> Queue<T> {
         Ok(id)
     }
 
-    /// The next one to be given a place at `now`, among those that are eligible.
-    pub fn first(&self, now: Instant, eligible: impl Fn(&T) -> bool) -> Option<(QueueId, &T)> {
-        let eligible = self.entries.iter().filter(|(_, entry)| eligible(&entry.item));
-        let keyed = eligible.map(|(&id, entry)| (self.key(entry, now), id, &entry.item));
-        let first = keyed.min_by(|(one, first, _), (two, second, _)| {
-            let order = one.class.cmp(&two.class).then(one.served_s.total_cmp(&two.served_s));
-            order.then(one.left_s.total_cmp(&two.left_s)).then(first.cmp(second))
-        });
-        first.map(|(_, id, item)| (id, item))
+    /// Begins to go through all that wait at `now`, in their order; see [`Self::next`].
+    pub fn pass(&self, now: Instant) -> Pass {
+        let keys = self.entries.iter().map(|(&id, entry)| Reverse((self.key(entry, now), id)));
+        Pass { now, keys: keys.collect() }
+    }
+
+    /// The next one to be given a place. It may then be served, removed or passed over; each is met once.
+    pub fn next(&self, pass: &mut Pass) -> Option<(QueueId, &T)> {
+        loop {
+            let Reverse((key, id)) = pass.keys.pop()?;
+            let Some(entry) = self.entries.get(&id) else { continue };
+            // Its client has been given something meanwhile: others may come first now.
+            let key_now = self.key(entry, pass.now);
+            if key_now > key {
+                pass.keys.push(Reverse((key_now, id)));
+                continue;
+            }
+            return Some((id, &entry.item));
+        }
     }
 
     /// A request is given a place at `now`: it leaves, and its client has had its work.
@@ -200,10 +219,32 @@ impl<T> Queue<T> {
 }
 
 /// What orders requests; less comes first.
+#[derive(Debug, Clone, Copy)]
 struct Key {
     class: i64,
     served_s: f64,
     left_s: f64,
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Key {}
+
+impl PartialOrd for Key {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Key {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let order = self.class.cmp(&other.class).then(self.served_s.total_cmp(&other.served_s));
+        order.then(self.left_s.total_cmp(&other.left_s))
+    }
 }
 
 #[cfg(test)]
@@ -216,9 +257,14 @@ mod tests {
         Waiting { client: ClientId(client), priority, work_s, again: false }
     }
 
+    fn first<T>(queue: &Queue<T>, now: Instant) -> Option<QueueId> {
+        queue.next(&mut queue.pass(now)).map(|(id, _)| id)
+    }
+
     fn drain(queue: &mut Queue<&'static str>, now: Instant) -> Vec<&'static str> {
         let mut order = Vec::new();
-        while let Some((id, _)) = queue.first(now, |_| true) {
+        let mut pass = queue.pass(now);
+        while let Some((id, _)) = queue.next(&mut pass) {
             order.extend(queue.serve(id, now));
         }
         order
@@ -230,13 +276,13 @@ mod tests {
         let end = start + Duration::from_secs(1000);
         let mut queue = Queue::new(100);
         let mut requests = requests.to_vec();
-        requests.sort_by_key(|request| std::cmp::Reverse(request.4));
+        requests.sort_by_key(|request| Reverse(request.4));
         for (name, client, priority, work_s, waited_s) in requests {
             let at = end - Duration::from_secs(waited_s);
             queue.push(name, waiting(client, priority, work_s), at).expect("room");
         }
         assert_eq!(drain(&mut queue, end), expected);
-        assert!(queue.is_empty() && queue.first(end, |_| true).is_none());
+        assert!(queue.is_empty() && first(&queue, end).is_none());
     }
 
     #[test]
@@ -276,7 +322,7 @@ mod tests {
             queue.push(name, waiting(1, Priority::Normal, 10.0), now).expect("room");
         }
         for _ in 0..2 {
-            let (id, _) = queue.first(now, |_| true).expect("one waits");
+            let id = first(&queue, now).expect("one waits");
             queue.serve(id, now);
         }
         // It comes late, and takes turns from now on.
@@ -299,7 +345,7 @@ mod tests {
         }
         for seconds in 1..3 {
             let now = start + Duration::from_secs(seconds);
-            let (id, _) = queue.first(now, |_| true).expect("one waits");
+            let id = first(&queue, now).expect("one waits");
             queue.serve(id, now);
         }
         assert_eq!(queue.predicted_wait(Priority::Normal), Some(Duration::from_secs(3)));
@@ -322,7 +368,7 @@ mod tests {
                         Err(full) => prop_assert_eq!(full.len, 8),
                     },
                     2 => {
-                        let first = queue.first(now, |_| true).map(|(id, _)| id);
+                        let first = first(&queue, now);
                         prop_assert_eq!(first.is_some(), !inside.is_empty());
                         if let Some(item) = first.and_then(|id| queue.serve(id, now)) {
                             prop_assert!(inside.remove(&item));
@@ -351,7 +397,8 @@ mod tests {
                 }
             }
             let (mut served, mut left) = (vec![0usize; counts.len()], counts.clone());
-            while let Some((id, _)) = queue.first(now, |_| true) {
+            let mut pass = queue.pass(now);
+            while let Some((id, _)) = queue.next(&mut pass) {
                 let client = queue.serve(id, now).expect("it waits");
                 served[client] += 1;
                 left[client] -= 1;
@@ -370,7 +417,7 @@ mod tests {
             for second in 0..200u64 {
                 let now = start + Duration::from_secs(second);
                 queue.push(1, waiting(1, Priority::High, 0.0), now).expect("room");
-                let (id, _) = queue.first(now, |_| true).expect("one waits");
+                let id = first(&queue, now).expect("one waits");
                 queue.serve(id, now);
                 if id == old {
                     prop_assert!(second <= 30 + u64::from(work));

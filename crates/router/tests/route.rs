@@ -333,3 +333,62 @@ fn a_request_goes_where_its_context_fits() {
         "to be refused with the numbers"
     );
 }
+
+#[test]
+fn a_full_cache_costs_what_it_gives_up() {
+    // Node 1 is a little faster, and full of what was used a moment ago, or long ago.
+    let full = |age_s: f32, cached: u64| NodeLoad {
+        cached_kv_tokens: cached,
+        cache_tail_age_s: age_s,
+        cache_reuse_s: 60.0,
+        ..load(1100.0, 0, 0)
+    };
+    let free = load(1000.0, 0, 0);
+    let check = |one: NodeLoad, node: u128| {
+        let case = Case::new(&[one, free]);
+        case.check(&prompt(1, 1000), node, RouteReason::LeastWork);
+        case.explain(&prompt(1, 1000))[0].cost.evict_s
+    };
+    let fresh = check(full(1.0, 65_536), 2);
+    let old = check(full(600.0, 65_536), 1);
+    assert_eq!(check(full(1.0, 60_000), 1), 0.0, "what fits evicts nothing");
+    assert!(fresh > 100.0 * old && old > 0.0, "{fresh} {old}");
+    // The less has to go, the less it costs; a node that does not say how soon blocks are used again is believed to need them.
+    let part = Case::new(&[full(1.0, 65_000), free]).explain(&prompt(1, 1000))[0].cost.evict_s;
+    assert!(part > 0.0 && part < fresh, "{part} {fresh}");
+    let untold = NodeLoad { cache_reuse_s: 0.0, ..full(1.0, 65_536) };
+    check(untold, 2);
+    for age_s in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let cost = Case::new(&[full(age_s, u64::MAX), free]).explain(&prompt(1, 1000))[0].cost;
+        assert!(cost.total_s().is_finite() && cost.evict_s >= 0.0, "{age_s}: {cost:?}");
+    }
+}
+
+#[test]
+fn who_is_in_a_hurry_costs_others_more() {
+    // Node 1 has the prompt and is busy; node 2 would have to read it.
+    let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0)]);
+    assert_eq!(case.serve(&prompt(1, 640)), 1);
+    let hashes = block_hashes(BlockHash(7), &prompt(1, 640));
+    let mut chosen = |backlog: u64| {
+        case.load(1, load(1000.0, 2, backlog));
+        [Priority::High, Priority::Normal, Priority::Low].map(|priority| {
+            let query = RouteQuery { priority, ..query(&prompt(1, 640), &hashes, &[]) };
+            let considered = case.router.explain(&query, case.now);
+            let costs = considered.iter().map(|one| (one.cost.total_s(), one.node.0));
+            costs.min_by(|one, other| one.0.total_cmp(&other.0)).expect("two nodes").1
+        })
+    };
+    let mut last = [1; 3];
+    let mut seen = Vec::new();
+    for backlog in (0..12_000).step_by(250) {
+        let now = chosen(backlog);
+        assert!(now.iter().zip(&last).all(|(now, last)| now >= last), "{backlog}: {now:?} after {last:?}");
+        if now != last {
+            seen.push(now);
+        }
+        last = now;
+    }
+    // The urgent one leaves the busy node first, the one that can wait last.
+    assert_eq!(seen, [[2, 1, 1], [2, 2, 1], [2, 2, 2]]);
+}

@@ -22,6 +22,7 @@ use record::{MachineRecord, RECOVERY_TIME_MAX, Record, World};
 use scenario::{Fault, Job};
 use std::{
     any::Any,
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
     panic::{AssertUnwindSafe, catch_unwind},
     thread,
@@ -80,7 +81,7 @@ pub fn run(scenario: &Scenario, mutant: Option<Mutant>) -> Outcome {
         inbox: None,
         engine: None,
         engines: 0,
-        unused_since: None,
+        awaited: BTreeMap::new(),
         frozen: watch::Sender::new(false),
         healthy_since: Some(Duration::ZERO),
     });

@@ -19,14 +19,14 @@ use tokio::{
     time::{interval, sleep},
 };
 use transport::{ClusterKey, Endpoint};
-use types::{Directory, Generate, NodeId, RequestId, Role, limits};
+use types::{Directory, EngineState, Generate, NodeId, RequestId, Role, limits};
 
 /// A model of a few hundred megabytes from a fast disk.
 const LOAD_TIME: Duration = Duration::from_millis(600);
 /// What a machine that leaves is given to finish.
 const LEAVE_TIME: Duration = Duration::from_millis(1500);
 /// How often a router is looked at.
-const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What a machine is told.
 #[derive(Debug)]
@@ -57,7 +57,9 @@ impl Machine {
             let mut record = self.world.lock();
             let machine = &mut record.machines[self.index];
             (machine.lives, machine.is_up) = (machine.lives + 1, true);
-            machine.lives
+            let lives = machine.lives;
+            record.router_started(self.index);
+            lives
         };
         // Different in each life, the same in each run.
         let name = u128::from(self.seed) << 64 | (self.index as u128 + 1) << 32 | u128::from(life);
@@ -117,9 +119,14 @@ impl Machine {
         }
     }
 
-    /// Queues have their bounds.
+    /// Queues have their bounds; who is ready is known.
     fn look(&self, node: &NodeHandle) {
         let view = node.view();
+        for known in view.nodes.iter().filter(|known| known.engine == EngineState::Ready && !known.avoided) {
+            if let Some(machine) = known.name.strip_prefix('m').and_then(|index| index.parse().ok()) {
+                self.world.lock().admitted(machine, self.index);
+            }
+        }
         if view.waiting as usize > limits::ROUTER_WAITING_MAX || view.nodes.len() > limits::NODES_MAX {
             let (waiting, nodes) = (view.waiting, view.nodes.len());
             let index = self.index;

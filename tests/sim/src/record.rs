@@ -61,8 +61,8 @@ pub(crate) struct MachineRecord {
     /// Kills its engine.
     pub(crate) engine: Option<Arc<Notify>>,
     pub(crate) engines: u32,
-    /// Since when its engine is ready and had no request.
-    pub(crate) unused_since: Option<Duration>,
+    /// Routers that do not give it requests yet, and since when its engine, which was started again, has been ready.
+    pub(crate) awaited: BTreeMap<usize, Duration>,
     pub(crate) frozen: watch::Sender<bool>,
     /// Since when nothing is done to it; none while something is.
     pub(crate) healthy_since: Option<Duration>,
@@ -106,7 +106,8 @@ pub struct Stats {
     pub faults: u32,
     /// Longest time from the end of the last fault to a probe's first token.
     pub recovery_ms_max: u32,
-    /// Longest time from an engine's being ready to its first request, of those that were started again.
+    /// Longest time from when an engine that was started again is ready, and nothing is done to its machine and the
+    /// router's, to when the router would give it requests. (Whether it does depends on what there is to do.)
     pub readmitted_ms_max: u32,
 }
 
@@ -190,12 +191,34 @@ impl Record {
     pub(crate) fn engine_ready(&mut self, (machine, number): EngineId) {
         self.note(format_args!("m{machine} engine {number} is ready"));
         let again = number > 1 || self.machines[machine].lives > 1;
-        self.machines[machine].unused_since = again.then(|| self.time());
+        if again {
+            let since = self.time();
+            let up = (0..self.machines.len())
+                .filter(|&router| self.machines[router].is_router && self.machines[router].is_up);
+            self.machines[machine].awaited = up.map(|router| (router, since)).collect();
+        }
+    }
+
+    /// A router was started: it knows nobody, and nobody it.
+    pub(crate) fn router_started(&mut self, router: usize) {
+        for machine in &mut self.machines {
+            machine.awaited.remove(&router);
+        }
+    }
+
+    /// A router would give this machine requests.
+    pub(crate) fn admitted(&mut self, machine: usize, router: usize) {
+        let Some(since) = self.machines[machine].awaited.remove(&router) else { return };
+        let healthy = |machine: usize| self.machines[machine].healthy_since;
+        if let (Some(node), Some(router)) = (healthy(machine), healthy(router)) {
+            let took = self.time().saturating_sub(since.max(node).max(router)).as_millis() as u32;
+            self.stats.readmitted_ms_max = self.stats.readmitted_ms_max.max(took);
+        }
     }
 
     pub(crate) fn engine_ended(&mut self, engine: EngineId) {
         self.note(format_args!("m{} engine {} is gone", engine.0, engine.1));
-        self.machines[engine.0].unused_since = None;
+        self.machines[engine.0].awaited.clear();
         for attempt in self.attempts.values_mut() {
             if attempt.owners.remove(&engine).is_some() {
                 attempt.deaths += 1;
@@ -205,10 +228,6 @@ impl Record {
 
     pub(crate) fn owned(&mut self, id: RequestId, engine: EngineId) {
         self.note(format_args!("m{} engine {} takes {}", engine.0, engine.1, id.0));
-        if let Some(since) = self.machines[engine.0].unused_since.take() {
-            let unused = (self.time() - since).as_millis() as u32;
-            self.stats.readmitted_ms_max = self.stats.readmitted_ms_max.max(unused);
-        }
         let Some(attempt) = self.attempts.get_mut(&id) else {
             self.fault(format_args!("an engine has the request {}, which nobody sent", id.0));
             return;

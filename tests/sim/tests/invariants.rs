@@ -31,6 +31,7 @@ fn random_faults_break_nothing() {
     let stats = all.reduce(Stats::and).expect("some seeds");
     // Otherwise nothing was tried.
     assert!(stats.faults > 100 && stats.finished > 1000 && stats.moved > 40, "{stats:?}");
+    assert!(stats.readmitted_ms_max <= READMITTED_MS_MAX, "{stats:?}");
     assert!(stats.cancelled > 50 && stats.sent_again > 5 && stats.resumed > 30, "{stats:?}");
 }
 

@@ -5,13 +5,13 @@
 
 use super::node::{NodeSpec, SimNode, StepResult, Told};
 use super::workload::Request;
-use router::{BookingId, Plan, RouteError, RouteQuery, Router, RouterSettings};
+use router::{BookingId, Plan, Queue, RouteError, RouteQuery, Router, RouterSettings, Waiting};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 use types::{
-    AssetsHash, BlockHash, CacheEvent, CacheSnapshot, EngineState, ModelCard, NodeId, NodeLoad, Priority,
-    limits,
+    AssetsHash, BlockHash, CacheEvent, CacheSnapshot, ClientId, EngineState, ModelCard, NodeId, NodeLoad,
+    Priority, limits,
 };
 
 const MODEL: &str = "simulated";
@@ -19,8 +19,8 @@ const MODEL: &str = "simulated";
 const WAY_S: f64 = 0.001;
 /// Tokens of every node's context: more than any request has.
 const CONTEXT_TOKENS: u32 = 1 << 24;
-/// Requests that find no node at one time, after which those behind them are not looked at.
-const LOOKED_AT_MAX: usize = 64;
+/// Requests that find no node at one time, after which those behind them are not looked at: as `node::dispatch` does.
+const PASSED_MAX: usize = 32;
 
 /// How it went for one request.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -92,19 +92,11 @@ struct Sim<'a> {
     nodes: Vec<SimNode>,
     /// When each node reported last, and whether a report is due.
     reports: Vec<(f64, bool)>,
-    queue: Vec<Queued>,
-    mean_rate: f64,
+    queue: Queue<usize>,
     bookings: Vec<Option<BookingId>>,
     outcomes: Vec<Option<Outcome>>,
     first_token: Vec<f64>,
     sent_to: Vec<usize>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Queued {
-    request: usize,
-    work_s: f64,
-    since_s: f64,
 }
 
 fn query(request: &Request) -> RouteQuery<'_> {
@@ -142,8 +134,7 @@ pub(crate) fn simulate(
         router: Router::new(settings),
         nodes: nodes.iter().map(|&spec| SimNode::new(spec, node_blocks)).collect(),
         reports: vec![(f64::NEG_INFINITY, false); nodes.len()],
-        queue: Vec::new(),
-        mean_rate: nodes.iter().map(|node| node.prefill_tokens_per_s).sum::<f64>() / nodes.len() as f64,
+        queue: Queue::new(limits::ROUTER_WAITING_MAX),
         bookings: vec![None; all.len()],
         outcomes: vec![None; all.len()],
         first_token: vec![0.0; all.len()],
@@ -196,13 +187,20 @@ impl Sim<'_> {
         let now = self.now();
         match event {
             Event::Arrives(request) => {
-                if self.queue.len() >= limits::ROUTER_WAITING_MAX {
+                // Nobody is overtaken: where others wait, it takes its turn among them.
+                let waits = !self.queue.is_empty();
+                if !waits && self.send(request, &mut Plan::default()) {
                     return;
                 }
-                let uncached = self.router.uncached_tokens(&query(&self.all[request]));
-                let work_s = f64::from(uncached) / self.mean_rate;
-                self.queue.push(Queued { request, work_s, since_s: self.now_s });
-                self.serve();
+                let work_s = self.router.work_s(&query(&self.all[request]), now);
+                // One client, so that nothing but the order in which work is done shows.
+                let (client, priority) = (ClientId(0), Priority::default());
+                let waiting = Waiting { client, priority, work_s, again: false };
+                // Where there is no room it is refused.
+                let queued = self.queue.push(request, waiting, now).is_ok();
+                if queued && waits {
+                    self.serve();
+                }
             }
             Event::Delivered { node, request } => {
                 if let Some(booking) = self.bookings[request] {
@@ -289,39 +287,39 @@ impl Sim<'_> {
         self.at(self.now_s + WAY_S, Event::Reported { node, load, first_seq, events });
     }
 
-    /// Sends what can be sent, the shortest first; each second of waiting counts for a second of work.
+    /// Sends what can be sent, in the queue's order.
     fn serve(&mut self) {
-        let (now, now_s) = (self.now(), self.now_s);
+        let now = self.now();
         if self.queue.is_empty() || !self.router.has_room(MODEL, now) {
             return;
         }
-        let key = |queued: &Queued| queued.work_s - (now_s - queued.since_s);
-        let mut queue = std::mem::take(&mut self.queue);
-        queue.sort_by(|one, other| key(one).total_cmp(&key(other)));
-        let mut plan = Plan::default();
-        let mut looked_at = 0;
-        queue.retain(|queued| {
-            let request = queued.request;
-            if looked_at >= LOOKED_AT_MAX {
-                return true;
+        let (mut plan, mut passed) = (Plan::default(), 0);
+        let mut pass = self.queue.pass(now);
+        while passed < PASSED_MAX
+            && let Some((id, &request)) = self.queue.next(&mut pass)
+        {
+            if self.send(request, &mut plan) {
+                self.queue.serve(id, now);
+            } else {
+                passed += 1;
             }
-            let query = query(&self.all[request]);
-            match self.router.route_after(&query, &mut plan, now) {
-                Ok(route) => {
-                    self.bookings[request] = self.router.book(&route, &query, now);
-                    let node = (route.node.0 - 1) as usize;
-                    self.sent_to[request] = node;
-                    self.at(self.now_s + WAY_S, Event::Delivered { node, request });
-                    false
-                }
-                Err(RouteError::AllBusy { .. }) => {
-                    looked_at += 1;
-                    true
-                }
-                Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Sends a request to the node that is best for it, if that has room.
+    fn send(&mut self, request: usize, plan: &mut Plan) -> bool {
+        let (now, query) = (self.now(), query(&self.all[request]));
+        match self.router.route_after(&query, plan, now) {
+            Ok(route) => {
+                self.bookings[request] = self.router.book(&route, &query, now);
+                let node = (route.node.0 - 1) as usize;
+                self.sent_to[request] = node;
+                self.at(self.now_s + WAY_S, Event::Delivered { node, request });
+                true
             }
-        });
-        self.queue = queue;
+            Err(RouteError::AllBusy { .. }) => false,
+            Err(error) => panic!("{error}"),
+        }
     }
 
     fn end(self) -> Outcomes {

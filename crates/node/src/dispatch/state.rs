@@ -4,23 +4,28 @@ use super::ask::{Ask, Tried};
 use super::now;
 use crate::health::{Pulse, RetryBudget};
 use crate::target::Target;
-use router::{BookingId, Breaker, Excluded, Outcome, Plan, Queue, RouteError, Router};
+use router::{BookingId, Breaker, Outcome, Plan, Queue, RouteError, Router};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-use types::{EngineState, GenerateError, NodeId, RouteInfo};
+use types::{EngineState, GenerateError, NodeId, RouteInfo, limits};
 use wire::Hello;
 
 /// Requests of a model in the queue whose node is full and that are passed over in search of one whose node is not: bounds
 /// what one report costs.
 const PASSED_MAX: usize = 32;
+/// A node without work that has told nothing for this long may have stopped as well: it reports twice as often.
+const HEARD_TIME_MAX: Duration = limits::LOAD_INTERVAL_MAX.saturating_mul(2);
+
 pub(crate) struct State {
     pub(crate) router: Router,
     pub(crate) nodes: BTreeMap<NodeId, NodeEntry>,
     pub(super) waiting: Queue<Waiter>,
     /// Nodes whose breaker is not closed.
     pub(super) tripped: BTreeSet<NodeId>,
+    /// Nodes that have requests and were found to bring nothing, while others work.
+    pub(crate) hanging: BTreeSet<NodeId>,
     pub(super) retries: RetryBudget,
     /// When the queue was served last.
     pub(super) served: Instant,
@@ -41,7 +46,6 @@ pub(crate) struct NodeEntry {
 }
 
 pub(super) struct Waiter {
-    pub(super) serial: u64,
     pub(super) ask: Arc<Ask>,
     pub(super) tried: Vec<Tried>,
     /// It had a place before: it also waits for nodes to come back.
@@ -55,10 +59,13 @@ pub(super) struct Booked {
     pub(super) info: RouteInfo,
     pub(super) life: u64,
     pub(super) pulse: Arc<Pulse>,
+    /// Its first token is expected after this.
+    pub(super) expected: Duration,
 }
 
 impl State {
-    /// Chooses a node and takes a place there. Those whose breaker is open are passed over, unless no other is left.
+    /// Chooses a node and takes a place there. Those whose breaker is open, and those that hang, are passed over, unless no
+    /// other is left.
     pub(super) fn book(&mut self, ask: &Ask, tried: &[Tried], plan: &mut Plan) -> Result<Booked, RouteError> {
         let now = now();
         let mut exclude: Vec<NodeId> =
@@ -69,6 +76,7 @@ impl State {
             .iter()
             .filter(|node| self.nodes.get(node).is_some_and(|entry| !entry.breaker.admits(now)));
         exclude.extend(open);
+        exclude.extend(&self.hanging);
         let mut routed = self.router.route_after(&ask.query(&exclude), plan, now);
         if exclude.len() > tried_nodes && matches!(routed, Err(RouteError::NoNode { .. })) {
             exclude.truncate(tried_nodes);
@@ -81,23 +89,22 @@ impl State {
         }
         let info = self.info(&route).ok_or_else(gone)?;
         let booking = self.router.book(&route, &ask.query(&exclude), now).ok_or_else(gone)?;
+        let first = self.router.node(route.node).is_some_and(|known| known.in_flight() == 1);
         let entry = self.nodes.get_mut(&route.node).ok_or_else(gone)?;
         entry.breaker.sent(now);
+        if first {
+            // It had nothing to do; from now on it is expected to work.
+            entry.pulse.beat(now);
+        }
         let (target, life, pulse) = (entry.target.clone(), entry.life, entry.pulse.clone());
-        Ok(Booked { booking, target, info, life, pulse })
+        let expected = Duration::try_from_secs_f64(route.cost.first_token_s()).unwrap_or(Duration::MAX);
+        Ok(Booked { booking, target, info, life, pulse, expected })
     }
 
     /// Whether a node that was tried is still the one that was.
     fn is_same(&self, tried: &Tried) -> bool {
         let entry = self.nodes.get(&tried.node);
         entry.is_some_and(|entry| tried.life.is_none_or(|life| life == entry.life))
-    }
-
-    /// Seconds that reading its prompt would take where that is done soonest.
-    pub(super) fn work_s(&self, ask: &Ask) -> f64 {
-        let considered = self.router.explain(&ask.query(&[]), now()).into_iter();
-        let able = considered.filter(|one| one.excluded.is_none_or(|excluded| excluded == Excluded::Full));
-        able.map(|one| one.cost.prefill_s).min_by(f64::total_cmp).unwrap_or(0.0)
     }
 
     pub(super) fn predicted_wait(&self, ask: &Ask) -> Option<Duration> {
@@ -116,6 +123,33 @@ impl State {
         entry.pulse.beat(now);
         entry.breaker.heartbeat();
         self.tripped.remove(&node);
+        self.hanging.remove(&node);
+    }
+
+    /// A node with requests brings nothing.
+    pub(super) fn hangs(&mut self, node: NodeId) {
+        let Some(entry) = self.nodes.get(&node) else { return };
+        if self.hanging.insert(node) {
+            tracing::info!(node = %entry.hello.name, "left alone until it works: it brings nothing");
+            if !self.waiting.is_empty() {
+                self.serve_queue();
+            }
+        }
+    }
+
+    /// Whether another node that serves the model was seen to work, or to wait for work, lately.
+    pub(super) fn others_work(&self, node: NodeId, model: &str, deadline: Duration, now: Instant) -> bool {
+        self.nodes.iter().filter(|&(&other, _)| other != node).any(|(&other, entry)| {
+            let known = self.router.node(other).filter(|known| {
+                let serves = known.models().iter().any(|card| card.name == model);
+                serves && *known.state() == EngineState::Ready
+            });
+            let Some(known) = known else { return false };
+            let waits = known.load().is_some_and(|load| load.running + load.waiting == 0);
+            let since = |at: Instant| now.saturating_duration_since(at);
+            let heard = known.reported_at().is_some_and(|at| since(at) < HEARD_TIME_MAX);
+            waits && heard || since(entry.pulse.last()) < deadline
+        })
     }
 
     fn note_breaker(&mut self, node: NodeId) {
@@ -131,6 +165,7 @@ impl State {
     pub(crate) fn remove(&mut self, node: NodeId) {
         self.nodes.remove(&node);
         self.tripped.remove(&node);
+        self.hanging.remove(&node);
         self.router.node_down(node);
     }
 
@@ -153,18 +188,17 @@ impl State {
         let now = now();
         self.served = now;
         let mut plan = Plan::default();
-        let mut passed: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
-        loop {
-            let eligible = |waiter: &Waiter| {
-                let passed = passed.get(&waiter.ask.model);
-                passed.is_none_or(|passed| passed.len() < PASSED_MAX && !passed.contains(&waiter.serial))
-            };
-            let Some((id, waiter)) = self.waiting.first(now, eligible) else { return };
+        let mut passed: BTreeMap<String, usize> = BTreeMap::new();
+        let mut pass = self.waiting.pass(now);
+        while let Some((id, waiter)) = self.waiting.next(&mut pass) {
+            if passed.get(&waiter.ask.model).is_some_and(|&passed| passed >= PASSED_MAX) {
+                continue;
+            }
             if waiter.reply.is_closed() {
                 self.waiting.remove(id);
                 continue;
             }
-            let (serial, again) = (waiter.serial, waiter.again);
+            let again = waiter.again;
             let (ask, tried) = (waiter.ask.clone(), waiter.tried.clone());
             match self.book(&ask, &tried, &mut plan) {
                 Ok(booked) => {
@@ -176,10 +210,10 @@ impl State {
                     }
                 }
                 Err(RouteError::AllBusy { .. }) => {
-                    passed.entry(ask.model.clone()).or_default().insert(serial);
+                    *passed.entry(ask.model.clone()).or_default() += 1;
                 }
                 Err(RouteError::NoNode { .. }) if again && self.has_hope(&ask, &tried) => {
-                    passed.entry(ask.model.clone()).or_default().insert(serial);
+                    *passed.entry(ask.model.clone()).or_default() += 1;
                 }
                 Err(error) => {
                     if let Some(waiter) = self.waiting.remove(id) {

@@ -81,7 +81,7 @@ impl Dispatch {
                 rtt_s: peer.map(|peer| peer.rtt().as_secs_f32()),
                 cached_blocks: state.router.cached_blocks(id) as u64,
                 prediction: state.router.learned(id).map(prediction).unwrap_or_default(),
-                avoided: !entry.breaker.admits(now()),
+                avoided: !entry.breaker.admits(now()) || state.hanging.contains(&id),
             })
         });
         let mut nodes: Vec<NodeView> = nodes.collect();
@@ -111,6 +111,7 @@ impl State {
         let considered = self.router.explain(&ask.query(&[]), now).into_iter().filter_map(|one| {
             let entry = self.nodes.get(&one.node)?;
             let broken = (!entry.breaker.admits(now)).then(|| "it failed lately".to_owned());
+            let hangs = self.hanging.contains(&one.node).then(|| "it brings nothing".to_owned());
             Some(RouteNode {
                 node: one.node,
                 name: entry.hello.name.clone(),
@@ -124,7 +125,7 @@ impl State {
                 others_s: one.cost.others_s,
                 decode_s: one.cost.decode_s,
                 total_s: one.cost.total_s(),
-                excluded: one.excluded.map(|excluded| excluded.to_string()).or(broken),
+                excluded: one.excluded.map(|excluded| excluded.to_string()).or(broken).or(hangs),
             })
         });
         considered.collect()
