@@ -4,7 +4,8 @@
 //! source says, and [`Config::over`] lays one over another. What is missing at the end takes its default.
 
 use crate::values::{
-    Auto, Bytes, Dequantize, Device, Limit, List, LogFilter, LogFormat, Origin, Secret, Setting, Share, Span,
+    Auto, Bytes, Dequantize, Device, Limit, List, LogFilter, LogFormat, NamedFormat, Origin, Secret, Setting,
+    Share, Span,
 };
 use router::Policy;
 use std::{
@@ -124,6 +125,8 @@ settings! {
     key_concurrency: Limit = "none", "N";
     /// Origins of web pages whose scripts may use the endpoint; `*`: all
     cors_origins: List<Origin> = "", "ORIGIN,…";
+    /// How models write calls of tools, where that is not as their chat templates say: hermes, qwen_coder, llama, mistral, mistral_args, phi, deepseek, deepseek_plain, function_gemma, gemma
+    tool_formats: List<NamedFormat> = "", "MODEL=FORMAT,…";
     /// File with the cluster key, made by `mlx-node key new` [auto: cluster.key beside the configuration file in ~/.config/mlx-cluster]
     key_file: Auto<PathBuf> = "auto", "FILE";
     /// The cluster key itself, instead of a file; as a flag it shows in the list of processes

@@ -69,6 +69,7 @@ async fn serve(settings: Settings, engine: Option<EngineCommandLine>) -> Result<
         cache_per_key: settings.cache_per_key,
         rates: settings.rates,
         cors_origins: settings.cors_origins.clone(),
+        tool_formats: settings.tool_formats.clone(),
         ..ApiSettings::default()
     };
     let drain_timeout = settings.drain_timeout;

@@ -3,13 +3,14 @@
 use crate::{
     config::{self, Values},
     hardware,
-    values::{Auto, Dequantize, Device, LogFormat, Origin, Secret},
+    values::{Auto, Dequantize, Device, LogFormat, NamedFormat, Origin, Secret},
 };
-use api::RateLimits;
+use api::{RateLimits, ToolFormat};
 use node::DispatchSettings;
 use router::RouterSettings;
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
@@ -82,6 +83,7 @@ pub(crate) struct Settings {
     pub(crate) cache_per_key: bool,
     pub(crate) rates: RateLimits,
     pub(crate) cors_origins: Vec<String>,
+    pub(crate) tool_formats: BTreeMap<String, ToolFormat>,
     pub(crate) key: ClusterKey,
     pub(crate) key_origin: KeyOrigin,
     pub(crate) mdns: bool,
@@ -179,6 +181,12 @@ impl Settings {
                 concurrent: values.key_concurrency.0,
             },
             cors_origins: values.cors_origins.0.into_iter().map(|Origin(origin)| origin).collect(),
+            tool_formats: values
+                .tool_formats
+                .0
+                .into_iter()
+                .map(|NamedFormat { model, format }| (model, format))
+                .collect(),
             key,
             key_origin,
             mdns: values.mdns && !alone,

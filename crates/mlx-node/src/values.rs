@@ -180,6 +180,29 @@ impl Setting for Origin {
     }
 }
 
+/// How a model writes calls of tools: the model's name, `=`, and the format's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NamedFormat {
+    pub(crate) model: String,
+    pub(crate) format: api::ToolFormat,
+}
+
+impl Setting for NamedFormat {
+    fn parse(text: &str) -> Result<Self, String> {
+        let names = || api::ToolFormat::ALL.map(api::ToolFormat::name).join(", ");
+        let parsed = text.rsplit_once('=').and_then(|(model, name)| {
+            let format = api::ToolFormat::ALL.into_iter().find(|format| format.name() == name.trim())?;
+            Some(Self { model: model.trim().to_owned(), format })
+        });
+        let parsed = parsed.filter(|parsed| !parsed.model.is_empty());
+        parsed.ok_or_else(|| format!("MODEL=FORMAT is expected, with one of {}", names()))
+    }
+
+    fn to_toml(&self) -> String {
+        quoted(&format!("{}={}", self.model, self.format.name()))
+    }
+}
+
 /// Several values: an array in TOML, separated by commas elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct List<T>(pub(crate) Vec<T>);
@@ -425,6 +448,11 @@ mod tests {
         {
             check::<Origin>(bad, None);
         }
+        let format = NamedFormat { model: "org/a=b".to_owned(), format: api::ToolFormat::QwenCoder };
+        check("org/a=b = qwen_coder", Some((format, "\"org/a=b=qwen_coder\"")));
+        check::<NamedFormat>("org/a", None);
+        check::<NamedFormat>("=hermes", None);
+        check::<NamedFormat>("a=Hermes", None);
         check("never", Some((Dequantize::Never, "\"never\"")));
         check::<Device>("tpu", None);
         check("warn,node=debug", Some((LogFilter("warn,node=debug".to_owned()), "\"warn,node=debug\"")));

@@ -28,7 +28,6 @@ use mistral::MistralCalls;
 use named::NamedCall;
 use object::ObjectCalls;
 use qwen_coder::XmlCall;
-use serde::Deserialize;
 use std::sync::Arc;
 
 use super::Parts;
@@ -39,8 +38,7 @@ use crate::job::Tool;
 const CALL_HELD_BYTES_MAX: usize = 64 << 10;
 
 /// How a model writes calls of tools.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ToolFormat {
     /// `<tool_call>{"name": …, "arguments": …}</tool_call>`: Hermes, Qwen 2.5 and 3, and many others.
     Hermes,
@@ -131,6 +129,36 @@ impl Body {
 }
 
 impl ToolFormat {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Hermes,
+        Self::QwenCoder,
+        Self::Llama,
+        Self::Mistral,
+        Self::MistralArgs,
+        Self::Phi,
+        Self::DeepSeek,
+        Self::DeepSeekPlain,
+        Self::FunctionGemma,
+        Self::Gemma,
+    ];
+
+    /// What it is called in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hermes => "hermes",
+            Self::QwenCoder => "qwen_coder",
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::MistralArgs => "mistral_args",
+            Self::Phi => "phi",
+            Self::DeepSeek => "deepseek",
+            Self::DeepSeekPlain => "deepseek_plain",
+            Self::FunctionGemma => "function_gemma",
+            Self::Gemma => "gemma",
+        }
+    }
+
     /// By what a chat template says; none where it says nothing of calls.
     pub(crate) fn of_template(source: &str) -> Option<Self> {
         let has = |text: &str| source.contains(text);

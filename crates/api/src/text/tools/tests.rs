@@ -247,22 +247,9 @@ fn what_is_held_back_is_bounded() {
     assert_eq!(out.0, [content(&endless)]);
 }
 
-const FORMATS: [ToolFormat; 10] = [
-    ToolFormat::Hermes,
-    ToolFormat::QwenCoder,
-    ToolFormat::Llama,
-    ToolFormat::Mistral,
-    ToolFormat::MistralArgs,
-    ToolFormat::Phi,
-    ToolFormat::DeepSeek,
-    ToolFormat::DeepSeekPlain,
-    ToolFormat::FunctionGemma,
-    ToolFormat::Gemma,
-];
-
 /// Pieces of calls in all formats, in any order, and other text.
 fn fragment() -> impl Strategy<Value = String> {
-    let markers = FORMATS.iter().flat_map(|format| format.syntax().shown()).map(str::to_owned);
+    let markers = ToolFormat::ALL.iter().flat_map(|format| format.syntax().shown()).map(str::to_owned);
     let others = [
         "{\"name\": \"time\", \"arguments\": {\"days\": 1}}",
         "{\"name\": \"weather\", \"parameters\": {",
@@ -296,7 +283,7 @@ proptest! {
     #[test]
     fn cuts_change_nothing_and_text_is_kept(
         fragments in vec(fragment(), 0..14),
-        format in prop::sample::select(FORMATS.to_vec()),
+        format in prop::sample::select(ToolFormat::ALL.to_vec()),
         cuts in vec(0..400_usize, 0..6),
     ) {
         let text = fragments.concat();
