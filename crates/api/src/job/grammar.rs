@@ -246,3 +246,7 @@ fn renamed_start(lark: &str) -> String {
     }
     out
 }
+
+#[cfg(test)]
+#[path = "grammar_tests.rs"]
+mod tests;

@@ -65,7 +65,7 @@ async fn a_grammar_begins_after_it() {
         cluster.asked_once().rules.grammar.clone().unwrap()
     };
     let object = || json!({"response_format": {"type": "json_object"}});
-    let begun = "start: mlx_reasoning MLX_SPACE? mlx_answer\nmlx_answer: %json {\"type\":\"object\"}\nmlx_reasoning[lazy]: /(?s:.*)\\<\\/think\\>/\nMLX_SPACE: /[ \\t\\r\\n]{1,8}/\n";
+    let begun = "start: mlx_reasoning MLX_SPACE? mlx_answer\nmlx_answer: %json {\"type\":\"object\"}\nmlx_reasoning[lazy]: /(?s:.*)<\\/think>/\nMLX_SPACE: /[ \\t\\r\\n]{1,8}/\n";
     assert_eq!(grammar(QWQ, object()).await, Grammar::Lark(begun.to_owned()));
     let Grammar::Lark(perhaps) = grammar(QWEN, object()).await else { panic!("Lark") };
     assert!(perhaps.starts_with("start: (\"<think>\" mlx_reasoning MLX_SPACE?)? mlx_answer\n"), "{perhaps}");

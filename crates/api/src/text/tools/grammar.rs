@@ -111,18 +111,17 @@ pub(crate) fn literal(text: &str) -> String {
 /// Any text, in which no special token is.
 pub(crate) const ANY_TEXT: &str = "/(?s:.*)/";
 
-/// A text as a regular expression between slashes.
+/// A text as a regular expression between slashes. Only what has a meaning is escaped: `\\<` would be a border of a word.
 pub(crate) fn pattern(text: &str) -> String {
     let mut out = String::new();
     for char in text.chars() {
         match char {
             '\n' => out.push_str("\\n"),
-            _ => {
-                if !char.is_alphanumeric() && !char.is_whitespace() && char.is_ascii() {
-                    out.push('\\');
-                }
-                out.push(char);
+            '\\' | '.' | '+' | '*' | '?' | '(' | ')' | '|' | '[' | ']' | '{' | '}' | '^' | '$' | '/'
+            | '-' | '&' | '~' | '#' => {
+                out.extend(['\\', char]);
             }
+            _ => out.push(char),
         }
     }
     out
