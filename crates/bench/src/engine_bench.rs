@@ -127,13 +127,14 @@ fn prefill(
     for step in pieces(rows.len(), settings.prompt_tokens, settings.step_tokens) {
         let slice = |piece: &Piece| {
             let Row { sequence, prompt, output, blocks } = &rows[piece.row];
-            let sample = RowSampling { params: &settings.sampling, position: 0, prompt, output };
+            let sample = RowSampling::plain(&settings.sampling, 0, prompt, output);
             Slice {
                 sequence: *sequence,
                 blocks,
                 start: piece.from,
                 input: Input::Tokens(&prompt[piece.from..piece.to]),
                 sample: (piece.to == prompt.len()).then_some(sample),
+                score: None,
             }
         };
         model.submit(&step.iter().map(slice).collect::<Vec<_>>())?;
@@ -186,21 +187,22 @@ impl Row {
         let Self { sequence, prompt, output, blocks } = self;
         let position = output.len() + usize::from(drawn.is_some());
         let last = output.len().saturating_sub(1);
-        let sample = RowSampling { params: &settings.sampling, position: position as u32, prompt, output };
+        let sample = RowSampling::plain(&settings.sampling, position as u32, prompt, output);
         Slice {
             sequence: *sequence,
             blocks,
             start: prompt.len() + position - 1,
             input: drawn.map_or_else(|| Input::Tokens(&output[last..]), Input::Drawn),
             sample: Some(sample),
+            score: None,
         }
     }
 }
 
 /// The oldest step's tokens, to the rows that drew them.
 fn collect(model: &mut dyn Model, rows: &mut [Row], drawing: &[usize]) -> Result<(), ModelError> {
-    let tokens = model.collect()?;
-    for (&row, token) in drawing.iter().zip(tokens) {
+    let output = model.collect()?;
+    for (&row, token) in drawing.iter().zip(output.tokens()) {
         rows[row].output.push(token);
     }
     Ok(())

@@ -7,6 +7,7 @@ use crate::{
     Model, ModelError, SequenceId,
     admission::Admission,
     cost::{CostModel, StepShape},
+    grammar::Matcher,
     load::LoadView,
     memory::{Held, Memory},
     scheduler::Scheduler,
@@ -16,8 +17,8 @@ use crate::{
 };
 use std::time::{Duration, Instant};
 use types::{
-    BLOCK_TOKENS, CacheEvent, ClientId, FinishReason, GenerateError, GenerateRequest, NodeLoad, NodeRates,
-    Priority, RequestId, SessionId, SessionInfo, TokenEvent, limits,
+    BLOCK_TOKENS, CacheEvent, ClientId, Finish, FinishReason, GenerateError, GenerateRequest, NodeLoad,
+    NodeRates, Priority, RequestId, SessionId, SessionInfo, TokenEvent, Usage, limits,
 };
 
 /// A prompt's first token is due after the TTFT target plus this many times the seconds that reading it alone takes: long
@@ -107,6 +108,8 @@ struct Flight {
     shape: StepShape,
     submitted: Instant,
     expected_s: f64,
+    /// Whose tokens wait for masks to be drawn, in the order of their rows.
+    masked: Vec<SequenceId>,
 }
 
 impl Engine {
@@ -139,19 +142,70 @@ impl Engine {
     ///
     /// # Errors
     /// [`GenerateError::Unavailable`] when draining or after a failure, [`GenerateError::UnknownModel`],
-    /// [`GenerateError::Invalid`] for tokens outside the vocabulary or an id that is in use,
-    /// [`GenerateError::ContextExceeded`] for what can never fit, [`GenerateError::Busy`] when the queue is full.
+    /// [`GenerateError::Invalid`] for tokens outside the vocabulary, an id that is in use, or a grammar, which must be
+    /// compiled first; [`GenerateError::ContextExceeded`] for what can never fit, [`GenerateError::Busy`] when the queue is
+    /// full.
     pub fn submit(&mut self, now: Instant, request: GenerateRequest) -> Result<(), GenerateError> {
-        self.check(&request)?;
+        if request.rules.grammar.is_some() {
+            return Err(invalid("the grammar was not compiled".to_owned(), "grammar"));
+        }
+        self.enqueue(now, request, None)
+    }
+
+    /// [`Engine::submit`] for a request with a grammar: `matcher` is at the beginning of the texts that it allows.
+    ///
+    /// # Errors
+    /// As from [`Engine::submit`], and [`GenerateError::Invalid`] where the answer so far is not in the grammar.
+    pub fn submit_under(
+        &mut self,
+        now: Instant,
+        request: GenerateRequest,
+        mut matcher: Matcher,
+    ) -> Result<(), GenerateError> {
+        for &token in &request.output {
+            matcher.consume(token).map_err(|error| invalid(error.to_string(), "output"))?;
+        }
+        self.enqueue(now, request, Some(matcher))
+    }
+
+    /// Whether [`Engine::submit`] would take a request now, its grammar aside.
+    ///
+    /// # Errors
+    /// As from [`Engine::submit`].
+    pub fn check(&self, request: &GenerateRequest) -> Result<(), GenerateError> {
+        self.check_request(request)?;
         // Slots that are free count: what is submitted between two steps has not been admitted yet.
         let most = self.model.limits().slots + limits::ENGINE_WAITING_MAX;
         if self.waiting.len() + self.running.len() >= most {
             let wait_s = self.seconds_to_free_slot().clamp(RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S);
             return Err(GenerateError::Busy { retry_after_ms: (wait_s * 1000.0).ceil() as u64 });
         }
+        Ok(())
+    }
+
+    fn enqueue(
+        &mut self,
+        now: Instant,
+        request: GenerateRequest,
+        matcher: Option<Matcher>,
+    ) -> Result<(), GenerateError> {
+        self.check(&request)?;
+        if matcher.as_ref().is_some_and(Matcher::is_complete) {
+            // All that was lost with the node that it comes from is the word that this is the end.
+            let usage = Usage {
+                prompt_tokens: request.prompt.len() as u32,
+                cached_tokens: 0,
+                completion_tokens: request.output.len() as u32,
+            };
+            let finish = Finish { reason: FinishReason::Stop, usage };
+            self.ended.push((request.id, TokenEvent::Finished(finish)));
+            return Ok(());
+        }
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        let root = self.settings.prefix_cache.then(|| request.cache.root(self.model.card().root));
+        // Of a prompt whose tokens are told of nothing may be left out.
+        let cached = self.settings.prefix_cache && request.report.prompt_logprobs.is_none();
+        let root = cached.then(|| request.cache.root(self.model.card().root));
         let given = [request.prompt.as_slice(), &request.output].concat();
         let held = Held::new(root, &given);
         let cached = self.memory.matched(held.reusable(given.len())).0 * BLOCK_TOKENS;
@@ -170,7 +224,7 @@ impl Engine {
             calm_due: now + between(CALM_STRETCH),
             tpot: target(request.service.tpot_target_ms, self.settings.tpot_target),
         };
-        let sequence = Sequence::new(id, request, self.model.card(), held, targets);
+        let sequence = Sequence::new(id, request, self.model.card(), matcher, held, targets);
         self.shares.enter(sequence.client);
         if let Some(session) = &sequence.session {
             self.memory.touch_session(session, now);
@@ -222,6 +276,7 @@ impl Engine {
             Some(flight) => self.collect(now, flight, events, &mut summary),
             None => Ok(()),
         });
+        let result = result.and_then(|()| self.draw());
         if let Err(error) = &result {
             self.fail(error.clone());
         }
@@ -319,7 +374,7 @@ impl Engine {
         assert_eq!(self.shares.requests(), requests, "requests in the clients' accounts");
     }
 
-    fn check(&self, request: &GenerateRequest) -> Result<(), GenerateError> {
+    fn check_request(&self, request: &GenerateRequest) -> Result<(), GenerateError> {
         let card = self.model.card();
         let unavailable = match &self.state {
             State::Serving => None,
@@ -333,9 +388,7 @@ impl Engine {
             let served = vec![card.name.clone()];
             return Err(GenerateError::UnknownModel { model: request.model.clone(), served });
         }
-        let invalid = |message: String, param: &str| {
-            Err(GenerateError::Invalid { message, param: Some(param.to_owned()) })
-        };
+        let invalid = |message: String, param: &str| Err(invalid(message, param));
         let vocab = card.vocab_size;
         if let Some(at) = request.prompt.iter().position(|&token| token >= vocab) {
             let token = request.prompt[at];
@@ -347,15 +400,6 @@ impl Engine {
         }
         if let Some((token, _)) = request.sampling.logit_bias.iter().find(|(token, _)| *token >= vocab) {
             return invalid(format!("token {token} of logit_bias is not below {vocab}"), "logit_bias");
-        }
-        let asked = [
-            ("grammar", request.rules.grammar.is_some()),
-            ("min_tokens", request.rules.min_tokens > 0),
-            ("logprobs", request.report.logprobs.is_some()),
-            ("prompt_logprobs", request.report.prompt_logprobs.is_some()),
-        ];
-        if let Some((param, _)) = asked.into_iter().find(|(_, asked)| *asked) {
-            return invalid(format!("this engine does not know {param}"), param);
         }
         let prompt_tokens = request.prompt.len() as u32;
         let tokens = u64::from(prompt_tokens) + u64::from(request.max_tokens);
@@ -502,4 +546,8 @@ impl Engine {
         };
         self.running.iter().map(left).fold(RETRY_AFTER_MAX_S, f64::min)
     }
+}
+
+fn invalid(message: String, param: &str) -> GenerateError {
+    GenerateError::Invalid { message, param: Some(param.to_owned()) }
 }

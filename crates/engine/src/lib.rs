@@ -3,13 +3,15 @@
 //! Pure: `now` is an argument, tensors are behind [`Model`], and nothing here waits but for the model. [`Engine`] owns the
 //! sequences (`sequence.rs`). `admission.rs` says which of them run, by what each client has had (`shares.rs`);
 //! `scheduler.rs` says which go into a pass, by how long passes take (`cost.rs`); `memory.rs` has the KV: blocks
-//! (`block_pool.rs`), those worth keeping (`prefix_cache.rs`) and for whom (`sessions.rs`).
+//! (`block_pool.rs`), those worth keeping (`prefix_cache.rs`) and for whom (`sessions.rs`). [`grammar`] says what a text may
+//! go on with.
 #![warn(missing_docs)]
 
 mod admission;
 mod block_pool;
 mod cost;
 mod engine;
+pub mod grammar;
 mod load;
 mod memory;
 mod model;
@@ -22,5 +24,8 @@ mod shares;
 
 pub use engine::Engine;
 pub use engine::StepSummary;
-pub use model::{BlockId, Input, Model, ModelError, ModelLimits, RowSampling, SequenceId, Slice};
+pub use model::{
+    BlockId, DrawnToken, Input, Model, ModelError, ModelLimits, RowSampling, Scoring, SequenceId, Slice,
+    StepOutput,
+};
 pub use settings::EngineSettings;

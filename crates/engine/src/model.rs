@@ -2,10 +2,12 @@
 //!
 //! A model holds the KV of a fixed number of blocks and knows nothing of who uses which: sequences, sharing and the
 //! prefix cache are the engine's. A pass is asked for with [`Model::submit`] and its tokens are read with
-//! [`Model::collect`], one pass later, so that the device never waits for the host.
+//! [`Model::collect`], one pass later, so that the device never waits for the host. Where what may be drawn depends on the
+//! tokens of the pass before, that is told in between, with [`Model::draw`]: the device computes logits meanwhile.
 
+use crate::grammar::TokenMask;
 use std::fmt;
-use types::{ModelCard, SamplingParams, TokenId};
+use types::{ModelCard, SamplingParams, TokenId, TokenLogprobs};
 
 /// One sequence inside an engine; never reused while the engine lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -38,6 +40,57 @@ pub struct RowSampling<'a> {
     /// The output so far, for all penalties; without its last token where that is still being drawn
     /// ([`Input::Drawn`]).
     pub output: &'a [TokenId],
+    /// Whether only tokens of a mask may be drawn, which comes with [`Model::draw`].
+    pub masked: bool,
+    /// Tell the log-probabilities of the token and of so many of the most probable ones.
+    pub logprobs: Option<u32>,
+}
+
+impl<'a> RowSampling<'a> {
+    /// Of a row that is not masked and of which nothing else is told.
+    pub fn plain(
+        params: &'a SamplingParams,
+        position: u32,
+        prompt: &'a [TokenId],
+        output: &'a [TokenId],
+    ) -> Self {
+        Self { params, position, prompt, output, masked: false, logprobs: None }
+    }
+}
+
+/// Tokens of a prompt whose log-probabilities are asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Scoring<'a> {
+    /// The tokens that follow the slice's first one, second one and so on: as many as the slice has, or, at the end of a
+    /// prompt, fewer. At least one.
+    pub targets: &'a [TokenId],
+    /// Tell so many of the most probable ones at each place, too.
+    pub top: u32,
+}
+
+/// What a step brought.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepOutput {
+    /// Of each slice that samples, in their order.
+    pub drawn: Vec<DrawnToken>,
+    /// Of each slice with [`Slice::score`], in their order: of each of its targets.
+    pub scores: Vec<Vec<TokenLogprobs>>,
+}
+
+impl StepOutput {
+    /// The tokens drawn, in the order of their slices.
+    pub fn tokens(&self) -> impl Iterator<Item = TokenId> + '_ {
+        self.drawn.iter().map(|drawn| drawn.token)
+    }
+}
+
+/// A token that was drawn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DrawnToken {
+    /// Which.
+    pub token: TokenId,
+    /// Where asked for.
+    pub logprobs: Option<TokenLogprobs>,
 }
 
 /// Which tokens a slice appends.
@@ -74,6 +127,8 @@ pub struct Slice<'a> {
     pub input: Input<'a>,
     /// Draw the token that follows; none in the middle of a prompt.
     pub sample: Option<RowSampling<'a>>,
+    /// Tell the log-probabilities of the prompt's tokens.
+    pub score: Option<Scoring<'a>>,
 }
 
 /// Why a model could not do what it was asked.
@@ -95,7 +150,8 @@ pub enum ModelError {
 /// A model with the KV of its blocks. All calls come from one thread.
 ///
 /// Contract: steps are collected in the order in which they were submitted, and at most two are in flight: after
-/// `submit` of one, `submit` of the next may come before its `collect`, and then its `collect` must come. A step's slices
+/// `submit` of one, `submit` of the next may come before its `collect`, and then its `collect` must come. Where a step has
+/// masked rows, its `draw` comes before the next `submit` and before its own `collect`. A step's slices
 /// name different sequences, no two of them append to the same block, and every position before a slice's start was
 /// written by an earlier step. Steps take effect in the order of their submission: what one writes the next one reads,
 /// and a block may be given to someone else while a step that wrote to it is still in flight.
@@ -113,11 +169,18 @@ pub trait Model: fmt::Debug {
     /// impossible, with nothing started: the engine ends that one and goes on with the others.
     fn submit(&mut self, slices: &[Slice<'_>]) -> Result<(), ModelError>;
 
-    /// Waits for the oldest step in flight; returns the drawn token of each of its slices that samples, in their order.
+    /// Starts drawing the tokens of the newest step, which has masked rows: a mask for each of these, in their order. Every
+    /// mask is of the card's vocabulary and allows at least one token.
+    ///
+    /// # Errors
+    /// [`ModelError::Backend`] where that failed.
+    fn draw(&mut self, masks: &[TokenMask]) -> Result<(), ModelError>;
+
+    /// Waits for the oldest step in flight; returns what it drew and found.
     ///
     /// # Errors
     /// [`ModelError::Backend`] where the pass failed.
-    fn collect(&mut self) -> Result<Vec<TokenId>, ModelError>;
+    fn collect(&mut self) -> Result<StepOutput, ModelError>;
 
     /// While there is nothing else to do: a part, of seconds at most, of what makes later steps faster. False: nothing is
     /// left of it.

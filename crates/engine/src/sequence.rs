@@ -5,16 +5,27 @@
 //! (`ahead`). A prompt being read, a row being decoded and a row to be read again are the same thing with more or fewer
 //! tokens to go.
 
-use crate::{BlockId, Input, RowSampling, SequenceId, Slice, memory::Held, sessions::SessionKey};
+use crate::{
+    BlockId, DrawnToken, Input, RowSampling, Scoring, SequenceId, Slice,
+    grammar::{Matcher, MatcherError, TokenMask},
+    memory::Held,
+    sessions::SessionKey,
+};
 use std::time::{Duration, Instant};
 use types::{
-    BLOCK_TOKENS, ClientId, Finish, FinishReason, GenerateDraft, GenerateRequest, ModelCard, Priority,
-    RequestId, SamplingParams, TokenId, Usage,
+    BLOCK_TOKENS, ClientId, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, ModelCard,
+    Priority, RequestId, SamplingParams, TokenEvent, TokenId, TokenLogprobs, TokenReport, Usage, limits,
 };
 
 /// Output tokens for which an admitted sequence finds room: most answers end within them, while `max_tokens` is often as
 /// much as the context holds. A sequence that goes on and finds none left is read again later ([`Sequence::restart`]).
 const GROWTH_TOKENS: usize = 512;
+/// Tokens of a slice whose log-probabilities are asked for: each has logits of its own, which take half a megabyte with
+/// the largest vocabularies.
+const SCORED_TOKENS_MAX: usize = 128;
+
+// The first of a prompt comes with those that its first slice tells of.
+const _: () = assert!(SCORED_TOKENS_MAX < limits::LOGPROB_TOKENS_MAX);
 
 /// Blocks of KV that a request may come to: its whole prompt and output.
 pub(crate) fn most_blocks(request: &GenerateRequest) -> usize {
@@ -66,8 +77,18 @@ pub(crate) struct Sequence {
     cached: Option<u32>,
     max_tokens: u32,
     sampling: SamplingParams,
-    /// Tokens that end the text: the request's own and, unless ignored, the model's.
+    /// Tokens that end the text: the request's own and, unless ignored, the model's; these also where a grammar says when
+    /// it ends.
     ends: Vec<TokenId>,
+    /// Where its output is in its grammar; boxed, as most have none.
+    matcher: Option<Box<Matcher>>,
+    /// Output tokens before one that ends the text.
+    min_tokens: u32,
+    /// End a text only where its grammar leaves nothing else.
+    ignore_eos: bool,
+    report: TokenReport,
+    /// Tokens of the prompt that were told of, where asked for.
+    told: usize,
     emitted: Emitted,
 }
 
@@ -86,7 +107,7 @@ pub(crate) struct Drawn {
     /// Prompt tokens that a cache had, where the token is the first one drawn here.
     pub(crate) started: Option<u32>,
     /// Index and token to pass on; none where the text ended before it.
-    pub(crate) token: Option<(u32, TokenId)>,
+    pub(crate) token: Option<(u32, DrawnToken)>,
     pub(crate) end: Option<Finish>,
 }
 
@@ -95,22 +116,25 @@ pub(crate) struct Drawn {
 pub(crate) struct Submitted {
     pub(crate) id: SequenceId,
     epoch: u32,
+    start: usize,
     end: usize,
     pub(crate) samples: bool,
+    pub(crate) scores: bool,
 }
 
 impl Sequence {
-    /// `held`: nothing yet, of prompt and output.
+    /// `held`: nothing yet, of prompt and output. `matcher`: behind the output that came with the request.
     pub(crate) fn new(
         id: SequenceId,
         request: GenerateRequest,
         card: &ModelCard,
+        matcher: Option<Matcher>,
         held: Held,
         targets: Targets,
     ) -> Self {
         let draft = GenerateDraft::from(request);
         let mut ends = draft.stop_tokens;
-        if !draft.ignore_eos {
+        if !draft.ignore_eos || matcher.is_some() {
             ends.extend_from_slice(&card.eos_tokens);
         }
         let client = draft.service.client;
@@ -137,6 +161,11 @@ impl Sequence {
             max_tokens: draft.max_tokens,
             sampling: draft.sampling,
             ends,
+            matcher: matcher.map(Box::new),
+            min_tokens: draft.rules.min_tokens,
+            ignore_eos: draft.ignore_eos,
+            report: draft.report,
+            told: 0,
             emitted: Emitted::Never,
         }
     }
@@ -199,6 +228,11 @@ impl Sequence {
         self.total() - self.submitted
     }
 
+    /// Tokens of which its next slice may consist.
+    pub(crate) fn slice_tokens_max(&self) -> usize {
+        if self.report.prompt_logprobs.is_some() { SCORED_TOKENS_MAX } else { usize::MAX }
+    }
+
     /// Whether all it needs next is the token after its last one.
     pub(crate) fn decodes(&self) -> bool {
         self.pending() == 1 && self.output_tokens() > 0
@@ -251,7 +285,15 @@ impl Sequence {
     pub(crate) fn slice(&self, tokens: usize) -> Slice<'_> {
         let end = self.submitted + tokens;
         let (prompt, output) = self.tokens.split_at(self.prompt_tokens);
-        let sample = RowSampling { params: &self.sampling, position: self.output_tokens(), prompt, output };
+        let position = self.output_tokens();
+        let sample = RowSampling {
+            params: &self.sampling,
+            position,
+            prompt,
+            output,
+            masked: self.matcher.is_some() || position < self.min_tokens,
+            logprobs: self.report.logprobs,
+        };
         let input = match self.tokens.get(self.submitted..end) {
             Some(tokens) => Input::Tokens(tokens),
             None => Input::Drawn(self.ahead_index),
@@ -262,18 +304,63 @@ impl Sequence {
             start: self.submitted,
             input,
             sample: (end == self.total()).then_some(sample),
+            score: self.scoring(end),
         }
+    }
+
+    /// What its next slice, up to `end`, is to tell of the prompt.
+    fn scoring(&self, end: usize) -> Option<Scoring<'_>> {
+        let top = self.report.prompt_logprobs?;
+        let past = (end + 1).min(self.prompt_tokens);
+        let targets = self.tokens.get(self.submitted + 1..past).filter(|targets| !targets.is_empty())?;
+        (past > self.told).then_some(Scoring { targets, top })
     }
 
     /// Notes that such a slice was submitted; `drawn_index` is that of the next token that the step draws.
     pub(crate) fn submit(&mut self, tokens: usize, drawn_index: usize) -> Submitted {
+        let (start, scores) = (self.submitted, self.scoring(self.submitted + tokens).is_some());
         self.submitted += tokens;
         let samples = self.submitted == self.total();
         if samples {
             self.ahead += 1;
             self.ahead_index = drawn_index;
         }
-        Submitted { id: self.id, epoch: self.epoch, end: self.submitted, samples }
+        Submitted { id: self.id, epoch: self.epoch, start, end: self.submitted, samples, scores }
+    }
+
+    /// What may be drawn next, after all that is known.
+    pub(crate) fn mask(&mut self, vocab_size: u32) -> Result<TokenMask, MatcherError> {
+        let early = self.known_output() < self.min_tokens || self.ignore_eos;
+        let Some(matcher) = &mut self.matcher else {
+            let mut mask = TokenMask::all(vocab_size);
+            if early {
+                self.ends.iter().for_each(|&end| mask.forbid(end));
+            }
+            // Who ends a text with every token of the vocabulary has an answer of none.
+            return Ok(if mask.is_empty() { TokenMask::all(vocab_size) } else { mask });
+        };
+        let mut mask = matcher.mask()?;
+        if early {
+            let mut longer = mask.clone();
+            self.ends.iter().for_each(|&end| longer.forbid(end));
+            // A text that is complete ends, however short it is.
+            mask = if longer.is_empty() { mask } else { longer };
+        } else if matcher.may_end() {
+            self.ends.iter().for_each(|&end| mask.allow(end));
+        }
+        Ok(mask)
+    }
+
+    /// What to tell of the prompt's tokens, of which a slice brought so much.
+    pub(crate) fn tell(&mut self, part: &Submitted, scores: Vec<TokenLogprobs>) -> Option<TokenEvent> {
+        self.report.prompt_logprobs?;
+        let index = self.told as u32;
+        let first = if self.told == 0 { Some(None) } else { None };
+        // What is read again was told of before.
+        let known = self.told.saturating_sub(part.start + 1);
+        let logprobs: Vec<_> = first.into_iter().chain(scores.into_iter().skip(known).map(Some)).collect();
+        self.told += logprobs.len();
+        (!logprobs.is_empty()).then_some(TokenEvent::Prompt { index, logprobs })
     }
 
     /// Notes that a submitted slice has been computed; false where its KV was given up since.
@@ -286,7 +373,8 @@ impl Sequence {
     }
 
     /// Takes the token drawn after its last one.
-    pub(crate) fn draw(&mut self, token: TokenId) -> Drawn {
+    pub(crate) fn draw(&mut self, drawn: DrawnToken) -> Drawn {
+        let token = drawn.token;
         self.ahead -= 1;
         let index = self.known_output();
         let started = (index == self.given).then(|| self.cached.unwrap_or(0));
@@ -295,10 +383,19 @@ impl Sequence {
             end.usage.completion_tokens += 1;
             return Drawn { started: None, token: None, end: Some(end) };
         }
+        if let Some(Err(error)) = self.matcher.as_mut().map(|matcher| matcher.consume(token)) {
+            let failed = FinishReason::Failed(GenerateError::Engine { message: error.to_string() });
+            return Drawn { started: None, token: None, end: Some(self.finish(failed)) };
+        }
         self.tokens.push(token);
         self.emitted = Emitted::ThisStep;
-        let end = (self.known_output() == self.max_tokens).then(|| self.finish(FinishReason::Length));
-        Drawn { started, token: Some((index, token)), end }
+        let complete = self.matcher.as_ref().is_some_and(|matcher| matcher.is_complete());
+        let end = if complete {
+            Some(self.finish(FinishReason::Stop))
+        } else {
+            (self.known_output() == self.max_tokens).then(|| self.finish(FinishReason::Length))
+        };
+        Drawn { started, token: Some((index, drawn)), end }
     }
 
     /// Tells when the step that was just collected ended.

@@ -11,6 +11,7 @@ mod kernels;
 mod kv;
 mod layers;
 mod load;
+mod logprobs;
 mod models;
 mod native;
 mod passes;

@@ -37,6 +37,8 @@ const WARM_TOKENS_MAX: usize = 512;
 #[derive(Debug)]
 pub(crate) struct Passes {
     rows: Compiled,
+    /// The same up to the logits.
+    rows_undrawn: Compiled,
     runs: Option<RunPasses>,
     vocabulary: u32,
     /// Shapes that are sure to come and were not built yet.
@@ -49,6 +51,8 @@ struct RunPasses {
     tile: Tile,
     /// Beside rows, or drawing tokens of their own.
     beside_rows: Compiled,
+    /// The same up to the logits.
+    beside_rows_undrawn: Compiled,
     /// Parts of prompts and nothing else: no logits.
     alone: Compiled,
 }
@@ -57,25 +61,28 @@ impl Passes {
     pub(crate) fn new(family: &Rc<dyn Family>, kv: &KvPool, slots: usize, vocabulary: u32) -> Result<Self> {
         let dims = family.dims();
         let heads = Heads { queries: dims.heads, keys: dims.kv.heads, dim: dims.kv.head_dim };
-        let rows = {
+        let rows = |drawn: bool| {
             let (family, kv) = (Rc::clone(family), kv.clone());
-            Compiled::new(move |inputs| pass_of_rows(inputs, &*family, &kv))?
+            Compiled::new(move |inputs| pass_of_rows(inputs, drawn, &*family, &kv))
         };
+        let (rows, rows_undrawn) = (rows(true)?, rows(false)?);
         let runs = match kernels::tile(heads, dims.kv.dtype) {
             Some(tile) => {
-                let (of_rows, kv_of_rows) = (Rc::clone(family), kv.clone());
+                let beside_rows = |drawn: bool| {
+                    let (family, kv) = (Rc::clone(family), kv.clone());
+                    Compiled::new(move |inputs| pass_beside_rows(inputs, drawn, &*family, &kv, tile))
+                };
                 let (alone, kv_alone) = (Rc::clone(family), kv.clone());
                 Some(RunPasses {
                     tile,
-                    beside_rows: Compiled::new(move |inputs| {
-                        pass_beside_rows(inputs, &*of_rows, &kv_of_rows, tile)
-                    })?,
+                    beside_rows: beside_rows(true)?,
+                    beside_rows_undrawn: beside_rows(false)?,
                     alone: Compiled::new(move |inputs| pass_of_runs(inputs, &*alone, &kv_alone, tile))?,
                 })
             }
             None => None,
         };
-        let passes = Self { rows, runs, vocabulary, to_warm: RefCell::default() };
+        let passes = Self { rows, rows_undrawn, runs, vocabulary, to_warm: RefCell::default() };
         passes.to_warm.borrow_mut().extend(passes.expected(slots));
         Ok(passes)
     }
@@ -122,14 +129,16 @@ impl Passes {
     /// How many graphs were built.
     #[cfg(test)]
     pub(crate) fn traced(&self) -> u64 {
-        let runs = self.runs.as_ref().map_or(0, |runs| runs.beside_rows.traced() + runs.alone.traced());
-        self.rows.traced() + runs
+        let runs = self.runs.as_ref().map_or(0, |runs| {
+            runs.beside_rows.traced() + runs.beside_rows_undrawn.traced() + runs.alone.traced()
+        });
+        self.rows.traced() + self.rows_undrawn.traced() + runs
     }
 
     /// Where the step's tokens are in the pass to which it is filled up; none where there is no compiled pass for such steps.
     pub(crate) fn places(&self, ordered: &Ordered<'_>) -> Option<Places> {
         let singles = &ordered.slices[..ordered.singles];
-        if singles.iter().any(|slice| slice.sample.is_none()) {
+        if singles.iter().any(|slice| slice.sample.is_none()) || !ordered.scores.is_empty() {
             return None;
         }
         let blocks = block_bucket(ordered.blocks());
@@ -150,7 +159,8 @@ impl Passes {
         Some(Places { rows, tile, count: rows + tokens, blocks })
     }
 
-    /// Runs a pass over tokens that are where `placed` says; the drawn ones `[rows]`, if any.
+    /// Runs a pass over tokens that are where `placed` says; the drawn ones `[rows]`, if any, or the logits `[rows,
+    /// vocabulary]` of those that are drawn apart: the first ones are those that sample.
     pub(crate) fn run(
         &self,
         places: Places,
@@ -161,6 +171,7 @@ impl Passes {
     ) -> Result<Option<Array>> {
         let room = places.rows;
         let table = || rows_table(&ordered.slices[..ordered.singles], places.rows, places.blocks);
+        let apart = ordered.is_drawn_apart();
         let draws = || Draws::new(&ordered.sampling, &ordered.late, room, self.vocabulary);
         let outputs = match &self.runs {
             Some(passes) if places.rows == 0 => {
@@ -171,10 +182,16 @@ impl Passes {
                     ordered.wanted.iter().map(|&at| placed[at as usize] as i32).collect();
                 wanted.resize(room, 0);
                 let wanted = Array::from_slice(&wanted, &[room as i32]);
-                let (table, tiles, draws) = (table(), ordered.tiles_table(&places), draws());
-                let inputs = [&tokens, &table, &tiles, &wanted, &draws.rows, &draws.changes, &kv.fence];
-                passes.beside_rows.call(&inputs)?
+                let (table, tiles) = (table(), ordered.tiles_table(&places));
+                if apart {
+                    passes.beside_rows_undrawn.call(&[&tokens, &table, &tiles, &wanted, &kv.fence])?
+                } else {
+                    let draws = draws();
+                    let inputs = [&tokens, &table, &tiles, &wanted, &draws.rows, &draws.changes, &kv.fence];
+                    passes.beside_rows.call(&inputs)?
+                }
             }
+            _ if apart => self.rows_undrawn.call(&[&tokens, &table(), &kv.fence])?,
             _ => {
                 let (table, draws) = (table(), draws());
                 self.rows.call(&[&tokens, &table, &draws.rows, &draws.changes, &kv.fence])?
@@ -186,10 +203,12 @@ impl Passes {
     }
 }
 
-/// Tokens, tables, draws, changes and fence to fence and drawn tokens.
-fn pass_of_rows(inputs: &[Array], family: &dyn Family, kv: &KvPool) -> Result<Vec<Array>> {
-    let [tokens, table, rows, changes, fence] = inputs else {
-        return Err(Exception::custom(format!("{} inputs instead of 5", inputs.len())));
+/// Tokens, tables, draws and changes where they are drawn, and fence to fence and drawn tokens, or logits.
+fn pass_of_rows(inputs: &[Array], drawn: bool, family: &dyn Family, kv: &KvPool) -> Result<Vec<Array>> {
+    let (tokens, table, draws, fence) = match inputs {
+        [tokens, table, rows, changes, fence] if drawn => (tokens, table, Some((rows, changes)), fence),
+        [tokens, table, fence] if !drawn => (tokens, table, None, fence),
+        _ => return Err(Exception::custom(format!("{} inputs of a pass of rows", inputs.len()))),
     };
     let attention = Attention {
         path: Path::Kernel,
@@ -199,14 +218,24 @@ fn pass_of_rows(inputs: &[Array], family: &dyn Family, kv: &KvPool) -> Result<Ve
         short: None,
         targets: None,
     };
-    let draws = Draws { rows: rows.clone(), changes: changes.clone() };
-    pass(tokens, &attention, Wanted::All, &draws, family, kv.behind(fence))
+    pass(tokens, &attention, Wanted::All, draws, family, kv.behind(fence))
 }
 
-/// Tokens, tables of rows and of tiles, wanted rows, draws, changes and fence to fence and drawn tokens.
-fn pass_beside_rows(inputs: &[Array], family: &dyn Family, kv: &KvPool, tile: Tile) -> Result<Vec<Array>> {
-    let [tokens, table, tiles, wanted, rows, changes, fence] = inputs else {
-        return Err(Exception::custom(format!("{} inputs instead of 7", inputs.len())));
+/// Tokens, tables of rows and of tiles, wanted rows, draws and changes where they are drawn, and fence to fence and drawn
+/// tokens, or logits.
+fn pass_beside_rows(
+    inputs: &[Array],
+    drawn: bool,
+    family: &dyn Family,
+    kv: &KvPool,
+    tile: Tile,
+) -> Result<Vec<Array>> {
+    let (tokens, table, tiles, wanted, draws, fence) = match inputs {
+        [tokens, table, tiles, wanted, rows, changes, fence] if drawn => {
+            (tokens, table, tiles, wanted, Some((rows, changes)), fence)
+        }
+        [tokens, table, tiles, wanted, fence] if !drawn => (tokens, table, tiles, wanted, None, fence),
+        _ => return Err(Exception::custom(format!("{} inputs of a pass beside rows", inputs.len()))),
     };
     let count = table.dim(0);
     let attention = Attention {
@@ -217,8 +246,7 @@ fn pass_beside_rows(inputs: &[Array], family: &dyn Family, kv: &KvPool, tile: Ti
         short: Some(ShortRuns { tile, table: tiles.clone() }),
         targets: None,
     };
-    let draws = Draws { rows: rows.clone(), changes: changes.clone() };
-    pass(tokens, &attention, Wanted::At(wanted), &draws, family, kv.behind(fence))
+    pass(tokens, &attention, Wanted::At(wanted), draws, family, kv.behind(fence))
 }
 
 /// Tokens, tables of tiles and fence to fence.
@@ -248,13 +276,15 @@ fn pass(
     tokens: &Array,
     attention: &Attention,
     wanted: Wanted<'_>,
-    draws: &Draws,
+    draws: Option<(&Array, &Array)>,
     family: &dyn Family,
     mut kv: KvPool,
 ) -> Result<Vec<Array>> {
     let input = StepInput { tokens: tokens.clone(), positions: &[], attention, wanted };
     let logits = family.forward(&input, &mut kv)?.ok_or_else(|| Exception::custom("no logits"))?;
-    let drawn = sampler::draw_on_device(&logits, draws, tokens, Path::Kernel)?;
+    let Some((rows, changes)) = draws else { return Ok(vec![kv.fence, logits]) };
+    let draws = Draws { rows: rows.clone(), changes: changes.clone() };
+    let drawn = sampler::draw_on_device(&logits, &draws, tokens, Path::Kernel)?;
     Ok(vec![kv.fence, drawn])
 }
 

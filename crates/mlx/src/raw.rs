@@ -36,6 +36,20 @@ pub(crate) fn slice(array: &Array, start: &[i32], stop: &[i32]) -> Result<Array>
     })
 }
 
+/// Bit `at` of each word, 0 or 1; both are u32 and broadcast to each other.
+pub(crate) fn bits(words: &Array, at: &Array) -> Result<Array> {
+    let stream = Stream::thread_local_or_default();
+    let one = Array::from_slice(&[1_u32], &[1]);
+    let shifted = call("right_shift", words, |res| {
+        // SAFETY: `res` is a valid handle to be filled, the others are live.
+        unsafe { mlx_sys::mlx_right_shift(res, words.as_ptr(), at.as_ptr(), stream.as_ptr()) }
+    })?;
+    call("bitwise_and", &shifted, |res| {
+        // SAFETY: as above.
+        unsafe { mlx_sys::mlx_bitwise_and(res, shifted.as_ptr(), one.as_ptr(), stream.as_ptr()) }
+    })
+}
+
 /// `array` with `updates[i]` at `array[indices[0][i], .., indices[1][i], ..]`, the indices being along `axes`.
 /// `updates` is `[n]` followed by `array`'s shape with 1 along `axes`. In place where nothing else holds `array`'s
 /// buffer.

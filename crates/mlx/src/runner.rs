@@ -3,16 +3,22 @@
 //! Owns the KV of all blocks and the steps in flight. A pass is one over the tokens of all slices: first those of rows
 //! that append a single token, then those of longer runs. On a GPU passes of rows, and of rows beside short runs, are
 //! compiled ones ([`crate::passes`]).
+//!
+//! Where rows wait for masks, or more is told of tokens than which they are, a pass ends at the logits and its tokens are
+//! drawn in a graph of their own, at once or with [`Model::draw`].
 
 use crate::{
     kv::{KvPool, backend},
     layers::{Path, Wanted},
+    logprobs::{self, Logprobs},
     models::{Family, StepInput},
     passes::Passes,
     sampler::{self, Draws},
     step::Ordered,
 };
-use engine::{Input, Model, ModelError, ModelLimits, RowSampling, Slice};
+use engine::{
+    DrawnToken, Input, Model, ModelError, ModelLimits, RowSampling, Slice, StepOutput, grammar::TokenMask,
+};
 use mlx_rs::{
     Array,
     error::Result,
@@ -20,7 +26,7 @@ use mlx_rs::{
     transforms::{async_eval, eval},
 };
 use std::{collections::VecDeque, rc::Rc};
-use types::{ModelCard, TokenId};
+use types::{ModelCard, SamplingParams, TokenId};
 
 /// A loaded model.
 #[derive(Debug)]
@@ -35,12 +41,48 @@ pub(crate) struct Runner {
 }
 
 /// A step in flight.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Flight {
-    /// Drawn tokens as i32; none where no slice samples.
+    /// Drawn tokens as i32; none where no slice samples, and before they are drawn.
     tokens: Option<Array>,
     /// For each slice that samples, in the engine's order, where its token is among them.
     order: Vec<usize>,
+    /// What its tokens are drawn from.
+    undrawn: Option<Undrawn>,
+    /// Of drawn tokens: where they are among these, and how many alternatives are told.
+    told: Vec<(usize, u32)>,
+    of_drawn: Option<Logprobs>,
+    /// Of slices that tell of their prompts: tokens and alternatives.
+    scored: Vec<(usize, u32)>,
+    of_prompts: Option<Logprobs>,
+}
+
+/// What tokens are drawn from.
+#[derive(Debug)]
+struct Undrawn {
+    /// `[rows, vocabulary]`: those of the rows, and perhaps more that fill up.
+    logits: Array,
+    how: How,
+    /// For each row that waits for a mask, in the engine's order, which it is.
+    masked: Vec<usize>,
+}
+
+/// How rows are drawn.
+#[derive(Debug)]
+enum How {
+    /// By our own operations, with the step's tokens, of which some may be rows' last.
+    OnDevice { draws: Draws, tokens: Array },
+    /// In MLX's operations.
+    Pure(Vec<OwnedRow>),
+}
+
+/// [`RowSampling`] that outlives its step's submission.
+#[derive(Debug)]
+struct OwnedRow {
+    params: SamplingParams,
+    position: u32,
+    prompt: Vec<TokenId>,
+    output: Vec<TokenId>,
 }
 
 impl Runner {
@@ -70,11 +112,12 @@ impl Runner {
         if self.path == Path::Pure {
             return self.forward_pure(&ordered);
         }
+        let apart = ordered.is_drawn_apart();
         let places = self.passes.as_ref().and_then(|passes| passes.places(&ordered));
-        let drawn = if let (Some(passes), Some(places)) = (&self.passes, places) {
+        let (out, tokens) = if let (Some(passes), Some(places)) = (&self.passes, places) {
             let placed = ordered.placed(&places);
             let tokens = self.tokens(&ordered, &placed, places.count)?;
-            passes.run(places, &ordered, &placed, tokens, &mut self.kv)?
+            (passes.run(places, &ordered, &placed, tokens.clone(), &mut self.kv)?, tokens)
         } else {
             let count = ordered.slices.iter().map(|slice| slice.input.count()).sum();
             let tokens = self.tokens(&ordered, &(0..count).collect::<Vec<_>>(), count)?;
@@ -89,11 +132,93 @@ impl Runner {
                 let draws = Draws::new(&ordered.sampling, &ordered.late, count, self.card.vocab_size);
                 sampler::draw_on_device(&logits, &draws, &tokens, self.path)
             };
-            logits.map(draw).transpose()?
+            let out = if apart { logits } else { logits.map(draw).transpose()? };
+            (out, tokens)
         };
         let pending = std::mem::take(&mut self.kv.pending);
-        async_eval(drawn.iter().chain(&pending).chain([&self.kv.fence]))?;
-        Ok(Flight { tokens: drawn, order: ordered.order })
+        async_eval(out.iter().chain(&pending).chain([&self.kv.fence]))?;
+        if !apart {
+            return Ok(Flight { tokens: out, order: ordered.order, ..Flight::default() });
+        }
+        let late = ordered.late.clone();
+        self.apart(&ordered, out, |count| How::OnDevice {
+            // Where a pass was compiled, its logits' rows are filled up.
+            draws: Draws::new(&ordered.sampling, &late, count, self.card.vocab_size),
+            tokens,
+        })
+    }
+
+    /// A step whose tokens are drawn from `logits` of all wanted rows, and what it tells of prompts.
+    fn apart(
+        &self,
+        ordered: &Ordered<'_>,
+        logits: Option<Array>,
+        how: impl FnOnce(usize) -> How,
+    ) -> Result<Flight> {
+        let mut flight = Flight { order: ordered.order.clone(), ..Flight::default() };
+        let Some(logits) = logits else { return Ok(flight) };
+        if !ordered.scores.is_empty() {
+            let rows: Vec<i32> = ordered
+                .scores
+                .iter()
+                .flat_map(|score| score.first..score.first + score.targets.len())
+                .map(|row| row as i32)
+                .collect();
+            let targets = ordered.scores.iter().flat_map(|score| score.targets);
+            let targets: Vec<i32> = targets.map(|&token| token as i32).collect();
+            let targets = Array::from_slice(&targets, &[rows.len() as i32]);
+            let top = ordered.scores.iter().map(|score| score.top).max().unwrap_or(0);
+            let told = Logprobs::new(&Wanted::Rows(&rows).of(&logits)?, &targets, top)?;
+            async_eval(told.arrays())?;
+            flight.of_prompts = Some(told);
+            flight.scored = ordered.scores.iter().map(|score| (score.targets.len(), score.top)).collect();
+        }
+        if ordered.sampling.is_empty() {
+            return Ok(flight);
+        }
+        let in_order = || ordered.order.iter().map(|&at| (at, &ordered.sampling[at]));
+        flight.told = in_order().filter_map(|(at, row)| row.logprobs.map(|top| (at, top))).collect();
+        let logits =
+            if ordered.scores.is_empty() { logits } else { Wanted::Rows(&ordered.sampled).of(&logits)? };
+        let masked: Vec<usize> = in_order().filter(|(_, row)| row.masked).map(|(at, _)| at).collect();
+        let how = how(logits.dim(0) as usize);
+        flight.undrawn = Some(Undrawn { logits, how, masked });
+        if flight.undrawn.as_ref().is_some_and(|undrawn| undrawn.masked.is_empty()) {
+            self.draw_apart(&mut flight, &[])?;
+        }
+        Ok(flight)
+    }
+
+    /// Draws the tokens of a step that waits for it.
+    fn draw_apart(&self, flight: &mut Flight, masks: &[TokenMask]) -> Result<()> {
+        let Some(Undrawn { logits, how, masked }) = flight.undrawn.take() else { return Ok(()) };
+        let mut of_rows = vec![None; logits.dim(0) as usize];
+        masked.iter().zip(masks).for_each(|(&row, mask)| of_rows[row] = Some(mask));
+        let allowed = match masked.is_empty() {
+            false => logprobs::masked(&logits, &of_rows)?,
+            // A GPU draws in place, and there is more to tell of these.
+            true => logits.add(Array::from_f32(0.0).as_dtype(logits.dtype())?)?,
+        };
+        let tokens = match &how {
+            How::OnDevice { draws, tokens } => sampler::draw_on_device(&allowed, draws, tokens, self.path)?,
+            How::Pure(rows) => {
+                let sampling: Vec<_> = rows
+                    .iter()
+                    .map(|row| RowSampling::plain(&row.params, row.position, &row.prompt, &row.output))
+                    .collect();
+                let drawn = sampler::sample(&allowed, &sampling)?;
+                let drawn: Vec<i32> = drawn.into_iter().map(|token| token as i32).collect();
+                Array::from_slice(&drawn, &[drawn.len() as i32])
+            }
+        };
+        if let Some(top) = flight.told.iter().map(|told| told.1).max() {
+            let rows: Vec<i32> = flight.told.iter().map(|told| told.0 as i32).collect();
+            let rows = Wanted::Rows(&rows);
+            flight.of_drawn = Some(Logprobs::new(&rows.of(&logits)?, &rows.of(&tokens)?, top)?);
+        }
+        async_eval(flight.of_drawn.iter().flat_map(Logprobs::arrays).chain([&tokens]))?;
+        flight.tokens = Some(tokens);
+        Ok(())
     }
 
     /// The step in MLX's operations, which write in place only what nothing else holds: everything is evaluated.
@@ -127,6 +252,16 @@ impl Runner {
         let input = StepInput { tokens, positions: &positions, attention: &attention, wanted };
         let logits = self.family.forward(&input, &mut self.kv)?;
         eval(self.kv.arrays().chain(&logits))?;
+        if ordered.is_drawn_apart() {
+            let rows = ordered.sampling.iter().zip(outputs).map(|(row, output)| OwnedRow {
+                params: row.params.clone(),
+                position: row.position,
+                prompt: row.prompt.to_vec(),
+                output,
+            });
+            let rows = rows.collect();
+            return self.apart(ordered, logits, |_| How::Pure(rows));
+        }
         let sampling = ordered.sampling.iter().zip(&outputs);
         let sampling: Vec<_> = sampling.map(|(row, output)| RowSampling { output, ..*row }).collect();
         let drawn = match logits {
@@ -137,7 +272,7 @@ impl Runner {
             }
             None => None,
         };
-        Ok(Flight { tokens: drawn, order: ordered.order.clone() })
+        Ok(Flight { tokens: drawn, order: ordered.order.clone(), ..Flight::default() })
     }
 
     /// The step's tokens as i32, on the device where the host does not know them yet: the i-th at `placed[i]` of
@@ -200,17 +335,31 @@ impl Model for Runner {
         Ok(())
     }
 
-    fn collect(&mut self) -> std::result::Result<Vec<TokenId>, ModelError> {
+    fn draw(&mut self, masks: &[TokenMask]) -> std::result::Result<(), ModelError> {
+        let Some(mut flight) = self.flights.pop_back() else {
+            return Err(ModelError::Backend("no step waits for masks".to_owned()));
+        };
+        let waiting = flight.undrawn.as_ref().map_or(0, |undrawn| undrawn.masked.len());
+        if waiting != masks.len() {
+            return Err(ModelError::Backend(format!("{} masks for {waiting} rows", masks.len())));
+        }
+        self.draw_apart(&mut flight, masks).map_err(backend)?;
+        self.flights.push_back(flight);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> std::result::Result<StepOutput, ModelError> {
         let Some(flight) = self.flights.pop_front() else {
             return Err(ModelError::Backend("no step is in flight".to_owned()));
         };
-        let Some(tokens) = flight.tokens else {
+        if flight.undrawn.is_some() {
+            return Err(ModelError::Backend("a step is collected before it was drawn".to_owned()));
+        }
+        if flight.tokens.is_none() {
             // Nothing to read; but what follows must not run ahead without bound.
             eval([&self.kv.fence]).map_err(backend)?;
-            return Ok(Vec::new());
-        };
-        let drawn = known(&tokens).map_err(backend)?;
-        Ok(flight.order.into_iter().map(|at| drawn[at]).collect())
+        }
+        flight.read().map_err(backend)
     }
 
     fn prepare(&mut self) -> std::result::Result<bool, ModelError> {
@@ -218,6 +367,29 @@ impl Model for Runner {
             Some(passes) => passes.warm(&mut self.kv).map_err(backend),
             None => Ok(false),
         }
+    }
+}
+
+impl Flight {
+    /// What the step brought, on the host.
+    fn read(&self) -> Result<StepOutput> {
+        let tokens = self.tokens.as_ref().map(known).transpose()?.unwrap_or_default();
+        let mut drawn: Vec<DrawnToken> =
+            self.order.iter().map(|&at| DrawnToken { token: tokens[at], logprobs: None }).collect();
+        if let Some(told) = &self.of_drawn {
+            // Both are in the engine's order.
+            let asked = drawn.iter_mut().zip(&self.order);
+            let asked = asked.filter(|(_, at)| self.told.iter().any(|(told, _)| told == *at));
+            let told = told.read(self.told.iter().map(|told| told.1))?;
+            asked.zip(told).for_each(|((drawn, _), told)| drawn.logprobs = Some(told));
+        }
+        let mut scores = Vec::with_capacity(self.scored.len());
+        if let Some(told) = &self.of_prompts {
+            let tops = self.scored.iter().flat_map(|&(count, top)| std::iter::repeat_n(top, count));
+            let mut told = told.read(tops)?.into_iter();
+            scores.extend(self.scored.iter().map(|&(count, _)| told.by_ref().take(count).collect()));
+        }
+        Ok(StepOutput { drawn, scores })
     }
 }
 

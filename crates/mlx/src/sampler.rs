@@ -297,12 +297,7 @@ mod tests {
         let logits = Array::from_slice(&flat, &[rows.len() as i32, VOCABULARY as i32]);
         let sampling: Vec<_> = rows
             .iter()
-            .map(|(_, params, position)| RowSampling {
-                params,
-                position: *position,
-                prompt: &[1, 2],
-                output: &[3, 3],
-            })
+            .map(|(_, params, position)| RowSampling::plain(params, *position, &[1, 2], &[3, 3]))
             .collect();
         sample(&logits, &sampling).unwrap()
     }

@@ -8,13 +8,14 @@ use crate::{
     kernels::{self, Tile},
     kv::{KvPool, KvShape},
     layers::{Path, swiglu_of_parts},
+    logprobs,
     models::{Heads, Spec},
     products::{self, Around, Weights},
     rope::{Rope, Waves},
     sampler::{self, Draws},
     step::{Ordered, Places},
 };
-use engine::{BlockId, Input, RowSampling, SequenceId, Slice};
+use engine::{BlockId, Input, RowSampling, SequenceId, Slice, grammar::TokenMask};
 use mlx_rs::{
     Array, Dtype,
     error::Result,
@@ -190,6 +191,7 @@ fn attended(path: Path, dtype: Dtype, heads: Heads, look: &Look, tile: Option<Ti
                 start,
                 input: Input::Tokens(&tokens[..count]),
                 sample: None,
+                score: None,
             })
             .collect();
         let ordered = Ordered::new(&slices);
@@ -233,7 +235,7 @@ fn attended(path: Path, dtype: Dtype, heads: Heads, look: &Look, tile: Option<Ti
     Ok(outputs)
 }
 
-/// Tokens drawn in many ways from the same logits.
+/// Tokens drawn in many ways from the same logits: from all, from some, and from one.
 fn drawn(path: Path) -> Result<Vec<TokenId>> {
     let draft = |change: &dyn Fn(&mut SamplingDraft)| {
         let mut draft = SamplingDraft { seed: 5, ..SamplingDraft::default() };
@@ -263,27 +265,32 @@ fn drawn(path: Path) -> Result<Vec<TokenId>> {
     let sampling: Vec<_> = kinds
         .iter()
         .zip(&outputs)
-        .map(|(params, output)| RowSampling {
-            params,
-            position: 3,
-            prompt: &[1, 2],
-            output: &output[..known],
+        .map(|(params, output)| RowSampling::plain(params, 3, &[1, 2], &output[..known]))
+        .collect();
+    let masks: Vec<TokenMask> = (0..kinds.len() as u32)
+        .map(|row| {
+            let mut mask = TokenMask::none(VOCABULARY as u32);
+            let each = if row == 1 { VOCABULARY as usize } else { 37 };
+            (row..VOCABULARY as u32).step_by(each).for_each(|token| mask.allow(token));
+            mask
         })
         .collect();
+    let masks: Vec<_> = masks.iter().map(Some).collect();
+    let allowed = logprobs::masked(&logits, &masks)?;
     if path == Path::Pure {
-        return sampler::sample(&logits, &sampling);
+        return Ok([sampler::sample(&logits, &sampling)?, sampler::sample(&allowed, &sampling)?].concat());
     }
     let indexes: Vec<Option<usize>> = (0..kinds.len()).map(Some).collect();
     let draws = Draws::new(&sampling, &indexes, kinds.len(), VOCABULARY as u32);
     let late: Vec<i32> = late.into_iter().map(|token| token as i32).collect();
-    let tokens = sampler::draw_on_device(
-        &logits.add(Array::from_f32(0.0))?,
-        &draws,
-        &Array::from_slice(&late, &[rows]),
-        path,
-    )?;
-    tokens.eval()?;
-    Ok(tokens.as_slice::<i32>().iter().map(|&token| token as TokenId).collect())
+    let late = Array::from_slice(&late, &[rows]);
+    let mut drawn = Vec::new();
+    for logits in [logits.add(Array::from_f32(0.0))?, allowed] {
+        let tokens = sampler::draw_on_device(&logits, &draws, &late, path)?;
+        tokens.eval()?;
+        drawn.extend(tokens.as_slice::<i32>().iter().map(|&token| token as TokenId));
+    }
+    Ok(drawn)
 }
 
 #[cfg(test)]

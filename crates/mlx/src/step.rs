@@ -8,7 +8,7 @@ use crate::{
 };
 use engine::{BlockId, Input, RowSampling, Slice};
 use mlx_rs::Array;
-use types::BLOCK_TOKENS;
+use types::{BLOCK_TOKENS, TokenId};
 
 /// Blocks of a row in compiled passes: this many tokens, doubled as often as needed.
 pub(crate) const BLOCK_BUCKET: usize = 256 / BLOCK_TOKENS;
@@ -19,12 +19,27 @@ pub(crate) struct Ordered<'a> {
     /// Slices of one token, then longer ones.
     pub(crate) slices: Vec<&'a Slice<'a>>,
     pub(crate) singles: usize,
-    /// Of the slices that sample: the last token's row in the step, and how to draw.
+    /// Rows of the step whose logits are wanted: of the slices that sample the last token's, and all that are to be told
+    /// of.
     pub(crate) wanted: Vec<i32>,
+    /// Of the slices that sample: which of these, and how to draw.
+    pub(crate) sampled: Vec<i32>,
     pub(crate) sampling: Vec<RowSampling<'a>>,
+    /// Of the slices that tell of their prompt, in the engine's order.
+    pub(crate) scores: Vec<Score<'a>>,
     /// For each of them the row of its own token where that is being drawn.
     pub(crate) late: Vec<Option<usize>>,
+    /// For each slice that samples, in the engine's order, where it is among them.
     pub(crate) order: Vec<usize>,
+}
+
+/// What a slice tells of its prompt.
+#[derive(Debug)]
+pub(crate) struct Score<'a> {
+    /// Its first among the wanted rows: one for each target.
+    pub(crate) first: usize,
+    pub(crate) targets: &'a [TokenId],
+    pub(crate) top: u32,
 }
 
 impl<'a> Ordered<'a> {
@@ -34,14 +49,23 @@ impl<'a> Ordered<'a> {
         // A stable sort: single tokens first, everything else as it came.
         indexes.sort_by_key(|&index| !single(&slices[index]));
         let singles = slices.iter().filter(|slice| single(slice)).count();
-        let (mut wanted, mut sampling, mut late, mut computed) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut wanted, mut sampled, mut sampling, mut late, mut computed) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut scores = Vec::new();
         let mut row = 0;
         for &index in &indexes {
             let slice = &slices[index];
+            if let Some(score) = slice.score {
+                let score = Score { first: wanted.len(), targets: score.targets, top: score.top };
+                wanted.extend((row..row + score.targets.len()).map(|row| row as i32));
+                scores.push((index, score));
+            }
             row += slice.input.count();
             if let Some(sample) = slice.sample {
-                wanted.push(row as i32 - 1);
+                if wanted.last() != Some(&(row as i32 - 1)) {
+                    wanted.push(row as i32 - 1);
+                }
+                sampled.push(wanted.len() as i32 - 1);
                 sampling.push(sample);
                 late.push(matches!(slice.input, Input::Drawn(_)).then_some(row - 1));
                 computed.push(index);
@@ -49,8 +73,17 @@ impl<'a> Ordered<'a> {
         }
         let mut order: Vec<usize> = (0..computed.len()).collect();
         order.sort_by_key(|&at| computed[at]);
+        scores.sort_by_key(|(index, _)| *index);
+        let scores = scores.into_iter().map(|(_, score)| score).collect();
         let slices = indexes.into_iter().map(|index| &slices[index]).collect();
-        Self { slices, singles, wanted, sampling, late, order }
+        Self { slices, singles, wanted, sampled, sampling, scores, late, order }
+    }
+
+    /// Whether its tokens are drawn from logits of their own, apart from the pass: they wait for masks, or more is told
+    /// than which they are.
+    pub(crate) fn is_drawn_apart(&self) -> bool {
+        let apart = |row: &RowSampling<'_>| row.masked || row.logprobs.is_some();
+        !self.scores.is_empty() || self.sampling.iter().any(apart)
     }
 
     pub(crate) fn runs(&self) -> &[&'a Slice<'a>] {

@@ -71,12 +71,8 @@ fn decode(model: &mut dyn Model, from: usize, count: usize) {
                 blocks: &blocks[row],
                 start: from + at,
                 input: if at == 0 { Input::Tokens(&[7]) } else { Input::Drawn(row) },
-                sample: Some(RowSampling {
-                    params: &params,
-                    position: (from + at) as u32,
-                    prompt: &[7],
-                    output: &[],
-                }),
+                sample: Some(RowSampling::plain(&params, (from + at) as u32, &[7], &[])),
+                score: None,
             })
             .collect();
         model.submit(&slices).unwrap();

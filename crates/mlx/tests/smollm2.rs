@@ -90,16 +90,18 @@ fn step(model: &mut dyn Model, rows: &mut [&mut Row], most: usize) {
             blocks: &row.blocks,
             start: row.done,
             input: Input::Tokens(tokens),
-            sample: last.then_some(RowSampling {
-                params: &row.params,
-                position: row.output.len() as u32,
-                prompt: &row.prompt,
-                output: &row.output,
-            }),
+            sample: last.then_some(RowSampling::plain(
+                &row.params,
+                row.output.len() as u32,
+                &row.prompt,
+                &row.output,
+            )),
+            score: None,
         })
         .collect();
     model.submit(&slices).unwrap();
-    let mut tokens = model.collect().unwrap().into_iter();
+    let output = model.collect().unwrap();
+    let mut tokens = output.tokens();
     drop(slices);
     for (row, (appended, last)) in rows.iter_mut().zip(&pending) {
         row.done += appended.len();
@@ -268,12 +270,13 @@ fn one_step_ahead_draws_the_same() {
                     blocks: &row.blocks,
                     start: row.done,
                     input: drawn.map_or(Input::Tokens(known), Input::Drawn),
-                    sample: Some(RowSampling {
-                        params: &row.params,
-                        position: (row.output.len() + ahead) as u32,
-                        prompt: &row.prompt,
-                        output: &row.output,
-                    }),
+                    sample: Some(RowSampling::plain(
+                        &row.params,
+                        (row.output.len() + ahead) as u32,
+                        &row.prompt,
+                        &row.output,
+                    )),
+                    score: None,
                 }
             })
             .collect();
@@ -286,7 +289,7 @@ fn one_step_ahead_draws_the_same() {
         }
         let before = std::mem::replace(&mut flying, submitted.iter().map(|row| row.0).collect());
         if !before.is_empty() {
-            for (id, token) in before.iter().zip(model.collect().unwrap()) {
+            for (id, token) in before.iter().zip(model.collect().unwrap().tokens()) {
                 rows.iter_mut().find(|row| row.sequence.0 == *id).unwrap().output.push(token);
             }
         }

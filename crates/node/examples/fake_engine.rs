@@ -8,7 +8,7 @@
     reason = "a program, which shows that printing does no harm"
 )]
 
-use engine::{EngineSettings, Input, Model, ModelError, ModelLimits, Slice};
+use engine::{EngineSettings, Input, Model, ModelError, ModelLimits, Slice, StepOutput, grammar::TokenMask};
 use node::engine_process::{self, LoadedModel};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -56,7 +56,11 @@ impl Model for PacedModel {
         self.model.submit(slices)
     }
 
-    fn collect(&mut self) -> Result<Vec<TokenId>, ModelError> {
+    fn draw(&mut self, masks: &[TokenMask]) -> Result<(), ModelError> {
+        self.model.draw(masks)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ModelError> {
         self.catch_up();
         let drawn = self.model.collect();
         std::thread::sleep(self.clock.now().saturating_duration_since(Instant::now()));

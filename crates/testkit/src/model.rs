@@ -1,7 +1,10 @@
 //! [`FakeModel`]: a model whose text is a hash, whose seconds are virtual, and which panics when its contract is broken.
 
 use crate::VirtualClock;
-use engine::{BlockId, Input, Model, ModelError, ModelLimits, SequenceId, Slice};
+use engine::{
+    BlockId, DrawnToken, Input, Model, ModelError, ModelLimits, RowSampling, SequenceId, Slice, StepOutput,
+    grammar::{Matcher, TokenMask, Vocabulary},
+};
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     ops::RangeInclusive,
@@ -10,6 +13,7 @@ use std::{
 };
 use types::{
     AssetsHash, BLOCK_TOKENS, BlockHash, FinishReason, GenerateRequest, ModelCard, SamplingParams, TokenId,
+    TokenLogprobs,
 };
 
 /// The token that ends a [`FakeModel`]'s text.
@@ -108,6 +112,10 @@ impl Default for FakeSettings {
 pub struct Output {
     /// The tokens that come out.
     pub tokens: Vec<TokenId>,
+    /// Of the tokens drawn here, where asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+    /// Of the prompt's tokens, where asked for.
+    pub prompt: Vec<Option<TokenLogprobs>>,
     /// How it ends.
     pub reason: FinishReason,
     /// Tokens drawn, with the one that ended the text.
@@ -118,18 +126,89 @@ impl FakeSettings {
     /// What a request must give, whatever runs beside it, as long as nothing is cancelled or fails; with the part of the
     /// answer that it brought.
     pub fn output(&self, request: &GenerateRequest) -> Output {
+        self.output_under(request, None)
+    }
+
+    /// The same under the request's grammar, compiled for [`FakeSettings::vocabulary`].
+    ///
+    /// # Panics
+    /// Where the answer that the request brought is not in the grammar, or the grammar allows nothing.
+    pub fn output_under(&self, request: &GenerateRequest, mut matcher: Option<Matcher>) -> Output {
         let text = self.text(&request.prompt, &request.sampling);
-        let mut tokens = request.output.clone();
-        while (tokens.len() as u32) < request.max_tokens {
-            let token = text.token(tokens.len() as u32);
-            if (token == EOS && !request.ignore_eos) || request.stop_tokens.contains(&token) {
-                let completion_tokens = tokens.len() as u32 + 1;
-                return Output { tokens, reason: FinishReason::Stop, completion_tokens };
+        let ends = |token: TokenId| {
+            (token == EOS && (!request.ignore_eos || request.rules.grammar.is_some()))
+                || request.stop_tokens.contains(&token)
+        };
+        let mut output = Output {
+            tokens: request.output.clone(),
+            logprobs: Vec::new(),
+            prompt: self.prompt_logprobs(request),
+            reason: FinishReason::Length,
+            completion_tokens: 0,
+        };
+        if let Some(matcher) = &mut matcher {
+            output.tokens.iter().for_each(|&token| matcher.consume(token).expect("in the grammar"));
+            if matcher.is_complete() {
+                output.prompt.clear();
             }
-            tokens.push(token);
         }
-        let completion_tokens = tokens.len() as u32;
-        Output { tokens, reason: FinishReason::Length, completion_tokens }
+        while (output.tokens.len() as u32) < request.max_tokens {
+            if matcher.as_ref().is_some_and(Matcher::is_complete) {
+                output.reason = FinishReason::Stop;
+                break;
+            }
+            let position = output.tokens.len() as u32;
+            let early = position < request.rules.min_tokens;
+            let mut mask = TokenMask::all(self.vocab_size);
+            if let Some(matcher) = &mut matcher {
+                mask = matcher.mask().expect("something may follow");
+                if matcher.may_end() {
+                    (0..self.vocab_size).filter(|&token| ends(token)).for_each(|token| mask.allow(token));
+                }
+            }
+            if early || (request.ignore_eos && matcher.is_some()) {
+                let mut longer = mask.clone();
+                (0..self.vocab_size).filter(|&token| ends(token)).for_each(|token| longer.forbid(token));
+                mask = if longer.is_empty() { mask } else { longer };
+            }
+            let token = first_allowed(text.token(position), &mask);
+            if ends(token) {
+                output.reason = FinishReason::Stop;
+                output.completion_tokens = position + 1;
+                return output;
+            }
+            output.tokens.push(token);
+            output.logprobs.extend(request.report.logprobs.map(|top| text.logprobs(position, token, top)));
+            if let Some(matcher) = &mut matcher {
+                matcher.consume(token).expect("allowed");
+            }
+        }
+        if matcher.as_ref().is_some_and(Matcher::is_complete) {
+            output.reason = FinishReason::Stop;
+        }
+        output.completion_tokens = output.tokens.len() as u32;
+        output
+    }
+
+    fn prompt_logprobs(&self, request: &GenerateRequest) -> Vec<Option<TokenLogprobs>> {
+        let Some(top) = request.report.prompt_logprobs else { return Vec::new() };
+        let told =
+            |(at, &token): (usize, &TokenId)| (at > 0).then(|| scored(self.vocab_size, at, token, top));
+        request.prompt.iter().enumerate().map(told).collect()
+    }
+
+    /// What its tokens stand for: 1 to 256 for a byte each, the others for two characters of JSON's and letters.
+    pub fn vocabulary(&self) -> Vocabulary {
+        const CHARS: &[u8] = b"{}[]\":, 0123456789abcdefghijklmnopqrstuvwxyz";
+        let word = |token: u32| match token {
+            EOS => Vec::new(),
+            1..=256 => vec![(token - 1) as u8],
+            _ => {
+                let pair = (token - 257) as usize;
+                vec![CHARS[pair / CHARS.len() % CHARS.len()], CHARS[pair % CHARS.len()]]
+            }
+        };
+        Vocabulary::new((0..self.vocab_size).map(word).collect(), vec![EOS])
     }
 
     fn text(&self, prompt: &[TokenId], sampling: &SamplingParams) -> Text {
@@ -143,6 +222,7 @@ impl FakeSettings {
 }
 
 /// A text that depends on prompt and seed.
+#[derive(Debug)]
 struct Text {
     key: u64,
     eos_at: Option<u32>,
@@ -156,6 +236,30 @@ impl Text {
         }
         1 + (mix(self.key ^ mix(u64::from(position))) % u64::from(self.vocab_size - 1)) as TokenId
     }
+
+    fn logprobs(&self, position: u32, token: TokenId, top: u32) -> TokenLogprobs {
+        probable(mix(self.key ^ mix(u64::from(position) << 32)), token, top, self.vocab_size)
+    }
+}
+
+/// Made up, of a token at a place.
+fn probable(key: u64, token: TokenId, top: u32, vocab_size: u32) -> TokenLogprobs {
+    let of = |rank: u32| -(rank as f32) - (key % 1000) as f32 / 1000.0;
+    let top = (0..top).map(|rank| (((key % 7919) as u32 + rank) % vocab_size, of(rank))).collect();
+    TokenLogprobs { logprob: of((mix(key ^ u64::from(token)) % 50) as u32), top }
+}
+
+/// Of a prompt's token at a position.
+fn scored(vocab_size: u32, position: usize, token: TokenId, top: u32) -> TokenLogprobs {
+    probable(mix(position as u64 ^ 0x5c0_4e5), token, top, vocab_size)
+}
+
+/// The token that a text has next, or else the next one that may be drawn; the end only where that is meant, or all.
+fn first_allowed(token: TokenId, mask: &TokenMask) -> TokenId {
+    let size = mask.vocab_size();
+    let mut from = (0..size).map(|step| (token + step) % size);
+    let other = from.find(|&next| mask.allows(next) && (next == token || next != EOS));
+    other.or_else(|| mask.allows(EOS).then_some(EOS)).expect("a mask allows a token")
 }
 
 /// A failure to inject.
@@ -220,8 +324,27 @@ type Cell = Option<(usize, TokenId)>;
 #[derive(Debug)]
 struct Flight {
     /// What the step draws; none where the backend is lost on the way.
-    drawn: Option<Vec<TokenId>>,
+    output: Option<StepOutput>,
+    /// Rows that wait for a mask: index among those drawn, their text, position and what is to be told.
+    masked: Vec<(usize, Row)>,
     end: Instant,
+}
+
+/// A row that draws.
+#[derive(Debug)]
+struct Row {
+    text: Text,
+    position: u32,
+    logprobs: Option<u32>,
+    masked: bool,
+}
+
+impl Row {
+    fn draw(&self, mask: &TokenMask) -> DrawnToken {
+        let token = first_allowed(self.text.token(self.position), mask);
+        let told = self.logprobs.map(|top| self.text.logprobs(self.position, token, top));
+        DrawnToken { token, logprobs: told }
+    }
 }
 
 /// A model without weights. Its text depends on prompt and seed only; see [`FakeSettings::output`].
@@ -278,7 +401,7 @@ impl FakeModel {
                     panic!("{:?} goes on from a step that was collected already", slice.sequence)
                 });
                 // A lost step draws nothing that anybody will see.
-                vec![before.drawn.as_ref().map_or(EOS, |drawn| drawn[index])]
+                vec![before.output.as_ref().map_or(EOS, |output| output.drawn[index].token)]
             }
         }
     }
@@ -303,8 +426,8 @@ impl FakeModel {
         written
     }
 
-    /// The token after what is in the KV of a slice that appended `tokens`.
-    fn draw(&self, slice: &Slice<'_>, tokens: &[TokenId]) -> Option<TokenId> {
+    /// How the token is drawn after what is in the KV of a slice that appended `tokens`.
+    fn row(&self, slice: &Slice<'_>, tokens: &[TokenId]) -> Option<Row> {
         let sampling = slice.sample?;
         let late = match slice.input {
             Input::Tokens(_) => &[][..],
@@ -320,7 +443,26 @@ impl FakeModel {
         }
         let position = (sampling.output.len() + late.len()) as u32;
         assert_eq!(sampling.position, position, "{:?}: wrong sampling position", slice.sequence);
-        Some(self.settings.text(sampling.prompt, sampling.params).token(position))
+        let RowSampling { logprobs, masked, .. } = sampling;
+        let text = self.settings.text(sampling.prompt, sampling.params);
+        Some(Row { text, position, logprobs, masked })
+    }
+
+    /// What a slice tells of its prompt.
+    fn scores(&self, slice: &Slice<'_>) -> Option<Vec<TokenLogprobs>> {
+        let score = slice.score?;
+        let count = slice.input.count();
+        assert!(
+            (1..=count).contains(&score.targets.len()),
+            "{:?}: {} targets",
+            slice.sequence,
+            score.targets.len()
+        );
+        let Input::Tokens(tokens) = slice.input else { panic!("{:?}: a score of a row", slice.sequence) };
+        let next = tokens[1..].iter().zip(score.targets);
+        assert!(next.clone().all(|(token, target)| token == target), "{:?}: other targets", slice.sequence);
+        let of = |(at, &token): (usize, &TokenId)| scored(self.card.vocab_size, at, token, score.top);
+        Some((slice.start + 1..).zip(score.targets).map(of).collect())
     }
 }
 
@@ -365,13 +507,20 @@ impl Model for FakeModel {
                 assert!(written.insert(block), "two slices of a step write to {block:?}");
             }
         }
-        let drawn =
-            slices.iter().zip(&inputs).filter_map(|(slice, tokens)| self.draw(slice, tokens)).collect();
-        let drawn = (fault != Some(Fault::Lost)).then_some(drawn);
+        assert!(self.flights.iter().all(|flight| flight.masked.is_empty()), "a step before it was drawn");
+        let rows: Vec<Row> =
+            slices.iter().zip(&inputs).filter_map(|(slice, tokens)| self.row(slice, tokens)).collect();
+        let any = TokenMask::all(self.card.vocab_size);
+        let output = StepOutput {
+            drawn: rows.iter().map(|row| row.draw(&any)).collect(),
+            scores: slices.iter().filter_map(|slice| self.scores(slice)).collect(),
+        };
+        let output = (fault != Some(Fault::Lost)).then_some(output);
+        let masked = rows.into_iter().enumerate().filter(|(_, row)| row.masked).collect();
         let begin = self.busy_until.max(self.clock.now());
         let end = begin + Duration::from_secs_f64(self.settings.cost.seconds(slices, number));
         self.busy_until = end;
-        self.flights.push_back(Flight { drawn, end });
+        self.flights.push_back(Flight { output, masked, end });
         let (rows, prompts): (Vec<Slice<'_>>, Vec<Slice<'_>>) = slices.iter().copied().partition(is_row);
         self.handle.lock().record.push(StepRecord {
             time: (begin, end),
@@ -381,11 +530,27 @@ impl Model for FakeModel {
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<Vec<TokenId>, ModelError> {
+    fn draw(&mut self, masks: &[TokenMask]) -> Result<(), ModelError> {
+        let vocab_size = self.card.vocab_size;
+        let Some(flight) = self.flights.back_mut() else { panic!("no step is in flight") };
+        assert!(!masks.is_empty(), "nothing waits for no masks");
+        assert_eq!(masks.len(), flight.masked.len(), "masks for the rows that wait for one");
+        for ((index, row), mask) in flight.masked.drain(..).zip(masks) {
+            assert_eq!(mask.vocab_size(), vocab_size, "a mask of another vocabulary");
+            assert!(!mask.is_empty(), "nothing may be drawn");
+            if let Some(output) = &mut flight.output {
+                output.drawn[index] = row.draw(mask);
+            }
+        }
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ModelError> {
         assert!(!self.lost, "a step is collected after the backend was lost");
         let Some(flight) = self.flights.pop_front() else { panic!("no step is in flight") };
         self.clock.advance(flight.end.saturating_duration_since(self.clock.now()));
-        flight.drawn.ok_or_else(|| {
+        assert!(flight.masked.is_empty(), "a step is collected before it was drawn");
+        flight.output.ok_or_else(|| {
             self.lost = true;
             ModelError::Backend("injected".to_owned())
         })

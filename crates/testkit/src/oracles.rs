@@ -71,11 +71,13 @@ pub enum StreamFault {
 /// What has come of one request.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Stream {
-    /// Tokens of the prompt that were told of.
-    prompt: u32,
+    /// Of the tokens of the prompt that were told of.
+    prompt: Vec<Option<TokenLogprobs>>,
+    /// Tokens that came with the request.
+    given: usize,
     started: bool,
     tokens: Vec<TokenId>,
-    /// Of the tokens, or none.
+    /// Of the tokens that were drawn, or none.
     logprobs: Vec<TokenLogprobs>,
     finish: Option<Finish>,
 }
@@ -89,13 +91,14 @@ impl Stream {
         let expected = self.tokens.len() as u32;
         match event {
             TokenEvent::Prompt { index, logprobs } => {
-                if self.started || *index != self.prompt {
-                    return Err(StreamFault::Prompt { index: *index, expected: self.prompt });
+                let expected = self.prompt.len() as u32;
+                if self.started || *index != expected {
+                    return Err(StreamFault::Prompt { index: *index, expected });
                 }
                 if logprobs.is_empty() {
                     return Err(StreamFault::Empty { index: *index });
                 }
-                self.prompt += logprobs.len() as u32;
+                self.prompt.extend_from_slice(logprobs);
                 Ok(())
             }
             TokenEvent::Started { .. } if self.started => Err(StreamFault::Started { tokens: expected }),
@@ -110,7 +113,8 @@ impl Stream {
                 Err(StreamFault::Empty { index: *index })
             }
             TokenEvent::Tokens { index, tokens, logprobs } => {
-                let all = logprobs.len() == tokens.len() && (!self.started || !self.logprobs.is_empty());
+                let drawn = self.tokens.len() - self.given;
+                let all = logprobs.len() == tokens.len() && self.logprobs.len() == drawn;
                 let none = logprobs.is_empty() && self.logprobs.is_empty();
                 if !all && !none {
                     let (tokens, logprobs) = (tokens.len(), logprobs.len());
@@ -165,7 +169,7 @@ impl Streams {
     /// # Panics
     /// When it is expected already.
     pub fn accepted_after(&mut self, id: RequestId, output: &[TokenId]) {
-        let stream = Stream { tokens: output.to_vec(), ..Stream::default() };
+        let stream = Stream { tokens: output.to_vec(), given: output.len(), ..Stream::default() };
         assert!(self.streams.insert(id, stream).is_none(), "{id} was accepted twice");
     }
 
@@ -184,6 +188,11 @@ impl Streams {
     /// Tokens of a request so far, those that it brought included; none where it was not accepted.
     pub fn tokens(&self, id: RequestId) -> &[TokenId] {
         self.streams.get(&id).map_or(&[], |stream| &stream.tokens)
+    }
+
+    /// What was told of a request's prompt, and of the tokens drawn, so far.
+    pub fn logprobs(&self, id: RequestId) -> (&[Option<TokenLogprobs>], &[TokenLogprobs]) {
+        self.streams.get(&id).map_or((&[], &[]), |stream| (&stream.prompt, &stream.logprobs))
     }
 
     /// How a request ended, if it has.
@@ -229,6 +238,20 @@ mod tests {
         check(&[started.clone(), tokens(0, &[7]), end(1)], "[7]");
         check(&[started.clone(), started.clone()], "after 0 tokens, again");
         check(&[tokens(0, &[7]), started], "after 1 tokens, again");
+        let told = TokenLogprobs { logprob: -1.0, top: Vec::new() };
+        let prompt = |index| TokenEvent::Prompt { index, logprobs: vec![None, Some(told.clone())] };
+        let with = |index, tokens: &[TokenId], count| TokenEvent::Tokens {
+            index,
+            tokens: tokens.to_vec(),
+            logprobs: vec![told.clone(); count],
+        };
+        let begun = TokenEvent::Started { cached_tokens: 1 };
+        check(&[prompt(0), prompt(2), begun.clone(), with(0, &[7], 1), with(1, &[8], 1), end(2)], "[7, 8]");
+        check(&[prompt(1)], "token 1 of the prompt came where 0 was due");
+        check(&[begun, prompt(0)], "or after the prompt was read");
+        check(&[with(0, &[7, 8], 1)], "1 log-probabilities came with 2 tokens");
+        check(&[tokens(0, &[7]), with(1, &[8], 1)], "1 log-probabilities came with 1 tokens at index 1");
+        check(&[with(0, &[7], 1), tokens(1, &[8])], "0 log-probabilities came with 1 tokens at index 1");
         check(&[end(0), end(0)], "came after");
         check(&[end(0), tokens(0, &[7])], "came after");
         check(&[tokens(0, &[7]), end(3)], "does not fit the 1 tokens");

@@ -3,7 +3,7 @@
 
 use crate::{Mutant, record::Record, record::World};
 use bytes::BytesMut;
-use engine::{EngineSettings, Model, ModelError, ModelLimits, Slice};
+use engine::{EngineSettings, Model, ModelError, ModelLimits, Slice, StepOutput, grammar::TokenMask};
 use futures_util::FutureExt;
 use node::{
     EngineLife, StartEngine, StartedEngine,
@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 use types::{
-    BoxFuture, GenerateDraft, GenerateRequest, ModelAssets, ModelCard, RequestId, TokenEvent, TokenId, limits,
+    BoxFuture, GenerateDraft, GenerateRequest, ModelAssets, ModelCard, RequestId, TokenEvent, limits,
 };
 use wire::{Decoder, EngineCommand, EngineReport, FrameClass};
 
@@ -149,7 +149,11 @@ impl Model for SimModel {
         self.model.submit(slices)
     }
 
-    fn collect(&mut self) -> Result<Vec<TokenId>, ModelError> {
+    fn draw(&mut self, masks: &[TokenMask]) -> Result<(), ModelError> {
+        self.model.draw(masks)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ModelError> {
         self.model.collect()
     }
 }

@@ -5,7 +5,9 @@ use rand::{Rng, SeedableRng, rngs::SmallRng, seq::IndexedRandom};
 use std::time::Duration;
 use testkit::{FakeSettings, StepCost};
 use types::{
-    CacheScope, GenerateDraft, GenerateRequest, Priority, RequestId, SamplingDraft, Service, TokenId, OutputRules, TokenReport};
+    CacheScope, GenerateDraft, GenerateRequest, OutputRules, Priority, RequestId, SamplingDraft, Service,
+    TokenId, TokenReport,
+};
 
 /// Everything runs before anything is done to it.
 const WARM_UP: Duration = Duration::from_secs(4);

@@ -2,7 +2,9 @@
 //! model.
 
 use api::{ApiSettings, ApiState};
-use engine::{EngineSettings, Model, ModelError, ModelLimits, Slice};
+use engine::{
+    DrawnToken, EngineSettings, Model, ModelError, ModelLimits, Slice, StepOutput, grammar::TokenMask,
+};
 use mlx::checkpoint::Checkpoint;
 use node::{
     DispatchSettings, ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeSettings,
@@ -107,7 +109,12 @@ impl Model for Instant {
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<Vec<TokenId>, ModelError> {
-        Ok(vec![DRAWN; self.steps.pop_front().unwrap_or_default()])
+    fn draw(&mut self, _masks: &[TokenMask]) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ModelError> {
+        let drawn = DrawnToken { token: DRAWN, logprobs: None };
+        Ok(StepOutput { drawn: vec![drawn; self.steps.pop_front().unwrap_or_default()], scores: Vec::new() })
     }
 }

@@ -2,14 +2,23 @@
 
 use super::{CALM_STEP_STRETCH, Engine, Flight, GENTLE_STRETCH, StepSummary};
 use crate::{
-    ModelError,
+    ModelError, SequenceId, Slice, StepOutput,
     cost::StepShape,
+    grammar::{MatcherError, TokenMask},
     scheduler::{self, Budgets, Candidate, Part},
-    sequence::Sequence,
+    sequence::{Sequence, Submitted},
     settings::TARGET_MAX,
 };
-use std::time::{Duration, Instant};
-use types::{RequestId, TokenEvent};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+use types::{FinishReason, GenerateError, RequestId, TokenEvent};
+
+/// Masks that one thread computes, at about 0.1 ms each: fewer are not worth another thread.
+const MASKS_PER_THREAD: usize = 4;
+/// Threads that compute masks while the device computes logits.
+const MASK_THREADS_MAX: usize = 4;
 
 impl Engine {
     /// Plans the pass that begins at `at` and submits it, if there is anything to compute.
@@ -29,6 +38,8 @@ impl Engine {
             Err(ModelError::Sequence { sequence, message }) => return self.fail_one(sequence, message),
             Err(error @ ModelError::Backend(_)) => return Err(error),
         }
+        let is_masked = |slice: &&Slice<'_>| slice.sample.is_some_and(|sample| sample.masked);
+        let masked = slices.iter().filter(is_masked).map(|slice| slice.sequence).collect();
         let expected_s = self.cost.seconds(shape);
         let mut drawn = 0;
         let mut submitted = Vec::with_capacity(parts.len());
@@ -45,7 +56,7 @@ impl Engine {
             submitted.push(part);
         }
         summary.expected_s = expected_s;
-        self.flight = Some(Flight { parts: submitted, shape, submitted: now, expected_s });
+        self.flight = Some(Flight { parts: submitted, shape, submitted: now, expected_s, masked });
         Ok(())
     }
 
@@ -95,7 +106,7 @@ impl Engine {
             let candidate = Candidate {
                 decodes: sequence.decodes(),
                 start: sequence.submitted(),
-                pending: sequence.pending(),
+                pending: sequence.pending().min(sequence.slice_tokens_max()),
                 // Where a slice takes longer than the target, steps are no longer than they must be.
                 slack_s: sequence.slack_s(at, sequence.targets.tpot + slice.min(sequence.targets.tpot)),
                 good_time_s: sequence.good_time_s(at, !self.waiting.is_empty()),
@@ -140,15 +151,19 @@ impl Engine {
         events: &mut Vec<(RequestId, TokenEvent)>,
         summary: &mut StepSummary,
     ) -> Result<(), ModelError> {
-        let sampling = flight.parts.iter().filter(|part| part.samples).count();
-        let drawn = self.model.collect()?;
-        if drawn.len() != sampling {
-            let message = format!("{} tokens were drawn for {sampling} rows", drawn.len());
+        let count = |of: fn(&&Submitted) -> bool| flight.parts.iter().filter(of).count();
+        let (sampling, scored) = (count(|part| part.samples), count(|part| part.scores));
+        let StepOutput { drawn, scores } = self.model.collect()?;
+        if (drawn.len(), scores.len()) != (sampling, scored) {
+            let (tokens, told) = (drawn.len(), scores.len());
+            let message =
+                format!("{tokens} tokens of {sampling} rows, and scores of {told} of {scored} slices");
             return Err(ModelError::Backend(message));
         }
-        let mut drawn = drawn.into_iter();
+        let (mut drawn, mut scores) = (drawn.into_iter(), scores.into_iter());
         for part in &flight.parts {
             let token = part.samples.then(|| drawn.next().expect("counted above"));
+            let scores = part.scores.then(|| scores.next().expect("counted above"));
             // Whoever was cancelled since is not here any more; whoever was preempted waits.
             let by_id = |sequence: &Sequence| sequence.id == part.id;
             let (index, queue) = match self.running.iter().position(by_id) {
@@ -160,6 +175,9 @@ impl Engine {
             };
             let sequence = &mut queue[index];
             let current = sequence.compute(part);
+            if current && let Some(event) = sequence.tell(part, scores.unwrap_or_default()) {
+                events.push((sequence.request, event));
+            }
             let outcome = token.map(|token| sequence.draw(token));
             if current {
                 let (held, tokens, computed) = sequence.kv();
@@ -169,11 +187,9 @@ impl Engine {
             if let Some(cached_tokens) = outcome.started {
                 events.push((sequence.request, TokenEvent::Started { cached_tokens }));
             }
-            if let Some((index, token)) = outcome.token {
-                events.push((
-                    sequence.request,
-                    TokenEvent::Tokens { index, tokens: vec![token], logprobs: Vec::new() },
-                ));
+            if let Some((index, drawn)) = outcome.token {
+                let (tokens, logprobs) = (vec![drawn.token], drawn.logprobs.into_iter().collect());
+                events.push((sequence.request, TokenEvent::Tokens { index, tokens, logprobs }));
                 summary.tokens += 1;
                 self.shares.charge_output(sequence.client);
             }
@@ -191,4 +207,77 @@ impl Engine {
         self.passed = Some(flight);
         Ok(())
     }
+
+    /// Starts drawing the tokens of the pass in flight that wait for masks: what they may be depends on what the pass before
+    /// drew, and the device has computed logits meanwhile.
+    pub(super) fn draw(&mut self) -> Result<(), ModelError> {
+        let masked =
+            self.flight.as_mut().map(|flight| std::mem::take(&mut flight.masked)).unwrap_or_default();
+        if masked.is_empty() {
+            return Ok(());
+        }
+        let vocab_size = self.model.card().vocab_size;
+        let mut rows: Vec<Option<&mut Sequence>> = masked.iter().map(|_| None).collect();
+        for sequence in self.running.iter_mut().chain(&mut self.waiting) {
+            if let Some(at) = masked.iter().position(|&id| id == sequence.id) {
+                rows[at] = Some(sequence);
+            }
+        }
+        let mut masks = Vec::with_capacity(masked.len());
+        for (&id, mask) in masked.iter().zip(masks_of(rows, vocab_size)) {
+            masks.push(mask.unwrap_or_else(|error| {
+                self.stop(id, &error);
+                TokenMask::all(vocab_size)
+            }));
+        }
+        self.model.draw(&masks)
+    }
+
+    /// Ends a sequence whose grammar cannot be followed further: its row in flight is of no use.
+    fn stop(&mut self, id: SequenceId, error: &MatcherError) {
+        let by_id = |sequence: &Sequence| sequence.id == id;
+        let sequence = if let Some(index) = self.running.iter().position(by_id) {
+            self.running.remove(index)
+        } else if let Some(index) = self.waiting.iter().position(by_id) {
+            self.waiting.remove(index)
+        } else {
+            return;
+        };
+        let invalid =
+            GenerateError::Invalid { message: error.to_string(), param: Some("grammar".to_owned()) };
+        let finish = sequence.finish(FinishReason::Failed(invalid));
+        self.ended.push((sequence.request, TokenEvent::Finished(finish)));
+        self.forget(sequence);
+    }
+}
+
+/// What each row may draw; whoever has ended since may draw anything.
+fn masks_of(rows: Vec<Option<&mut Sequence>>, vocab_size: u32) -> Vec<Result<TokenMask, MatcherError>> {
+    let mask = |row: Option<&mut Sequence>| match row {
+        Some(sequence) => sequence.mask(vocab_size),
+        None => Ok(TokenMask::all(vocab_size)),
+    };
+    let threads = (rows.len() / MASKS_PER_THREAD).clamp(1, MASK_THREADS_MAX);
+    let each = rows.len().div_ceil(threads);
+    let mut rows = rows.into_iter();
+    let first: Vec<_> = rows.by_ref().take(each).collect();
+    let mut rest = Vec::new();
+    while rows.len() > 0 {
+        rest.push(rows.by_ref().take(each).collect::<Vec<_>>());
+    }
+    thread::scope(|scope| {
+        let begun: Vec<_> = rest
+            .into_iter()
+            .map(|part| {
+                let count = part.len();
+                (count, scope.spawn(move || part.into_iter().map(mask).collect::<Vec<_>>()))
+            })
+            .collect();
+        let mut masks: Vec<_> = first.into_iter().map(mask).collect();
+        for (count, part) in begun {
+            let lost = || MatcherError::Stuck { reason: "its thread panicked".to_owned() };
+            masks.extend(part.join().unwrap_or_else(|_| vec![Err(lost()); count]));
+        }
+        masks
+    })
 }

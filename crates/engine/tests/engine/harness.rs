@@ -1,8 +1,12 @@
 //! An engine, its fake model and the oracles over its events, driven as a node drives them.
 
-use engine::{Engine, EngineSettings, ModelError, StepSummary};
+use engine::{
+    Engine, EngineSettings, ModelError, StepSummary,
+    grammar::{Grammars, Matcher},
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::{LazyLock, Mutex},
     time::{Duration, Instant},
 };
 use testkit::{FakeHandle, FakeModel, FakeSettings, Streams, VirtualClock};
@@ -35,6 +39,18 @@ pub(crate) fn draft(id: u128, prompt_tokens: usize, max_tokens: u32) -> Generate
 
 pub(crate) fn sampling(seed: u64) -> SamplingParams {
     SamplingParams::try_from(SamplingDraft { seed, ..SamplingDraft::default() }).expect("in range")
+}
+
+/// For the vocabulary of the usual model.
+static GRAMMARS: LazyLock<Mutex<Grammars>> = LazyLock::new(|| {
+    let vocabulary = FakeSettings::default().vocabulary();
+    Mutex::new(Grammars::new(&vocabulary).expect("a vocabulary of texts"))
+});
+
+/// At the beginning of the request's grammar.
+pub(crate) fn matcher(request: &GenerateRequest) -> Option<Matcher> {
+    let mut grammars = GRAMMARS.lock().unwrap();
+    request.rules.grammar.as_ref().map(|grammar| grammars.compile(grammar).expect("a grammar"))
 }
 
 pub(crate) struct Bench {
@@ -78,7 +94,10 @@ impl Bench {
     pub(crate) fn submit(&mut self, draft: GenerateDraft) -> Result<RequestId, GenerateError> {
         let request = GenerateRequest::try_from(draft).expect("a valid request");
         let id = request.id;
-        self.engine.submit(self.clock.now(), request.clone())?;
+        match matcher(&request) {
+            Some(matcher) => self.engine.submit_under(self.clock.now(), request.clone(), matcher)?,
+            None => self.engine.submit(self.clock.now(), request.clone())?,
+        }
         self.streams.accepted_after(id, &request.output);
         self.arrivals.insert(id, self.clock.now());
         self.accepted.insert(id, request);
@@ -102,7 +121,7 @@ impl Bench {
         self.engine.observe(self.clock.now());
         for (id, event) in &events {
             self.streams.record(*id, event);
-            if matches!(event, TokenEvent::Started { .. }) {
+            if matches!(event, TokenEvent::Started { .. } | TokenEvent::Prompt { .. }) {
                 continue;
             }
             self.times.entry(*id).or_default().push(self.clock.now());
@@ -156,7 +175,7 @@ impl Bench {
         assert_eq!(left, [0; 3], "{load:?}");
         assert_eq!((load.prefill_backlog_tokens, load.decode_backlog_tokens), (0, 0));
         for (id, request) in &self.accepted {
-            let expected = self.settings.output(request);
+            let expected = self.settings.output_under(request, matcher(request));
             let (tokens, finish) = (self.streams.tokens(*id), self.finish(*id));
             assert_eq!(finish.usage.prompt_tokens as usize, request.prompt.len());
             match &finish.reason {
@@ -168,6 +187,8 @@ impl Bench {
                     assert_eq!(*reason, expected.reason, "{id}");
                     assert_eq!(finish.usage.completion_tokens, expected.completion_tokens, "{id}");
                     assert_eq!(tokens, expected.tokens, "{id}");
+                    let told = (expected.prompt.as_slice(), expected.logprobs.as_slice());
+                    assert_eq!(self.streams.logprobs(*id), told, "{id}");
                 }
             }
             assert!(expected.tokens.starts_with(tokens), "{id}: the neighbours changed the text");

@@ -5,4 +5,5 @@ mod fairness;
 mod harness;
 mod life;
 mod random;
+mod rules;
 mod schedule;

@@ -1,9 +1,10 @@
 //! Random traffic: whatever is submitted, cancelled and broken in whatever order, every request ends once, with its own text.
 
-use crate::harness::{Bench, draft, sampling};
+use crate::harness::{Bench, draft, matcher, sampling};
+use crate::rules::GRAMMARS;
 use engine::{EngineSettings, ModelLimits};
 use testkit::{FakeSettings, Fault, StepCost};
-use types::{FinishReason, GenerateDraft, GenerateError, RequestId, TokenEvent};
+use types::{FinishReason, GenerateDraft, GenerateError, OutputRules, RequestId, TokenEvent, TokenReport};
 
 /// Traffics that are tried; a failure prints the number, which is its seed.
 const SEEDS: u64 = 400;
@@ -53,10 +54,19 @@ fn request(id: u128, random: &mut Random, settings: &FakeSettings) -> GenerateDr
         sampling: sampling(random.below(3)),
         stop_tokens: (0..random.below(20)).map(|_| random.below(1000) as u32).collect(),
         ignore_eos: random.one_in(4),
+        rules: OutputRules {
+            grammar: random.one_in(4).then(|| random.pick(GRAMMARS)()),
+            min_tokens: if random.one_in(4) { random.below(u64::from(max_tokens) + 1) as u32 } else { 0 },
+        },
+        report: TokenReport {
+            logprobs: random.one_in(4).then(|| random.below(5) as u32),
+            prompt_logprobs: random.one_in(8).then(|| random.below(5) as u32),
+        },
         ..alike
     };
     if random.one_in(3) {
-        let whole = settings.output(&draft.clone().try_into().expect("valid"));
+        let request = draft.clone().try_into().expect("valid");
+        let whole = settings.output_under(&request, matcher(&request));
         draft.output = whole.tokens;
         draft.output.truncate(random.below(u64::from(max_tokens)) as usize);
     }

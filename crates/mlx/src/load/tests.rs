@@ -84,12 +84,13 @@ impl Rows {
                     blocks: &blocks[id],
                     start: if first { 0 } else { prompt.len() + output.len() + ahead - 1 },
                     input,
-                    sample: Some(RowSampling {
-                        params: &self.params,
-                        position: (output.len() + ahead) as u32,
+                    sample: Some(RowSampling::plain(
+                        &self.params,
+                        (output.len() + ahead) as u32,
                         prompt,
                         output,
-                    }),
+                    )),
+                    score: None,
                 }
             })
             .collect();
@@ -98,7 +99,7 @@ impl Rows {
 
     fn collect(&mut self, model: &mut Runner) {
         let drawn = model.collect().unwrap();
-        self.outputs.iter_mut().zip(drawn).for_each(|(output, token)| output.push(token));
+        self.outputs.iter_mut().zip(drawn.tokens()).for_each(|(output, token)| output.push(token));
     }
 
     /// `count` more tokens of each row, one step always in flight.

@@ -127,6 +127,7 @@ impl Model {
                 start,
                 input: Input::Tokens(tokens),
                 sample: None,
+                score: None,
             })
             .collect();
         let ordered = Ordered::new(&slices);

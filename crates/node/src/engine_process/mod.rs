@@ -1,24 +1,26 @@
 //! Inside the engine child process: pipes on one side, an [`engine::Engine`] on the other.
 //!
-//! Three threads. The calling one owns the [`EngineHost`] and all that the model holds: it takes commands, steps, and hands
-//! each step's reports on. A reader turns standard input into commands, a writer turns reports into one write per step; both
-//! channels are bounded. The end of standard input means that the parent is gone: the process ends, a few seconds later
+//! Four threads. The calling one owns the [`EngineHost`] and all that the model holds: it takes commands, steps, and hands
+//! each step's reports on. A reader turns standard input into commands, a writer turns reports into one write per step, and
+//! one compiles grammars; all channels are bounded. The end of standard input means that the parent is gone: the process ends, a few seconds later
 //! at the latest, even out of a long step. The clock is read here and nowhere further in.
 
+mod compiler;
 mod host;
 mod probe;
 
 pub use host::EngineHost;
 
 use bytes::BytesMut;
-use engine::{EngineSettings, Model};
+use compiler::Compiler;
+use engine::{EngineSettings, Model, grammar::Matcher};
 use std::io::{Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
-use types::{ModelAssets, limits};
+use types::{GenerateError, ModelAssets, RequestId, limits};
 use wire::{Decoder, EngineCommand, EngineReport, FrameClass};
 
 /// Commands read and not yet taken; the pipe holds the rest back.
@@ -53,11 +55,12 @@ pub fn run(
     stdin: impl Read + Send + 'static,
     stdout: impl Write + Send + 'static,
 ) -> ExitCode {
-    let (command_sender, commands) = sync_channel(COMMANDS_MAX);
+    let (sender, inputs) = sync_channel(COMMANDS_MAX);
     let (report_sender, reports) = sync_channel(STEPS_UNWRITTEN_MAX);
-    thread::spawn(move || read_commands(stdin, command_sender));
+    let commands = sender.clone();
+    thread::spawn(move || read_commands(stdin, commands));
     let writer = thread::spawn(move || write_reports(stdout, reports));
-    let mut link = Link { commands, reports: report_sender };
+    let mut link = Link { inputs, sender, reports: report_sender };
     let ended = catch_unwind(AssertUnwindSafe(|| serve(load, settings, &mut link)));
     let ended = ended.unwrap_or_else(|panic| Err(Failure(format!("panicked: {}", panic_message(&*panic)))));
     let code = match ended {
@@ -93,8 +96,18 @@ struct Failure(String);
 /// The parent does not read any more.
 struct ParentGone;
 
+/// What the engine's thread is told.
+enum Input {
+    Command(EngineCommand),
+    Compiled(RequestId, Box<Result<Matcher, GenerateError>>),
+    /// There is no further command: the parent is gone.
+    End,
+}
+
 struct Link {
-    commands: Receiver<EngineCommand>,
+    inputs: Receiver<Input>,
+    /// For those who tell more.
+    sender: SyncSender<Input>,
     reports: SyncSender<Vec<EngineReport>>,
 }
 
@@ -120,17 +133,27 @@ fn serve(
         }
     };
     let loaded = load(&mut progress).map_err(Failure)?;
+    let (tokenizer_json, card) = (loaded.assets.tokenizer_json.clone(), loaded.model.card().clone());
     progress("measuring", 0.0);
     let (mut host, ready) =
         EngineHost::new(loaded, settings, Instant::now).map_err(|error| Failure(error.to_string()))?;
     if link.send(ready).is_err() {
         return Ok(());
     }
+    let done = link.sender.clone();
+    let compiler = Compiler::start(tokenizer_json, &card, move |id, matcher| {
+        done.send(Input::Compiled(id, Box::new(matcher))).is_ok()
+    });
     let mut unprepared = true;
     loop {
         let mut reports = Vec::new();
         let wait = host.is_idle() && !unprepared;
-        let parent_gone = take_commands(&mut host, link, wait, &mut reports);
+        let parent_gone = take_inputs(&mut host, link, wait, &mut reports);
+        for (id, grammar) in host.take_uncompiled() {
+            if let Err(error) = compiler.compile(id, grammar) {
+                host.compiled(Instant::now(), id, Err(error), &mut reports);
+            }
+        }
         if parent_gone || host.is_over() {
             let _ = link.send(reports);
             return Ok(());
@@ -147,27 +170,23 @@ fn serve(
     }
 }
 
-/// Takes all commands that are there; waits for one if told so. True: the parent is gone.
-fn take_commands(
-    host: &mut EngineHost,
-    link: &Link,
-    mut wait: bool,
-    reports: &mut Vec<EngineReport>,
-) -> bool {
+/// Takes all that is there to be told; waits for one if told so. True: the parent is gone.
+fn take_inputs(host: &mut EngineHost, link: &Link, mut wait: bool, reports: &mut Vec<EngineReport>) -> bool {
     loop {
         // Without a wait, only what is there already.
         let wait_time = if wait { limits::LOAD_INTERVAL_MAX } else { Duration::ZERO };
-        match link.commands.recv_timeout(wait_time) {
-            Ok(command) => host.take(Instant::now(), command, reports),
+        match link.inputs.recv_timeout(wait_time) {
+            Ok(Input::Command(command)) => host.take(Instant::now(), command, reports),
+            Ok(Input::Compiled(id, matcher)) => host.compiled(Instant::now(), id, *matcher, reports),
             Err(RecvTimeoutError::Timeout) => return false,
-            Err(RecvTimeoutError::Disconnected) => return true,
+            Ok(Input::End) | Err(RecvTimeoutError::Disconnected) => return true,
         }
         wait = false;
     }
 }
 
 /// The reader thread: until the end of the input, and then until the process has ended.
-fn read_commands(mut stdin: impl Read, commands: SyncSender<EngineCommand>) {
+fn read_commands(mut stdin: impl Read, commands: SyncSender<Input>) {
     let decoder = Decoder::<EngineCommand>::new(FrameClass::Engine);
     let mut buffer = BytesMut::new();
     let mut chunk = vec![0; READ_BYTES];
@@ -184,21 +203,22 @@ fn read_commands(mut stdin: impl Read, commands: SyncSender<EngineCommand>) {
         loop {
             match decoder.next(&mut buffer) {
                 Ok(Some(command)) => {
-                    if commands.send(command).is_err() {
+                    if commands.send(Input::Command(command)).is_err() {
                         return;
                     }
                 }
                 Ok(None) => break,
                 Err(error) => {
                     tracing::error!(%error, "standard input is not from an mlx-node");
-                    drop(commands);
+                    // Who does not take it has ended.
+                    let _ = commands.send(Input::End);
                     end_process_later();
                     return;
                 }
             }
         }
     }
-    drop(commands);
+    let _ = commands.send(Input::End);
     end_process_later();
 }
 

@@ -117,14 +117,15 @@ impl<'a, C: Fn() -> Instant> Probe<'a, C> {
         let vocab = self.model.card().vocab_size.max(1);
         let prompt: Vec<TokenId> = (0..tokens as u32).map(|index| (index * 7 + 1) % vocab).collect();
         let blocks: Vec<BlockId> = (0..tokens.div_ceil(BLOCK_TOKENS) as u32).map(BlockId).collect();
-        let sample =
-            RowSampling { params: &self.sampling.clone(), position: 0, prompt: &prompt, output: &[] };
+        let sampling = self.sampling.clone();
+        let sample = RowSampling::plain(&sampling, 0, &prompt, &[]);
         let slice = Slice {
             sequence: self.sequence(),
             blocks: &blocks,
             start: 0,
             input: Input::Tokens(&prompt),
             sample: Some(sample),
+            score: None,
         };
         let begin = (self.clock)();
         self.model.submit(&[slice])?;
@@ -177,8 +178,8 @@ impl<'a, C: Fn() -> Instant> Probe<'a, C> {
 
     fn collect(&mut self) -> Result<(), ModelError> {
         let drawn = self.model.collect()?;
-        for (row, token) in self.rows.iter_mut().zip(drawn) {
-            row.tokens.push(token);
+        for (row, drawn) in self.rows.iter_mut().zip(drawn.drawn) {
+            row.tokens.push(drawn.token);
         }
         Ok(())
     }
@@ -192,8 +193,8 @@ impl Row {
         let (input, late) =
             if known { (Input::Tokens(&self.tokens[self.submitted..]), 0) } else { (Input::Drawn(index), 1) };
         let position = (output.len() + late) as u32;
-        let sample = Some(RowSampling { params, position, prompt, output });
-        Slice { sequence: self.id, blocks: &self.blocks, start: self.submitted, input, sample }
+        let sample = Some(RowSampling::plain(params, position, prompt, output));
+        Slice { sequence: self.id, blocks: &self.blocks, start: self.submitted, input, sample, score: None }
     }
 }
 
