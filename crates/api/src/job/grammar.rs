@@ -110,7 +110,7 @@ impl Rules<'_> {
             // Only at its beginning: anywhere else it is text.
             let first = pattern(grammar.trigger);
             format!("/[^\\s{first}](?s:.*)/ | {} {calls} | \"\"", literal(grammar.trigger))
-        } else if self.special.iter().any(|(content, _)| content == grammar.trigger) {
+        } else if self.is_special(grammar.trigger) {
             format!("{ANY_TEXT} ({} {calls})?", self.terms(grammar.trigger))
         } else {
             let head = format!("/(?s:.*){}/", pattern(grammar.trigger));
@@ -148,24 +148,23 @@ impl Rules<'_> {
     /// The terms of an answer that may have reasoning before it.
     fn after_reasoning(&mut self, reasoning: Reasoning, answer: &str) -> String {
         let Some((format, start)) = reasoning else { return answer.to_owned() };
-        let id = |text: &str| self.special.iter().find(|(content, _)| content == text).map(|(_, id)| *id);
-        let (open, close) = (id(format.open), id(format.close));
-        let (name, body) = match close {
-            Some(close) => ("mlx_reasoning", format!("{ANY_TEXT} <[{close}]>")),
-            None => ("mlx_reasoning[lazy]", format!("/(?s:.*){}/", pattern(format.close))),
+        let (name, body) = if self.is_special(format.close) {
+            ("mlx_reasoning", format!("{ANY_TEXT} {}", self.terms(format.close)))
+        } else {
+            ("mlx_reasoning[lazy]", format!("/(?s:.*){}/", pattern(format.close)))
         };
         self.rule(name, &body);
         self.rule("MLX_SPACE", r"/[ \t\r\n]{1,8}/");
         let reasoning = "mlx_reasoning MLX_SPACE?";
-        match (start, open) {
-            (Start::Inside, _) => format!("{reasoning} {answer}"),
-            (_, Some(open)) => format!("(<[{open}]> {reasoning})? {answer}"),
-            (_, None) => format!("({} {reasoning})? {answer}", literal(format.open)),
+        match start {
+            Start::Inside => format!("{reasoning} {answer}"),
+            Start::Before | Start::Over => format!("({} {reasoning})? {answer}", self.terms(format.open)),
         }
     }
 
-    fn is_special(&self, text: &str) -> bool {
-        self.special.iter().any(|(content, _)| content == text)
+    /// Whether a marker begins with a special token.
+    fn is_special(&self, marker: &str) -> bool {
+        self.special.iter().any(|(content, _)| marker.starts_with(content.as_str()))
     }
 
     /// A text with its special tokens as terms.

@@ -8,6 +8,7 @@ use crate::{
     openai::request::Role,
     prompt::{
         ArgumentsAs, ChatTemplate, ModelText, TemplateCall, TemplateError, TemplateInput, TemplateMessage,
+        ToolsAs,
     },
     text::{AnswerFormat, tools::ToolFormat},
 };
@@ -64,7 +65,7 @@ impl Conversation {
             return Err(ApiError::UnknownToTemplate { param: "reasoning_effort", value, model: model() });
         }
         let tools: Arc<[Tool]> = if self.has_tools() { self.tools.clone().into() } else { Arc::new([]) };
-        let format = chosen.or_else(|| template.tool_format()).unwrap_or(ToolFormat::Hermes);
+        let format = chosen.or_else(|| format_of(template)).unwrap_or(ToolFormat::Hermes);
         let input = self.template_input(template, &tools, format);
         let last = self.messages.last().map(|message| message.content.clone());
         let rendered = template.render(input).map_err(|error| match error {
@@ -91,11 +92,22 @@ impl Conversation {
     /// What the template is given.
     fn template_input(&self, template: &ChatTemplate, tools: &[Tool], format: ToolFormat) -> TemplateInput {
         let short_ids = format.syntax().short_ids;
-        let told = template.knows_tools();
         let mut messages: Vec<TemplateMessage> =
             self.messages.iter().map(|message| template_message(message, template, short_ids)).collect();
-        if !told {
-            in_text(&mut messages, tools);
+        if template.arguments_as().is_none() {
+            calls_in_content(&mut messages);
+        }
+        let mut variable = None;
+        if !tools.is_empty() {
+            let described = tools.iter().map(Tool::to_template);
+            match template.tools_as() {
+                ToolsAs::Variable => variable = Some(described.collect()),
+                ToolsAs::Message => {
+                    let list = Value::Array(described.collect()).to_string();
+                    system(&mut messages).tools = Some(list);
+                }
+                ToolsAs::Content => tools_in_content(system(&mut messages), described, format),
+            }
         }
         let mut kwargs = self.template_kwargs.clone();
         if let Some(thinking) = self.thinking {
@@ -105,7 +117,7 @@ impl Conversation {
         }
         TemplateInput {
             messages,
-            tools: (told && !tools.is_empty()).then(|| tools.iter().map(Tool::to_template).collect()),
+            tools: variable,
             add_generation_prompt: self.add_generation_prompt,
             reasoning_effort: self.reasoning_effort.clone(),
             kwargs,
@@ -131,21 +143,19 @@ fn template_message(message: &Message, template: &ChatTemplate, short_ids: bool)
     let calls = message.tool_calls.iter().map(|call| {
         let parsed = serde_json::from_str(&call.arguments).ok();
         let arguments = match (template.arguments_as(), parsed) {
-            (ArgumentsAs::Object, Some(Value::Object(object))) => Value::Object(object),
+            (Some(ArgumentsAs::Object) | None, Some(Value::Object(object))) => Value::Object(object),
             // Some clients send nothing for nothing.
-            (ArgumentsAs::Object, None) if call.arguments.trim().is_empty() => json!({}),
+            (Some(ArgumentsAs::Object) | None, None) if call.arguments.trim().is_empty() => json!({}),
             _ => Value::from(call.arguments.as_str()),
         };
         TemplateCall::new(id(&call.id), call.name.clone(), arguments)
     });
-    TemplateMessage {
-        role: message.role,
-        content: message.content.clone(),
-        name: message.name.clone(),
-        tool_calls: calls.collect(),
-        tool_call_id: message.tool_call_id.as_deref().map(id),
-        reasoning_content: message.reasoning.clone(),
-    }
+    let mut told = TemplateMessage::text(message.role, message.content.clone());
+    told.name.clone_from(&message.name);
+    told.tool_calls = calls.collect();
+    told.tool_call_id = message.tool_call_id.as_deref().map(id);
+    told.reasoning_content.clone_from(&message.reasoning);
+    told
 }
 
 /// An id as Mistral's templates demand it: itself, if it is nine letters and digits.
@@ -156,16 +166,43 @@ fn short_id(id: &str) -> String {
     crate::text::short_id(id.as_bytes())
 }
 
-/// Tells of tools, calls and answers in the text of messages, for templates that know nothing of them.
-fn in_text(messages: &mut Vec<TemplateMessage>, tools: &[Tool]) {
+/// How the model of a template writes calls: as the template says; where it says nothing of calls, as it is told to.
+fn format_of(template: &ChatTemplate) -> Option<ToolFormat> {
+    match (template.tool_format(), template.tools_as()) {
+        // Phi-4's says where tools stand, and not how they are called.
+        (None, ToolsAs::Message) => Some(ToolFormat::Phi),
+        (format, _) => format,
+    }
+}
+
+/// The system message; one is made where there is none.
+fn system(messages: &mut Vec<TemplateMessage>) -> &mut TemplateMessage {
+    if messages.first().is_none_or(|first| !matches!(first.role, Role::System | Role::Developer)) {
+        messages.insert(0, TemplateMessage::text(Role::System, String::new()));
+    }
+    &mut messages[0]
+}
+
+/// Tells of tools in the system message's content, for templates that have no place for them.
+fn tools_in_content(system: &mut TemplateMessage, tools: impl Iterator<Item = Value>, format: ToolFormat) {
+    let list: Vec<String> = tools.map(|tool| tool.to_string()).collect();
+    if !system.content.is_empty() {
+        system.content.push_str("\n\n");
+    }
+    system.content.push_str(&format!(
+        "You may call tools. Each is described by one line of JSON:\n<tools>\n{}\n</tools>\nTo call one, write this, with \
+         its name for NAME and its arguments as a JSON object for ARGUMENTS:\n{}",
+        list.join("\n"),
+        format.syntax().example
+    ));
+}
+
+/// Writes calls and their answers into the content of messages, for templates that leave them out.
+fn calls_in_content(messages: &mut Vec<TemplateMessage>) {
     for message in messages.iter_mut() {
         for call in std::mem::take(&mut message.tool_calls) {
             let TemplateCall { function, .. } = call;
-            let arguments = match function.arguments {
-                Value::String(text) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
-                other => other,
-            };
-            let call = json!({"name": function.name, "arguments": arguments});
+            let call = json!({"name": function.name, "arguments": function.arguments});
             if !message.content.is_empty() {
                 message.content.push('\n');
             }
@@ -188,24 +225,4 @@ fn in_text(messages: &mut Vec<TemplateMessage>, tools: &[Tool]) {
         }
         joined
     });
-    if tools.is_empty() {
-        return;
-    }
-    let list: Vec<String> = tools.iter().map(|tool| tool.to_template().to_string()).collect();
-    let told = format!(
-        "You may call tools. Each is described by one line of JSON:\n<tools>\n{}\n</tools>\nTo call one, write its name \
-         and its arguments as JSON between these tags:\n<tool_call>\n{{\"name\": NAME, \"arguments\": \
-         ARGUMENTS}}\n</tool_call>",
-        list.join("\n")
-    );
-    match messages.first_mut() {
-        Some(first) if matches!(first.role, Role::System | Role::Developer) => {
-            first.content.push_str("\n\n");
-            first.content.push_str(&told);
-        }
-        _ => {
-            let system = Message::new(Role::System, told);
-            messages.insert(0, TemplateMessage::text(system.role, system.content));
-        }
-    }
 }

@@ -16,6 +16,6 @@ pub(crate) use byte_level::ByteLevel;
 pub(crate) use cache::TextCache;
 pub(crate) use clock::{strftime, unix_seconds};
 pub(crate) use template::{
-    ArgumentsAs, ChatTemplate, TemplateCall, TemplateError, TemplateInput, TemplateMessage,
+    ArgumentsAs, ChatTemplate, TemplateCall, TemplateError, TemplateInput, TemplateMessage, ToolsAs,
 };
 pub(crate) use tokenizer::ModelText;

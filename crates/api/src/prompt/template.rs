@@ -21,6 +21,9 @@ const FUEL_MAX: u64 = 20_000_000;
 /// `chat_template_kwargs` that would replace what a request says elsewhere.
 const RESERVED: [&str; 6] = ["messages", "tools", "documents", "bos_token", "eos_token", "chat_template"];
 const NAME: &str = "chat";
+/// Names that no template has by itself.
+const PROBE: &str = "probed_tool";
+const PROBE_KEY: &str = "probed_key";
 
 /// A message as templates see it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -35,13 +38,27 @@ pub(crate) struct TemplateMessage {
     pub(crate) tool_call_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reasoning_content: Option<String>,
+    /// The same, as gpt-oss calls it; set where the template reads it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    thinking: Option<String>,
+    /// Tools as a text, of a system message; for templates that want them there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tools: Option<String>,
 }
 
 impl TemplateMessage {
     /// A message that is only text.
     pub(crate) fn text(role: Role, content: String) -> Self {
-        let (name, tool_call_id, reasoning_content) = (None, None, None);
-        Self { role, content, name, tool_calls: Vec::new(), tool_call_id, reasoning_content }
+        Self {
+            role,
+            content,
+            name: None,
+            tool_calls: Vec::new(),
+            tool_call_id: None,
+            reasoning_content: None,
+            thinking: None,
+            tools: None,
+        }
     }
 }
 
@@ -75,6 +92,17 @@ pub(crate) enum ArgumentsAs {
     Text,
 }
 
+/// How a template is told of tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ToolsAs {
+    /// In a variable.
+    Variable,
+    /// As a text in the system message's `tools`.
+    Message,
+    /// It has no place for them: they are told of in the system message's content.
+    Content,
+}
+
 /// What a template is given.
 #[derive(Debug, Default)]
 pub(crate) struct TemplateInput {
@@ -104,8 +132,10 @@ pub(crate) struct ChatTemplate {
     special_tokens: Value,
     knows_developer: bool,
     knows_reasoning_effort: bool,
-    knows_tools: bool,
-    arguments_as: ArgumentsAs,
+    knows_thinking: bool,
+    tools_as: ToolsAs,
+    /// None where calls are left out.
+    arguments_as: Option<ArgumentsAs>,
     tool_format: Option<ToolFormat>,
     reasoning: Option<ReasoningFormat>,
 }
@@ -132,24 +162,28 @@ impl ChatTemplate {
             special_tokens: context! { bos_token, eos_token },
             knows_developer: source.contains("developer"),
             knows_reasoning_effort: source.contains("reasoning_effort"),
-            knows_tools: source.contains("tools"),
-            arguments_as: ArgumentsAs::Object,
+            knows_thinking: source.contains("message.thinking"),
+            tools_as: ToolsAs::Variable,
+            arguments_as: Some(ArgumentsAs::Object),
             tool_format: ToolFormat::of_template(source),
             reasoning: ReasoningFormat::of_template(source),
         };
-        if template.knows_tools {
+        if source.contains("tool") {
+            template.tools_as = template.probe_tools();
             template.arguments_as = template.probe_arguments();
+        } else {
+            (template.tools_as, template.arguments_as) = (ToolsAs::Content, None);
         }
         Ok(template)
     }
 
-    /// Whether the template tells the model of tools.
-    pub(crate) fn knows_tools(&self) -> bool {
-        self.knows_tools
+    /// How the template is told of tools.
+    pub(crate) fn tools_as(&self) -> ToolsAs {
+        self.tools_as
     }
 
-    /// How the template takes arguments: found out by rendering a call.
-    pub(crate) fn arguments_as(&self) -> ArgumentsAs {
+    /// How the template takes the arguments of calls; none where it leaves calls out.
+    pub(crate) fn arguments_as(&self) -> Option<ArgumentsAs> {
         self.arguments_as
     }
 
@@ -163,26 +197,44 @@ impl ChatTemplate {
         self.reasoning
     }
 
-    fn probe_arguments(&self) -> ArgumentsAs {
+    /// Found out by telling of a tool.
+    fn probe_tools(&self) -> ToolsAs {
+        let tool = json!({"type": "function", "function": {"name": PROBE, "description": "",
+            "parameters": {"type": "object", "properties": {}}}});
+        let user = TemplateMessage::text(Role::User, "x".to_owned());
+        let mut system = TemplateMessage::text(Role::System, "x".to_owned());
+        system.tools = Some(json!([tool]).to_string());
+        let tells = |messages: Vec<TemplateMessage>, tools: Option<Vec<Json>>| {
+            let input =
+                TemplateInput { messages, tools, add_generation_prompt: true, ..TemplateInput::default() };
+            self.render(input).is_ok_and(|prompt| prompt.contains(PROBE))
+        };
+        if tells(vec![user.clone()], Some(vec![tool])) {
+            ToolsAs::Variable
+        } else if tells(vec![system, user], None) {
+            ToolsAs::Message
+        } else {
+            ToolsAs::Content
+        }
+    }
+
+    /// Found out by rendering a call.
+    fn probe_arguments(&self) -> Option<ArgumentsAs> {
         let renders = |arguments: Json| {
-            let call = TemplateCall::new("abcdefgh1".to_owned(), "probe".to_owned(), arguments);
+            let call = TemplateCall::new("abcdefgh1".to_owned(), PROBE.to_owned(), arguments);
             let mut called = TemplateMessage::text(Role::Assistant, String::new());
             called.tool_calls = vec![call];
             let mut answer = TemplateMessage::text(Role::Tool, "1".to_owned());
-            (answer.name, answer.tool_call_id) = (Some("probe".to_owned()), Some("abcdefgh1".to_owned()));
-            let user = TemplateMessage::text(Role::User, "x".to_owned());
-            let tool = json!({"type": "function", "function": {"name": "probe", "description": "",
-                "parameters": {"type": "object", "properties": {}}}});
-            let (messages, tools) = (vec![user, called, answer], Some(vec![tool]));
-            self.render(TemplateInput { messages, tools, ..TemplateInput::default() }).ok()
+            (answer.name, answer.tool_call_id) = (Some(PROBE.to_owned()), Some("abcdefgh1".to_owned()));
+            let messages = vec![TemplateMessage::text(Role::User, "x".to_owned()), called, answer];
+            let prompt = self.render(TemplateInput { messages, ..TemplateInput::default() }).ok()?;
+            prompt.contains(PROBE).then_some(prompt)
         };
-        // A text that is quoted once more was not what the template wanted.
-        let object = renders(json!({"probed": "y"}));
-        let text = renders(Json::from("{\"probed\": \"y\"}")).filter(|text| text.contains("\"probed\""));
-        match (object, text) {
-            (None, Some(_)) => ArgumentsAs::Text,
-            _ => ArgumentsAs::Object,
+        if renders(json!({PROBE_KEY: "y"})).is_some_and(|prompt| prompt.contains(PROBE_KEY)) {
+            return Some(ArgumentsAs::Object);
         }
+        let text = renders(Json::from(json!({PROBE_KEY: "y"}).to_string()));
+        text.is_some_and(|prompt| prompt.contains(PROBE_KEY)).then_some(ArgumentsAs::Text)
     }
 
     /// Whether the template reads `reasoning_effort`.
@@ -200,6 +252,11 @@ impl ChatTemplate {
                 if message.role == Role::Developer {
                     message.role = Role::System;
                 }
+            }
+        }
+        if self.knows_thinking {
+            for message in &mut input.messages {
+                message.thinking.clone_from(&message.reasoning_content);
             }
         }
         let TemplateInput { messages, tools, add_generation_prompt, reasoning_effort, mut kwargs } = input;

@@ -171,6 +171,34 @@ fn python_and_hugging_face_additions() {
 }
 
 #[test]
+fn how_tools_are_told_is_found_out() {
+    let check = |source: &str, tools: ToolsAs, arguments: Option<ArgumentsAs>| {
+        let template = ChatTemplate::new(source, None, None).unwrap();
+        assert_eq!((template.tools_as(), template.arguments_as()), (tools, arguments), "{source}");
+    };
+    let calls = |arguments: &str| {
+        format!(
+            "{{% for m in messages %}}{{% if m.tool_calls is defined %}}{{% for c in m.tool_calls %}}{{{{ c.function.name }}}}{{{{ {arguments} }}}}{{% endfor %}}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
+        )
+    };
+    use ArgumentsAs::{Object, Text};
+    check("{{ messages }}", ToolsAs::Content, None);
+    check(QWEN25, ToolsAs::Variable, None);
+    check(&calls("c.function.arguments | tojson"), ToolsAs::Content, Some(Object));
+    check(&calls("'```json' + c.function.arguments + '```'"), ToolsAs::Content, Some(Text));
+    check(&calls("c.function | tojson"), ToolsAs::Content, Some(Object));
+    let either = "c.function.arguments if c.function.arguments is string else c.function.arguments | tojson";
+    check(&calls(either), ToolsAs::Content, Some(Object));
+    check(
+        &format!("{{{{ tools | tojson }}}}{}", calls("c.function.arguments.items() | list")),
+        ToolsAs::Variable,
+        Some(Object),
+    );
+    let phi = "{% for m in messages %}{% if m.role == 'system' and 'tools' in m %}{{ '<|tool|>' + m['tools'] + '<|/tool|>' }}{% endif %}{{ m.content }}{% endfor %}";
+    check(phi, ToolsAs::Message, None);
+}
+
+#[test]
 fn bounds() {
     let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
     assert_eq!(render(endless, &[], json!({})), "error: engine ran out of fuel (line 1)");

@@ -32,7 +32,8 @@ impl AnswerFormat {
         let tools = self.tools.iter().flat_map(|(format, _)| format.syntax().shown());
         let markers: HashSet<&str> = reasoning.chain(tools).collect();
         let special = text.special_tokens().iter();
-        let shown = special.filter(|(content, _)| markers.contains(content.as_str())).map(|&(_, id)| id);
+        let is_part = |content: &str| markers.iter().any(|marker| marker.contains(content));
+        let shown = special.filter(|(content, _)| is_part(content)).map(|&(_, id)| id);
         let shown: Arc<[TokenId]> = shown.collect();
         if shown.is_empty() { Shown::None } else { Shown::Some(shown) }
     }

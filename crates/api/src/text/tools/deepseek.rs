@@ -14,6 +14,7 @@ pub(super) const SYNTAX: Syntax = Syntax {
     inner: &[SEPARATOR],
     bare: false,
     short_ids: false,
+    example: "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     body: |_| Body::Named(NamedCall::new(name_of)),
 };
 

@@ -29,6 +29,7 @@ pub(super) const FUNCTION_SYNTAX: Syntax = Syntax {
     inner: &[],
     bare: false,
     short_ids: false,
+    example: "<start_function_call>call:NAME{ARGUMENT:VALUE}<end_function_call>",
     body: |_| Body::Gemma(GemmaCall::new(FUNCTION_MARKS)),
 };
 
@@ -38,6 +39,7 @@ pub(super) const SYNTAX: Syntax = Syntax {
     inner: &[],
     bare: false,
     short_ids: false,
+    example: "<|tool_call>call:NAME{ARGUMENT:VALUE}<tool_call|>",
     body: |_| Body::Gemma(GemmaCall::new(MARKS)),
 };
 

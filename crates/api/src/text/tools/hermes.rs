@@ -8,6 +8,7 @@ pub(super) const SYNTAX: Syntax = Syntax {
     inner: &[],
     bare: false,
     short_ids: false,
+    example: "<tool_call>\n{\"name\": NAME, \"arguments\": ARGUMENTS}\n</tool_call>",
     body: |_| Body::Object(ObjectCalls::new(None)),
 };
 

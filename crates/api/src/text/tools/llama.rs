@@ -10,6 +10,7 @@ pub(super) const SYNTAX: Syntax = Syntax {
     inner: &[],
     bare: true,
     short_ids: false,
+    example: "{\"name\": NAME, \"parameters\": ARGUMENTS}",
     body: |context| {
         let known = context.open.is_empty().then(|| context.tools.clone());
         Body::Object(ObjectCalls::new(known))

@@ -8,6 +8,7 @@ pub(super) const SYNTAX: Syntax = Syntax {
     inner: &["[ARGS]", "[CALL_ID]"],
     bare: false,
     short_ids: true,
+    example: "[TOOL_CALLS][{\"name\": NAME, \"arguments\": ARGUMENTS}]",
     body: |_| Body::Mistral(MistralCalls::default()),
 };
 

@@ -74,6 +74,8 @@ pub(crate) struct Syntax {
     bare: bool,
     /// Ids of calls are nine letters and digits.
     pub(crate) short_ids: bool,
+    /// A call, for models that are to be told.
+    pub(crate) example: &'static str,
     body: fn(&Context<'_>) -> Body,
 }
 

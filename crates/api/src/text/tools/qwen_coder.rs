@@ -20,6 +20,7 @@ pub(super) const SYNTAX: Syntax = Syntax {
     inner: &[],
     bare: false,
     short_ids: false,
+    example: "<tool_call>\n<function=NAME>\n<parameter=ARGUMENT>\nVALUE\n</parameter>\n</function>\n</tool_call>",
     body: |context| Body::Xml(XmlCall::new(context)),
 };
 
