@@ -4,7 +4,7 @@
 use crate::{
     EXIT_FAILED, EXIT_USAGE, bench, bench_router,
     config::{self, Config, Values},
-    engine, failed, key, serve,
+    engine, failed, inspect, key, serve,
     settings::Settings,
     status,
 };
@@ -51,6 +51,20 @@ enum Command {
         json: bool,
         #[command(flatten)]
         settings: Config,
+    },
+    /// Say what a model is, how much memory it needs and how much of it this machine can serve
+    Inspect {
+        #[command(flatten)]
+        arguments: inspect::InspectArguments,
+        #[command(flatten)]
+        settings: Box<Config>,
+    },
+    /// Pack a model's weights into fewer bits and write it as a folder that MLX's tools load too
+    Convert {
+        #[command(flatten)]
+        arguments: inspect::ConvertArguments,
+        #[command(flatten)]
+        settings: Box<Config>,
     },
     /// Measure this machine
     #[command(subcommand)]
@@ -123,6 +137,12 @@ pub(crate) fn run() -> ExitCode {
             .and_then(|values| key::fingerprint(file, values).map_err(|error| failed(EXIT_FAILED, error))),
         Some(Command::Status { json, settings }) => load(settings)
             .and_then(|values| status::show(&values, json).map_err(|error| failed(EXIT_FAILED, error))),
+        Some(Command::Inspect { arguments, settings }) => {
+            load(*settings).and_then(|values| inspect::inspect(&values, &arguments))
+        }
+        Some(Command::Convert { arguments, settings }) => {
+            load(*settings).and_then(|values| inspect::convert(&values, &arguments))
+        }
         Some(Command::Bench(BenchCommand::Engine { arguments, settings })) => {
             load(*settings).and_then(|values| bench::engine(&values, &arguments))
         }

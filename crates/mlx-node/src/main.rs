@@ -9,6 +9,7 @@ mod cli;
 mod config;
 mod engine;
 mod hardware;
+mod inspect;
 mod key;
 mod logging;
 mod serve;

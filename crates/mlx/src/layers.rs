@@ -12,25 +12,24 @@ use mlx_rs::{
     ops::{addmm, concatenate, maximum, minimum, sigmoid, tanh},
 };
 
-/// A matrix `[out, in]` as the forward pass uses it, and what is added to its product.
+/// A matrix `[out, in]` as the forward pass uses it.
 #[derive(Debug)]
 enum Matrix {
     /// Also transposed, as a view, so that `x @ weight` is one call.
     Dense {
         weight: Array,
         transposed: Array,
-        bias: Option<Array>,
     },
-    Packed {
-        packed: Packed,
-        bias: Option<Array>,
-    },
+    Packed(Packed),
 }
 
 /// A linear layer and how it is computed.
 #[derive(Debug)]
 pub(crate) struct Linear {
-    matrix: Matrix,
+    /// One, or several side by side where they are not packed alike.
+    parts: Vec<Matrix>,
+    /// What is added to the product.
+    bias: Option<Array>,
     compute: Compute,
 }
 
@@ -61,7 +60,7 @@ impl Linear {
     pub(crate) fn forward(&self, x: &Array, between: Between<'_>) -> Result<Array> {
         let Between { norm, added, gated } = between;
         if matches!(gated, None | Some(Gate::Silu))
-            && let Some(weights) = self.matrix.weights()
+            && let Some(weights) = self.weights()
             && x.dim(0) <= self.compute.products.rows(weights)
             && products::fits(x.dim(0), weights, x.dtype())
         {
@@ -69,8 +68,8 @@ impl Linear {
             return products::product(x, weights, Around { norm, added, gated: gated.is_some() });
         }
         let normed = norm.map(|norm| norm.forward(x)).transpose()?;
-        if let (Path::Kernel, Some(added), None, Matrix::Dense { transposed, bias: None, .. }) =
-            (self.compute.path, added, gated, &self.matrix)
+        if let (Path::Kernel, Some(added), None, [Matrix::Dense { transposed, .. }], None) =
+            (self.compute.path, added, gated, &self.parts[..], &self.bias)
         {
             return addmm(added, normed.as_ref().unwrap_or(x), transposed, None, None);
         }
@@ -86,39 +85,24 @@ impl Linear {
     }
 
     fn product(&self, x: &Array) -> Result<Array> {
-        let Compute { path, products, .. } = self.compute;
-        let (product, bias) = match &self.matrix {
-            Matrix::Dense { weight, bias, .. }
-                if path == Path::Native && x.dim(0) <= products.dense && native::product_fits(weight) =>
-            {
-                (native::product(x, weight)?, bias)
-            }
-            Matrix::Dense { transposed, bias, .. } => (x.matmul(transposed)?, bias),
-            Matrix::Packed { packed, bias } => {
-                let product = if x.dim(0) < self.compute.dense_rows {
-                    packed.product(x)?
-                } else {
-                    let whole = match self.matrix.weights() {
-                        Some(Weights::FourBits { words, scales, biases, group_size })
-                            if products.four_bits > 0
-                                && products::fits(
-                                    1,
-                                    Weights::FourBits { words, scales, biases, group_size },
-                                    x.dtype(),
-                                ) =>
-                        {
-                            products::dequantize(words, scales, biases)?
-                        }
-                        _ => packed.dense(x.dtype())?,
-                    };
-                    x.matmul(whole.t())?
-                };
-                (product, bias)
+        let product = match &self.parts[..] {
+            [one] => one.product(x, self.compute)?,
+            several => {
+                let products = several.iter().map(|part| part.product(x, self.compute));
+                concatenate(&products.collect::<Result<Vec<_>>>()?, -1)?
             }
         };
-        match bias {
+        match &self.bias {
             Some(bias) => product.add(bias),
             None => Ok(product),
+        }
+    }
+
+    /// As our own products take it, if they do.
+    fn weights(&self) -> Option<Weights<'_>> {
+        match (&self.parts[..], &self.bias) {
+            ([one], None) => one.weights(),
+            _ => None,
         }
     }
 
@@ -148,35 +132,65 @@ impl Linear {
         bias: Option<Array>,
         compute: Compute,
     ) -> std::result::Result<Self, LoadError> {
-        let matrix = match compute.joined(weights, 0)? {
-            Weight::Packed(packed) => Matrix::Packed { packed, bias },
-            Weight::Dense(weight) => Matrix::Dense { transposed: weight.t(), weight, bias },
+        let weights = weights.into_iter().map(|weight| compute.apply(weight)).collect::<Result<Vec<_>>>()?;
+        let packed = weights.iter().all(|weight| matches!(weight, Weight::Packed(_)));
+        let parts =
+            if packed && alike(&weights).is_none() { weights } else { vec![compute.joined(weights, 0)?] };
+        let matrix = |weight| match weight {
+            Weight::Packed(packed) => Matrix::Packed(packed),
+            Weight::Dense(weight) => Matrix::Dense { transposed: weight.t(), weight },
         };
-        Ok(Self { matrix, compute })
+        Ok(Self { parts: parts.into_iter().map(matrix).collect(), bias, compute })
     }
 
     /// Every array, to be evaluated at load; a view brings what it is of.
     pub(crate) fn arrays(&self) -> Vec<&Array> {
-        match &self.matrix {
-            Matrix::Dense { transposed, bias, .. } => {
-                [Some(transposed), bias.as_ref()].into_iter().flatten().collect()
-            }
-            Matrix::Packed { packed, bias } => packed.arrays().chain(bias).collect(),
-        }
+        self.parts.iter().flat_map(Matrix::arrays).chain(&self.bias).collect()
     }
 }
 
 impl Matrix {
-    /// As our own products take it, if they do.
+    fn arrays(&self) -> Vec<&Array> {
+        match self {
+            Self::Dense { transposed, .. } => vec![transposed],
+            Self::Packed(packed) => packed.arrays().collect(),
+        }
+    }
+
+    fn product(&self, x: &Array, compute: Compute) -> Result<Array> {
+        let Compute { path, products, dense_rows, .. } = compute;
+        match self {
+            Self::Dense { weight, .. }
+                if path == Path::Native && x.dim(0) <= products.dense && native::product_fits(weight) =>
+            {
+                native::product(x, weight)
+            }
+            Self::Dense { transposed, .. } => x.matmul(transposed),
+            Self::Packed(packed) if x.dim(0) < dense_rows => packed.product(x),
+            Self::Packed(packed) => {
+                let ours = self
+                    .weights()
+                    .filter(|&weights| products.four_bits > 0 && products::fits(1, weights, x.dtype()));
+                let whole = match ours {
+                    Some(Weights::FourBits { words, scales, biases, .. }) => {
+                        products::dequantize(words, scales, biases)?
+                    }
+                    _ => packed.dense(x.dtype())?,
+                };
+                x.matmul(whole.t())
+            }
+        }
+    }
+
     fn weights(&self) -> Option<Weights<'_>> {
         match self {
-            Self::Dense { weight, bias: None, .. } => Some(Weights::Dense(weight)),
-            Self::Packed { packed: Packed { words, scales, biases: Some(biases), packing }, bias: None }
+            Self::Dense { weight, .. } => Some(Weights::Dense(weight)),
+            Self::Packed(Packed { words, scales, biases: Some(biases), packing })
                 if packing.mode == Mode::Affine && packing.bits == 4 =>
             {
                 Some(Weights::FourBits { words, scales, biases, group_size: packing.group_size })
             }
-            _ => None,
+            Self::Packed(_) => None,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! From a model's files to something that generates.
 
+pub(crate) mod inspect;
+
 use crate::{
     checkpoint::{self, Checkpoint, LoadError},
     kernels,
@@ -94,14 +96,9 @@ fn load_with(
     path: Option<Path>,
     progress: &mut dyn FnMut(&str, f32),
 ) -> Result<(Runner, ModelAssets), LoadError> {
-    let on_gpu = choose_device(settings.device)?;
     let mut checkpoint = Checkpoint::open(&settings.model, progress)?;
-    let dequantize = match settings.dequantize {
-        Dequantize::Auto => !on_gpu,
-        Dequantize::Never => false,
-        Dequantize::Always => true,
-    };
-    let activations = if on_gpu { stored_dtype(&checkpoint) } else { Dtype::Float32 };
+    let Placement { on_gpu, activations, dequantize } =
+        Placement::of(&checkpoint, settings.device, settings.dequantize)?;
     let spec = models::spec(&checkpoint.config)?;
     let spec = match settings.context_tokens {
         Some(tokens) => spec.within(tokens),
@@ -195,6 +192,27 @@ fn load_with(
     );
     let limits = ModelLimits { slots: settings.slots, blocks, kv_bytes_per_token };
     Ok((Runner::new(card, limits, family, path)?, assets))
+}
+
+/// Where a model computes, and with what numbers.
+struct Placement {
+    on_gpu: bool,
+    activations: Dtype,
+    dequantize: bool,
+}
+
+impl Placement {
+    /// Makes the device that is chosen the default one.
+    fn of(checkpoint: &Checkpoint, device: DeviceChoice, dequantize: Dequantize) -> Result<Self, LoadError> {
+        let on_gpu = choose_device(device)?;
+        let dequantize = match dequantize {
+            Dequantize::Auto => !on_gpu,
+            Dequantize::Never => false,
+            Dequantize::Always => true,
+        };
+        let activations = if on_gpu { stored_dtype(checkpoint) } else { Dtype::Float32 };
+        Ok(Self { on_gpu, activations, dequantize })
+    }
 }
 
 /// Bytes that are left once the weights are loaded.

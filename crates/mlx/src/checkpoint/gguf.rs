@@ -49,15 +49,23 @@ pub(crate) enum Value {
     Floats(Vec<f64>),
 }
 
-/// How a tensor's elements are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How a tensor's elements are stored, as GGUF names it.
+#[expect(non_camel_case_types, reason = "GGUF's names")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Encoding {
     F32,
     F16,
     Bf16,
     Q4_0,
     Q4_1,
+    Q5_0,
+    Q5_1,
     Q8_0,
+    Q2_K,
+    Q3_K,
+    Q4_K,
+    Q5_K,
+    Q6_K,
 }
 
 /// One tensor of the file.
@@ -85,7 +93,14 @@ impl Encoding {
             Self::F16 | Self::Bf16 => (1, 2),
             Self::Q4_0 => (32, 18),
             Self::Q4_1 => (32, 20),
+            Self::Q5_0 => (32, 22),
+            Self::Q5_1 => (32, 24),
             Self::Q8_0 => (32, 34),
+            Self::Q2_K => (256, 84),
+            Self::Q3_K => (256, 110),
+            Self::Q4_K => (256, 144),
+            Self::Q5_K => (256, 176),
+            Self::Q6_K => (256, 210),
         }
     }
 
@@ -97,14 +112,14 @@ impl Encoding {
             3 => Self::Q4_1,
             8 => Self::Q8_0,
             30 => Self::Bf16,
-            6 => return Err("Q5_0"),
-            7 => return Err("Q5_1"),
+            6 => Self::Q5_0,
+            7 => Self::Q5_1,
+            10 => Self::Q2_K,
+            11 => Self::Q3_K,
+            12 => Self::Q4_K,
+            13 => Self::Q5_K,
+            14 => Self::Q6_K,
             9 => return Err("Q8_1"),
-            10 => return Err("Q2_K"),
-            11 => return Err("Q3_K"),
-            12 => return Err("Q4_K"),
-            13 => return Err("Q5_K"),
-            14 => return Err("Q6_K"),
             15 => return Err("Q8_K"),
             16..=19 | 21..=23 | 29 => return Err("an IQ type"),
             20 => return Err("IQ4_NL"),
@@ -345,8 +360,8 @@ impl<R: Read> Input<R> {
         let id = self.u32(&name)?;
         let encoding = Encoding::from_id(id).map_err(|known| {
             HeaderError::Unsupported(format!(
-                "tensor {name:?} is stored as {known} (GGML type {id}); use a file with Q4_0, Q4_1, Q8_0, F16, BF16 or \
-                 F32 tensors, or the model in MLX's own safetensors"
+                "tensor {name:?} is stored as {known} (GGML type {id}); use a file with Q2_K to Q6_K, Q4_0 to Q8_0, \
+                 F16, BF16 or F32 tensors, or the model in MLX's own safetensors"
             ))
         })?;
         let offset = self.u64(&name)?;
@@ -407,10 +422,10 @@ mod tests {
         assert!(message(&with_version(1)).contains("version 1"));
         assert!(message(&with_version(3_u32.swap_bytes())).contains("big-endian"));
         assert!(message(&good[..good.len() - 1]).contains("download may be incomplete"));
-        let k_quant = GgufWriter::new().raw_tensor("blk.0.ffn_up.weight", &[2, 256], 12, &[0; 288]).finish();
+        let k_quant = GgufWriter::new().raw_tensor("blk.0.ffn_up.weight", &[2, 256], 15, &[0; 584]).finish();
         let text = message(&k_quant);
         assert!(
-            text.contains("blk.0.ffn_up.weight") && text.contains("Q4_K") && text.contains("Q8_0"),
+            text.contains("blk.0.ffn_up.weight") && text.contains("Q8_K") && text.contains("Q8_0"),
             "{text}"
         );
         let huge = GgufWriter::new().raw_tensor("x", &[i64::MAX as u64, 2, 2], 0, &[]).finish();

@@ -1,7 +1,7 @@
 //! Reads one tensor of a `.gguf` file into MLX arrays, changing only how its numbers are laid out.
 //!
 //! GGUF interleaves a block's scale with its codes; MLX keeps codes, scales and biases apart. The affine form
-//! `code · scale + bias` holds all three kinds without a second rounding:
+//! `code · scale + bias` holds these without a second rounding; `gguf_groups` reads the other kinds:
 //!
 //! | kind | block of 32 | code | bias |
 //! | --- | --- | --- | --- |
@@ -13,6 +13,7 @@ use super::packed::{Mode, Packed, Packing};
 use super::{
     LoadError, Weight,
     gguf::{Encoding, TensorInfo},
+    gguf_groups::Groups,
 };
 use mlx_rs::{Array, Dtype};
 use std::{
@@ -22,7 +23,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Elements that share a scale in every supported GGUF block.
+/// Elements that share a scale once a block of any kind is read.
 pub(crate) const GROUP_SIZE: i32 = 32;
 /// Bytes read at a time: bounds what is held besides the result, large enough for sequential reads.
 const CHUNK_BYTES: u64 = 16 << 20;
@@ -63,6 +64,17 @@ impl DataFile {
                 self.chunks(tensor, |bytes| values.extend(le_halves(bytes))).map_err(failed)?;
                 let dtype = if tensor.encoding == Encoding::F16 { Dtype::Float16 } else { Dtype::Bfloat16 };
                 self.array(tensor, &reordered(values, order, rows), shape, dtype).map(Weight::Dense)
+            }
+            Encoding::Q5_0
+            | Encoding::Q5_1
+            | Encoding::Q2_K
+            | Encoding::Q3_K
+            | Encoding::Q4_K
+            | Encoding::Q5_K
+            | Encoding::Q6_K => {
+                let mut groups = Groups::default();
+                self.chunks(tensor, |bytes| groups.push(tensor.encoding, bytes)).map_err(failed)?;
+                Ok(Weight::Packed(groups.packed(tensor, unpermute_heads)?))
             }
             Encoding::Q4_0 | Encoding::Q4_1 | Encoding::Q8_0 => {
                 let mut blocks = Blocks::with_capacity(tensor);
@@ -254,12 +266,12 @@ fn le_halves(bytes: &[u8]) -> impl Iterator<Item = u16> + '_ {
 }
 
 /// For each row of the result, the row of the file: row `i` of half `j` of a head is the file's row `2i + j`.
-fn half_order(rows: usize, heads: usize) -> Vec<usize> {
+pub(crate) fn half_order(rows: usize, heads: usize) -> Vec<usize> {
     let head = rows / heads;
     (0..rows).map(|row| row / head * head + row % head % (head / 2) * 2 + row % head / (head / 2)).collect()
 }
 
-fn reordered<T: Copy>(values: Vec<T>, order: Option<&[usize]>, rows: usize) -> Vec<T> {
+pub(crate) fn reordered<T: Copy>(values: Vec<T>, order: Option<&[usize]>, rows: usize) -> Vec<T> {
     let Some(order) = order else { return values };
     let row = values.len() / rows;
     order.iter().flat_map(|&from| &values[from * row..][..row]).copied().collect()

@@ -9,7 +9,11 @@ use super::{
     quantization::Quantization,
     tensors::{Entry, Tensors},
 };
-use std::{collections::BTreeMap, path::Path, rc::Rc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    rc::Rc,
+};
 
 /// Opens the file at `path`.
 pub(crate) fn open(path: &Path, progress: &mut dyn FnMut(&str, f32)) -> Result<Checkpoint, LoadError> {
@@ -29,6 +33,11 @@ pub(crate) fn open(path: &Path, progress: &mut dyn FnMut(&str, f32)) -> Result<C
         .iter()
         .map(|tensor| format!("{} {:?} {:?}", tensor.name, tensor.encoding, tensor.shape));
     let described = [WeightFile { path, tensors: described.collect() }];
+    let anew: BTreeSet<_> = header.tensors.iter().map(|tensor| tensor.encoding).collect();
+    for encoding in anew.into_iter().filter(|encoding| encoding.packed_anew()) {
+        let packing = encoding.packing().map(|packing| packing.to_string());
+        tracing::warn!(?encoding, packing, "MLX does not know these weights: they are packed anew");
+    }
     let mut entries = BTreeMap::new();
     for tensor in header.tensors {
         let (name, heads) = gguf_config::tensor_name(&tensor.name, heads);

@@ -58,6 +58,13 @@ impl GgufWriter {
     /// `shape` outermost first.
     pub(crate) fn tensor(self, name: &str, shape: &[u64], encoding: Encoding, data: &[u8]) -> Self {
         let id = match encoding {
+            Encoding::Q5_0 => 6,
+            Encoding::Q5_1 => 7,
+            Encoding::Q2_K => 10,
+            Encoding::Q3_K => 11,
+            Encoding::Q4_K => 12,
+            Encoding::Q5_K => 13,
+            Encoding::Q6_K => 14,
             Encoding::F32 => 0,
             Encoding::F16 => 1,
             Encoding::Q4_0 => 2,

@@ -5,12 +5,14 @@
 //! `gguf_blocks` reads tensors, `gguf_config` and `gguf_tokenizer` translate metadata. Nothing of the weights is read
 //! here but headers and samples for the fingerprint: tensors are read when the model takes and evaluates them.
 
+mod convert;
 mod directory;
 mod error;
 mod fingerprint;
 mod gguf;
 mod gguf_blocks;
 mod gguf_config;
+mod gguf_groups;
 mod gguf_model;
 mod gguf_tokenizer;
 #[cfg(test)]
@@ -23,11 +25,14 @@ mod tensors;
 #[cfg(test)]
 mod tests;
 
+pub use crate::load::inspect::{Inspection, inspect};
+pub use convert::{ConvertSettings, Converted, convert};
 pub(crate) use directory::{INDEX, SINGLE, shards_of_index};
 pub use error::LoadError;
 pub(crate) use memory::available as available_memory;
 pub use memory::memory_check;
 pub use packed::{Mode, Packed, Packing};
+pub(crate) use tensors::Size;
 pub use tensors::{Tensors, Weight};
 
 use fingerprint::{Fingerprint, WeightFile};

@@ -10,7 +10,7 @@ use mlx_rs::{
     error::{Exception, Result},
     ops::{concatenate, stack},
 };
-use std::ffi::CStr;
+use std::{ffi::CStr, fmt};
 
 /// What codes and scales stand for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +34,11 @@ impl Mode {
         self.c_name().to_str().unwrap_or_default()
     }
 
+    /// The one of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.name() == name)
+    }
+
     fn c_name(self) -> &'static CStr {
         match self {
             Self::Affine => c"affine",
@@ -44,7 +49,7 @@ impl Mode {
     }
 
     /// The only group size and bits that there are, for all but affine packing.
-    pub(crate) fn fixed(self) -> Option<(i32, i32)> {
+    pub fn fixed(self) -> Option<(i32, i32)> {
         match self {
             Self::Affine => None,
             Self::Mxfp4 => Some((32, 4)),
@@ -65,6 +70,31 @@ pub struct Packing {
     pub mode: Mode,
 }
 
+/// Groups of affine packing.
+pub(crate) const GROUP_SIZES: [i32; 3] = [32, 64, 128];
+/// Bits of affine packing.
+pub(crate) const BITS: [i32; 6] = [2, 3, 4, 5, 6, 8];
+
+impl Packing {
+    /// Whether MLX has it.
+    pub fn exists(self) -> bool {
+        match self.mode.fixed() {
+            Some(fixed) => fixed == (self.group_size, self.bits),
+            None => GROUP_SIZES.contains(&self.group_size) && BITS.contains(&self.bits),
+        }
+    }
+}
+
+impl fmt::Display for Packing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { group_size, bits, mode } = self;
+        match mode {
+            Mode::Affine => write!(f, "affine, {bits} bits in groups of {group_size}"),
+            mode => write!(f, "{}", mode.name()),
+        }
+    }
+}
+
 /// Matrices `[.., out, in]` whose codes are packed into 32-bit words.
 #[derive(Debug, Clone)]
 pub struct Packed {
@@ -79,8 +109,10 @@ pub struct Packed {
 }
 
 impl Packed {
-    #[cfg(test)]
     /// Packs `dense`, whose last axis is a multiple of the group.
+    ///
+    /// # Errors
+    /// MLX's, where it has no such packing.
     pub(crate) fn of(dense: &Array, packing: Packing) -> Result<Self> {
         let stream = Stream::thread_local_or_default();
         let none = Missing::new();

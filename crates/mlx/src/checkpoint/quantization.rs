@@ -1,13 +1,10 @@
 //! What a `config.json` says of quantization, as MLX's tools write it.
 
 use super::LoadError;
-use super::packed::{Mode, Packing};
+use super::packed::{BITS, GROUP_SIZES, Mode, Packing};
 use serde_json::{Map, Value};
 use std::{collections::BTreeMap, path::Path};
 
-/// What MLX's affine kernels take.
-const GROUP_SIZES: [i64; 3] = [32, 64, 128];
-const BITS: [i64; 6] = [2, 3, 4, 5, 6, 8];
 /// Entries of the object that are not layers.
 const SETTINGS: [&str; 3] = ["group_size", "bits", "mode"];
 
@@ -64,17 +61,17 @@ impl Quantization {
 
 fn params(fields: &Map<String, Value>, key: &str, path: &Path) -> Result<Packing, LoadError> {
     let named = fields.get("mode").map_or("affine", |mode| mode.as_str().unwrap_or_default());
-    let Some(mode) = Mode::ALL.into_iter().find(|mode| mode.name() == named) else {
+    let Some(mode) = Mode::named(named) else {
         let known = Mode::ALL.map(Mode::name).join(", ");
         let reason = format!("the quantization mode {named:?} of {key:?}; supported: {known}");
         return Err(LoadError::unsupported(path, reason));
     };
     let (group_sizes, bits) = match mode.fixed() {
-        Some((group_size, bits)) => (vec![i64::from(group_size)], vec![i64::from(bits)]),
+        Some((group_size, bits)) => (vec![group_size], vec![bits]),
         None => (GROUP_SIZES.to_vec(), BITS.to_vec()),
     };
-    let number = |name: &str, allowed: &[i64]| match fields.get(name).and_then(Value::as_i64) {
-        Some(value) if allowed.contains(&value) => Ok(value as i32),
+    let number = |name: &str, allowed: &[i32]| match fields.get(name).and_then(Value::as_i64) {
+        Some(value) if allowed.iter().any(|&known| i64::from(known) == value) => Ok(value as i32),
         _ => {
             let found = fields.get(name).unwrap_or(&Value::Null);
             let reason = format!("{name:?} of {key:?} is {found}; supported: {allowed:?}");

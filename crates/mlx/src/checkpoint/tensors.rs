@@ -2,7 +2,7 @@
 //!
 //! Safetensors stay lazy MLX arrays until they are evaluated; tensors of a `.gguf` file are read when they are taken.
 
-use super::packed::{Mode, Packed};
+use super::packed::{Mode, Packed, Packing};
 use super::{LoadError, gguf::TensorInfo, gguf_blocks::DataFile, quantization::Quantization};
 use mlx_rs::{Array, Dtype, error::Exception};
 use std::{collections::BTreeMap, path::Path, rc::Rc};
@@ -49,6 +49,15 @@ impl Weight {
             Self::Packed(packed) => packed.rows(rows).map(Self::Packed),
         }
     }
+}
+
+/// What one matrix or vector holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) elements: u64,
+    /// In the file, scales and biases included.
+    pub(crate) bytes: u64,
+    pub(crate) packing: Option<Packing>,
 }
 
 /// All tensors that were not taken yet.
@@ -105,6 +114,69 @@ impl Tensors {
             Entry::Lazy { .. } => name.ends_with(".scales"),
             Entry::Gguf { tensor, .. } => tensor.encoding.quantized(),
         })
+    }
+
+    /// Every name, in order.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// The shape of what is under a name, as it is stored.
+    pub(crate) fn shape(&self, name: &str) -> Option<Vec<i32>> {
+        self.entries.get(name).map(|entry| match entry {
+            Entry::Lazy { array, .. } => array.shape().to_vec(),
+            Entry::Gguf { tensor, .. } => tensor.shape.clone(),
+        })
+    }
+
+    /// What each matrix or vector holds, told by shapes alone.
+    pub(crate) fn sizes(&self) -> Vec<Size> {
+        let mut sizes = Vec::new();
+        let elements = |shape: &[i32]| shape.iter().map(|&length| u64::from(length.unsigned_abs())).product();
+        for (name, entry) in &self.entries {
+            let array = match entry {
+                Entry::Gguf { tensor, .. } => {
+                    let packing = tensor.encoding.packing();
+                    let elements: u64 = elements(&tensor.shape);
+                    // A scale and a bias of two bytes for each group, as it is once read.
+                    let bytes = packing.map_or(tensor.bytes, |packing| {
+                        let (bits, group) = (packing.bits.unsigned_abs(), packing.group_size.unsigned_abs());
+                        elements * u64::from(bits) / 8 + elements / u64::from(group) * 4
+                    });
+                    sizes.push(Size { elements, bytes, packing });
+                    continue;
+                }
+                Entry::Lazy { array, .. } => array,
+            };
+            let prefix = name.strip_suffix(".weight").unwrap_or_default();
+            let scales = self.entries.get(&format!("{prefix}.scales"));
+            if let (Some(Entry::Lazy { array: scales, .. }), Some(packing)) =
+                (scales, self.quantization.of(prefix))
+            {
+                let arrays = if packing.mode == Mode::Affine { 2 } else { 1 };
+                sizes.push(Size {
+                    elements: elements(array.shape()) * 32 / u64::from(packing.bits.unsigned_abs()),
+                    bytes: (array.nbytes() + arrays * scales.nbytes()) as u64,
+                    packing: Some(packing),
+                });
+            } else if let Some(scales) =
+                name.strip_suffix("_blocks").and_then(|prefix| self.entries.get(&format!("{prefix}_scales")))
+            {
+                let scales = match scales {
+                    Entry::Lazy { array, .. } => array.nbytes(),
+                    Entry::Gguf { .. } => 0,
+                };
+                let packing = Some(Packing { group_size: 32, bits: 4, mode: Mode::Mxfp4 });
+                let bytes = (array.nbytes() + scales) as u64;
+                sizes.push(Size { elements: 2 * elements(array.shape()), bytes, packing });
+            } else if !["scales", "biases"].iter().any(|part| name.ends_with(&format!(".{part}")))
+                && !name.ends_with("_scales")
+            {
+                let bytes = array.nbytes() as u64;
+                sizes.push(Size { elements: elements(array.shape()), bytes, packing: None });
+            }
+        }
+        sizes
     }
 
     /// Takes a dense tensor.

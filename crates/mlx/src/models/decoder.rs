@@ -5,6 +5,7 @@ use super::{
     experts::Experts,
     hand_over,
     latent::Latent,
+    names::Names,
     spec::{MlpSpec, Projection, Spec},
 };
 use crate::{
@@ -70,33 +71,6 @@ enum Mlp {
         gate: Gate,
     },
     Experts(Box<Experts>),
-}
-
-/// Where the tensors of a decoder may begin: alone, or beside an encoder of images that is not loaded.
-const PREFIXES: [&str; 3] = ["", "language_model.", "model.language_model."];
-
-/// Names of a checkpoint's tensors.
-struct Names {
-    /// `model.`, or what stands for it.
-    model: String,
-    head: String,
-}
-
-impl Names {
-    fn of(tensors: &Tensors) -> Self {
-        let there = |model: &String| tensors.contains(&format!("{model}embed_tokens.weight"));
-        let found = PREFIXES.into_iter().find_map(|prefix| {
-            [format!("{prefix}model."), prefix.to_owned()].into_iter().find(there).map(|model| Self {
-                model,
-                head: format!("{}lm_head", if prefix == "language_model." { prefix } else { "" }),
-            })
-        });
-        found.unwrap_or_else(|| Self { model: "model.".to_owned(), head: "lm_head".to_owned() })
-    }
-
-    fn layer(&self, index: usize) -> String {
-        format!("{}layers.{index}.", self.model)
-    }
 }
 
 impl Decoder {

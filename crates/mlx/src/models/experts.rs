@@ -1,6 +1,9 @@
 //! A mixture of experts: a router takes some for each token, all of whose products are one.
 
-use super::spec::{ExpertsSpec, Groups, Routing, Scores};
+use super::{
+    names::PARTS,
+    spec::{ExpertsSpec, Groups, Routing, Scores},
+};
 use crate::{
     checkpoint::{LoadError, Mode, Packed, Packing, Tensors, Weight},
     layers::{Between, Compute, Gate, Linear},
@@ -183,7 +186,6 @@ impl Stack {
         spec: &ExpertsSpec,
         part: usize,
     ) -> std::result::Result<Self, LoadError> {
-        const PARTS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
         let stacked = format!("{prefix}{}.{}", spec.stacked, PARTS[part]);
         if tensors.contains(&format!("{stacked}.weight")) {
             let weight = tensors.weight(&stacked)?;

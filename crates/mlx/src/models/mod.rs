@@ -1,6 +1,8 @@
 //! Model families: one file for each `model_type` turns its configuration into a [`Spec`], from which one decoder is built;
 //! and the one place that tells them apart.
 
+#[cfg(test)]
+mod convert_tests;
 mod decoder;
 mod deepseek;
 mod experts;
@@ -11,6 +13,7 @@ mod latent;
 mod llama;
 mod mistral;
 mod mixtral;
+mod names;
 mod phi3;
 mod qwen2;
 mod qwen3;
@@ -19,6 +22,7 @@ mod spec;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use names::{Names, StackedName};
 pub(crate) use spec::{Heads, Spec};
 
 use crate::{

@@ -16,21 +16,21 @@ use std::collections::BTreeMap;
 use types::TokenId;
 
 #[derive(Deserialize)]
-struct Goldens {
-    tokens: Vec<TokenId>,
-    positions: Vec<usize>,
-    cases: Vec<Case>,
+pub(super) struct Goldens {
+    pub(super) tokens: Vec<TokenId>,
+    pub(super) positions: Vec<usize>,
+    pub(super) cases: Vec<Case>,
 }
 
 #[derive(Deserialize)]
-struct Case {
-    name: String,
-    config: Value,
+pub(super) struct Case {
+    pub(super) name: String,
+    pub(super) config: Value,
     /// Shape, center and scale of each.
-    tensors: BTreeMap<String, (Vec<i32>, f64, f64)>,
+    pub(super) tensors: BTreeMap<String, (Vec<i32>, f64, f64)>,
     #[serde(default)]
     packed: BTreeMap<String, PackedAs>,
-    logits: Vec<Vec<f32>>,
+    pub(super) logits: Vec<Vec<f32>>,
 }
 
 #[derive(Deserialize)]
@@ -40,12 +40,12 @@ struct PackedAs {
     mode: String,
 }
 
-fn goldens() -> Goldens {
+pub(super) fn goldens() -> Goldens {
     serde_json::from_str(include_str!("../../../../tests/goldens/families.json")).unwrap()
 }
 
 /// `center + scale · u`, as the script makes it.
-fn weight(name: &str, (shape, center, scale): &(Vec<i32>, f64, f64)) -> Array {
+pub(super) fn weight(name: &str, (shape, center, scale): &(Vec<i32>, f64, f64)) -> Array {
     let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |seed, byte| {
         (seed ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
@@ -86,24 +86,17 @@ impl Case {
     }
 
     fn model_of(&self, mut tensors: Tensors, path: Path, dequantize: bool) -> Model {
-        let dense = if path == Path::Native { 4 } else { 0 };
-        let products = Products { dense: dense.min(crate::native::product_rows()), four_bits: 0 };
-        let compute =
-            Compute { path, activations: Dtype::Float32, dequantize, products, dense_rows: i32::MAX };
-        let family = Decoder::load(&mut tensors, spec(&self.config).unwrap(), compute).unwrap();
+        let model = Model::new(&self.config, &mut tensors, path, dequantize);
         assert_eq!(tensors.leftovers().collect::<Vec<_>>(), Vec::<&str>::new(), "{}", self.name);
-        let mut kv = KvPool::new(family.dims().kv, BLOCKS as usize, path).unwrap();
-        if path == Path::Pure {
-            kv.grow(BLOCKS as usize).unwrap();
-        }
-        Model { family: Box::new(family), kv, path }
+        model
     }
 }
 
 /// Blocks of a test's KV.
-const BLOCKS: u32 = 16;
+const BLOCKS: u32 = 32;
 
-struct Model {
+/// A decoder and its KV, a step at a time.
+pub(super) struct Model {
     family: Box<dyn Family>,
     kv: KvPool,
     path: Path,
@@ -113,6 +106,19 @@ struct Model {
 type Part<'a> = (&'a [u32], usize, &'a [TokenId]);
 
 impl Model {
+    pub(super) fn new(config: &Value, tensors: &mut Tensors, path: Path, dequantize: bool) -> Self {
+        let dense = if path == Path::Native { 4 } else { 0 };
+        let products = Products { dense: dense.min(crate::native::product_rows()), four_bits: 0 };
+        let compute =
+            Compute { path, activations: Dtype::Float32, dequantize, products, dense_rows: i32::MAX };
+        let family = Decoder::load(tensors, spec(config).unwrap(), compute).unwrap();
+        let mut kv = KvPool::new(family.dims().kv, BLOCKS as usize, path).unwrap();
+        if path == Path::Pure {
+            kv.grow(BLOCKS as usize).unwrap();
+        }
+        Self { family: Box::new(family), kv, path }
+    }
+
     /// One step; the logits of each token of each part.
     fn step(&mut self, parts: &[Part<'_>]) -> Vec<Vec<Vec<f32>>> {
         let blocks: Vec<Vec<BlockId>> =
@@ -153,7 +159,7 @@ impl Model {
     }
 
     /// The logits of a text read in slices of those lengths.
-    fn read(&mut self, blocks: &[u32], tokens: &[TokenId], lengths: &[usize]) -> Vec<Vec<f32>> {
+    pub(super) fn read(&mut self, blocks: &[u32], tokens: &[TokenId], lengths: &[usize]) -> Vec<Vec<f32>> {
         let mut logits = Vec::new();
         for &length in lengths {
             let start = logits.len();
@@ -169,7 +175,7 @@ const NEAR: f32 = 1e-4;
 /// And where weights are quantized, since both multiply in another order.
 const NEAR_QUANTIZED: f32 = 1e-3;
 
-fn assert_close(got: &[f32], wanted: &[f32], tolerance: f32, what: &str) {
+pub(super) fn assert_close(got: &[f32], wanted: &[f32], tolerance: f32, what: &str) {
     assert_eq!(got.len(), wanted.len(), "{what}");
     let off = got.iter().zip(wanted).map(|(got, wanted)| (got - wanted).abs() / wanted.abs().max(1.0));
     let most = off.fold(0.0, |most: f32, off| if off > most || off.is_nan() { off } else { most });
