@@ -4,6 +4,8 @@ import anthropic
 
 from harness import ask, expect, test
 
+# This client no longer has the field as an argument.
+GREEDY = {"temperature": 0}
 WEATHER = {
     "name": "weather",
     "description": "The weather in a city",
@@ -19,7 +21,7 @@ WEATHER = {
 @test
 def a_message_is_answered(node):
     client, model = node.anthropic(), node.model()
-    question = dict(model=model, messages=ask("What is the capital of France?"), max_tokens=32, temperature=0)
+    question = dict(model=model, messages=ask("What is the capital of France?"), max_tokens=32, extra_body=GREEDY)
     message = client.messages.create(**question, metadata={"user_id": "me"})
     assert "Paris" in message.content[0].text and message.role == "assistant", message
     assert message.stop_reason in ("end_turn", "max_tokens") and message.usage.output_tokens > 0, message
@@ -36,7 +38,7 @@ def a_message_is_answered(node):
 @test
 def a_streamed_message_is_the_same(node):
     client, model = node.anthropic(), node.model()
-    question = dict(model=model, messages=ask("Name three colours."), max_tokens=40, temperature=0)
+    question = dict(model=model, messages=ask("Name three colours."), max_tokens=40, extra_body=GREEDY)
     whole = client.messages.create(**question)
     kinds = []
     with client.messages.stream(**question) as stream:
@@ -54,7 +56,7 @@ def a_streamed_message_is_the_same(node):
 @test
 def stop_sequences_end_a_message(node):
     client, model = node.anthropic(), node.model()
-    question = dict(model=model, messages=ask("Count from 1 to 9."), max_tokens=60, temperature=0)
+    question = dict(model=model, messages=ask("Count from 1 to 9."), max_tokens=60, extra_body=GREEDY)
     free = client.messages.create(**question).content[0].text
     stop = free[4:7]
     message = client.messages.create(**question, stop_sequences=[stop])
@@ -66,14 +68,14 @@ def stop_sequences_end_a_message(node):
 def a_message_may_begin_for_the_model(node):
     client, model = node.anthropic(), node.model()
     begun = ask("What is the capital of France?") + [{"role": "assistant", "content": "The capital of France is"}]
-    message = client.messages.create(model=model, messages=begun, max_tokens=8, temperature=0)
+    message = client.messages.create(model=model, messages=begun, max_tokens=8, extra_body=GREEDY)
     assert "Paris" in message.content[0].text and "capital" not in message.content[0].text, message
 
 
 @test
 def a_message_uses_a_tool(node):
     client, model = node.anthropic(), node.model()
-    question = dict(model=model, max_tokens=120, temperature=0, tools=[WEATHER])
+    question = dict(model=model, max_tokens=120, tools=[WEATHER], extra_body=GREEDY)
     messages = ask("How is the weather in Rome?")
     for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
         message = client.messages.create(messages=messages, tool_choice=choice, **question)

@@ -21,7 +21,7 @@ def what_is_too_large_is_refused(node):
             extra["logprobs"] = True
         expect(openai.BadRequestError, lambda: create(model=model, messages=ask("Hi"), extra_body=extra), field)
     deep = "[" * 500 + "]" * 500
-    body = f'{{"model": "{model}", "messages": [], "response_format": {deep}}}'.encode()
+    body = f'{{"model": "{model}", "messages": [], "chat_template_kwargs": {{"a": {deep}}}}}'.encode()
     status, answer = node.post("/v1/chat/completions", body)
     assert status == 400 and answer["error"]["code"] == "invalid_json", answer
     status, answer = node.get("/v1/models", headers={"x-long": "x" * 40000})

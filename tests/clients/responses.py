@@ -37,6 +37,10 @@ def a_response_is_created_kept_and_deleted(node):
     assert client.responses.retrieve(response.id).output_text == response.output_text
     items = client.responses.input_items.list(response.id).data
     assert [item.content[0].text for item in items] == ["What is the capital of France?"], items
+    said = [{"role": "user", "content": f"{number}"} for number in range(30)]
+    many = client.responses.create(model=model, input=said, max_output_tokens=1)
+    numbers = [int(item.content) for item in client.responses.input_items.list(many.id, order="asc", limit=7)]
+    assert numbers == list(range(30)), "all pages, in order"
     expect(openai.NotFoundError, lambda: node.client(OTHER_KEY).responses.retrieve(response.id), response.id)
 
     follow = client.responses.create(
@@ -51,18 +55,19 @@ def a_response_is_created_kept_and_deleted(node):
 
     client.responses.delete(response.id)
     expect(openai.NotFoundError, lambda: client.responses.retrieve(response.id), response.id)
-    expect(
+    error = expect(
         openai.NotFoundError,
-        lambda: client.responses.create(model=model, input="x", previous_response_id=response.id),
-        "previous",
+        lambda: client.responses.create(model=model, input="x", previous_response_id=response.id), response.id,
     )
+    assert error.param == "previous_response_id", error.body
 
 
 @test
 def a_streamed_response_is_the_same(node):
     client, model = node.client(), node.model()
-    question = dict(model=model, input=ask("Name three colours."), temperature=0, max_output_tokens=40)
+    question = dict(model=model, input=ask("What is the capital of France?"), temperature=0, max_output_tokens=200)
     whole = client.responses.create(**question)
+    assert whole.status == "completed", whole
     events = list(client.responses.create(**question, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type for event in events]

@@ -47,6 +47,8 @@ struct Operation {
     /// What is answered with status 200, by its type.
     answers: Vec<(&'static str, Schema)>,
     error: Schema,
+    /// What follows the path.
+    query: Option<Schema>,
 }
 
 const JSON: &str = "application/json";
@@ -74,6 +76,10 @@ impl Schemas {
         Some(self.sent.subschema_for::<T>())
     }
 
+    fn query<T: JsonSchema>(&mut self) -> Option<Schema> {
+        Some(T::json_schema(&mut self.sent))
+    }
+
     fn got<T: JsonSchema>(&mut self) -> Vec<(&'static str, Schema)> {
         vec![(JSON, self.got.subschema_for::<T>())]
     }
@@ -96,7 +102,7 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
             shape::Protocol::Anthropic => &anthropic,
             shape::Protocol::Ollama => &ollama,
         };
-        Operation { method, path, summary, body, answers, error: error.clone() }
+        Operation { method, path, summary, body, answers, error: error.clone(), query: None }
     };
     vec![
         operation(
@@ -134,13 +140,16 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
             None,
             schemas.got::<responses::Deletion>(),
         ),
-        operation(
-            "get",
-            "/v1/responses/{id}/input_items",
-            "What a response answers",
-            None,
-            schemas.got::<responses::ItemList>(),
-        ),
+        Operation {
+            query: schemas.query::<responses::ItemQuery>(),
+            ..operation(
+                "get",
+                "/v1/responses/{id}/input_items",
+                "What a response answers",
+                None,
+                schemas.got::<responses::ItemList>(),
+            )
+        },
         operation(
             "post",
             "/v1/messages",
@@ -261,10 +270,17 @@ impl Operation {
         if let Some(body) = &self.body {
             described["requestBody"] = json!({"required": true, "content": {JSON: {"schema": body}}});
         }
+        let mut parameters = Vec::new();
         if self.path.contains("{id}") {
             let schema = json!({"type": "string", "minLength": 1});
-            described["parameters"] =
-                json!([{"name": "id", "in": "path", "required": true, "schema": schema}]);
+            parameters.push(json!({"name": "id", "in": "path", "required": true, "schema": schema}));
+        }
+        let fields = self.query.as_ref().and_then(|query| query.as_value()["properties"].as_object());
+        for (name, schema) in fields.into_iter().flatten() {
+            parameters.push(json!({"name": name, "in": "query", "schema": schema}));
+        }
+        if !parameters.is_empty() {
+            described["parameters"] = parameters.into();
         }
         described
     }

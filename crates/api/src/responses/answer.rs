@@ -11,10 +11,14 @@ use crate::{
     text::{EndReason, TextUsage},
 };
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::time::SystemTime;
 use types::{ModelCard, RequestId};
+
+/// Items in one list: OpenAI's bounds.
+const ITEMS_MAX: usize = 100;
+const ITEMS_DEFAULT: usize = 20;
 
 /// A response, at any stage.
 #[derive(Debug, Clone, Serialize, JsonSchema)]
@@ -168,20 +172,55 @@ pub(crate) struct ItemList {
     pub(super) has_more: bool,
 }
 
+/// Which items are told.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct ItemQuery {
+    /// At most, from 1 to 100; 20 unless told otherwise.
+    limit: Option<usize>,
+    /// The newest first unless told otherwise.
+    order: Option<Order>,
+    /// Those after the item of this id.
+    after: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum Order {
+    Asc,
+    Desc,
+}
+
 impl ItemList {
-    /// The items of a response's request, the newest first, each with an id.
-    pub(super) fn new(response: &str, items: &[InputItem]) -> Self {
-        let numbered = items.iter().enumerate().rev().map(|(index, item)| {
-            let mut item = serde_json::to_value(item).expect("numbers, strings and arrays of them");
-            if let Some(fields) = item.as_object_mut() {
-                fields.entry("id").or_insert_with(|| format!("item_{response}{index:04x}").into());
-                fields.entry("type").or_insert_with(|| "message".into());
-            }
-            item
-        });
-        let data: Vec<Value> = numbered.collect();
+    /// The items of a response's request, each with an id.
+    pub(super) fn new(response: &str, items: &[InputItem], query: &ItemQuery) -> Result<Self, ApiError> {
+        let limit = query.limit.unwrap_or(ITEMS_DEFAULT);
+        if limit == 0 || limit > ITEMS_MAX {
+            let message = format!("limit is {limit}; it must be from 1 to {ITEMS_MAX}");
+            return Err(ApiError::parameter("limit", message));
+        }
+        let mut data: Vec<Value> = items.iter().enumerate().map(|item| described(response, item)).collect();
+        if query.order != Some(Order::Asc) {
+            data.reverse();
+        }
+        if let Some(after) = &query.after {
+            let Some(index) = data.iter().position(|item| item["id"] == after.as_str()) else {
+                return Err(ApiError::parameter("after", format!("there is no item {after:?}")));
+            };
+            data.drain(..=index);
+        }
+        let has_more = data.len() > limit;
+        data.truncate(limit);
         let id = |item: Option<&Value>| item.and_then(|item| item["id"].as_str()).map(str::to_owned);
         let (first_id, last_id) = (id(data.first()), id(data.last()));
-        Self { object: "list", data, first_id, last_id, has_more: false }
+        Ok(Self { object: "list", data, first_id, last_id, has_more })
     }
+}
+
+fn described(response: &str, (index, item): (usize, &InputItem)) -> Value {
+    let mut item = serde_json::to_value(item).expect("numbers, strings and arrays of them");
+    if let Some(fields) = item.as_object_mut() {
+        fields.entry("id").or_insert_with(|| format!("item_{response}{index:04x}").into());
+        fields.entry("type").or_insert_with(|| "message".into());
+    }
+    item
 }

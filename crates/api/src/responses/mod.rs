@@ -9,7 +9,7 @@ mod items;
 mod request;
 mod store;
 
-pub(crate) use answer::{Deletion, ItemList, ResponseJson};
+pub(crate) use answer::{Deletion, ItemList, ItemQuery, ResponseJson};
 pub(crate) use request::ResponsesRequest;
 pub(crate) use store::ResponseStore;
 
@@ -26,7 +26,7 @@ use crate::{
 use axum::{
     Json,
     body::Body,
-    extract::{Path, State},
+    extract::{Path, Query, State, rejection::QueryRejection},
     response::{IntoResponse, Response},
 };
 use events::ResponseEvents;
@@ -91,9 +91,11 @@ pub(crate) async fn input_items(
     State(state): State<AppState>,
     caller: Caller,
     Path(id): Path<String>,
+    query: Result<Query<ItemQuery>, QueryRejection>,
 ) -> Result<Response, ApiError> {
+    let Query(query) = query.map_err(|error| ApiError::parameter("query", error.body_text()))?;
     let stored = find(&state, &caller, &id, "response_id")?;
-    Ok(Json(ItemList::new(&id, &stored.input)).into_response())
+    ItemList::new(&id, &stored.input, &query).map(|list| Json(list).into_response())
 }
 
 fn find(state: &AppState, caller: &Caller, id: &str, param: &'static str) -> Result<Arc<Stored>, ApiError> {

@@ -148,6 +148,24 @@ async fn responses_are_kept_by_client() {
     assert_eq!(contents, [&json!("c"), &json!([{"type": "output_text", "text": "b"}]), &json!("a")]);
     assert_eq!((&items["object"], &items["has_more"]), (&json!("list"), &json!(false)));
     assert_eq!(items["first_id"], items["data"][0]["id"]);
+    for (query, status, expected) in [
+        ("order=asc&limit=2", 200, json!(["a", [{"type": "output_text", "text": "b"}]])),
+        (&format!("order=asc&after={}", items["data"][1]["id"].as_str().unwrap()), 200, json!(["c"])),
+        ("limit=0", 400, json!("limit")),
+        ("limit=x", 400, json!("query")),
+        ("order=up", 400, json!("query")),
+        ("after=x", 400, json!("after")),
+    ] {
+        let asked = request(Method::GET, &format!("{path}/input_items?{query}"));
+        let answer = ask(app.clone(), of("first", asked)).await;
+        let json = answer.json();
+        let told = match json["data"].as_array() {
+            Some(data) => data.iter().map(|item| item["content"].clone()).collect(),
+            None => json["error"]["param"].clone(),
+        };
+        assert_eq!((answer.status(), told), (status, expected), "{query}: {json}");
+        assert_eq!(json["has_more"].as_bool().unwrap_or_default(), query.ends_with("limit=2"));
+    }
 
     let missing = async |key: &str, asked: Request<Body>, param: &str| {
         let answer = ask(app.clone(), of(key, asked)).await;
