@@ -25,16 +25,20 @@ pub(crate) struct MessagesRequest {
     system: Option<Content>,
     /// Not needed to count tokens.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 1_048_576))]
     max_tokens: Option<i64>,
     #[serde(default)]
     stop_sequences: Option<Vec<String>>,
     #[serde(default)]
     stream: Option<bool>,
     #[serde(default)]
+    #[schemars(range(min = 0.0, max = 2.0))]
     temperature: Option<f32>,
     #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
     top_p: Option<f32>,
     #[serde(default)]
+    #[schemars(range(min = -1))]
     top_k: Option<i64>,
     #[serde(default)]
     metadata: Option<Object<Metadata>>,

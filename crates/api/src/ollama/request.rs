@@ -124,22 +124,29 @@ struct Options {
     #[serde(default)]
     num_predict: Option<i64>,
     #[serde(default)]
+    #[schemars(range(min = 0.0, max = 2.0))]
     temperature: Option<f32>,
     #[serde(default)]
+    #[schemars(range(min = -1))]
     top_k: Option<i64>,
     #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
     top_p: Option<f32>,
     #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
     min_p: Option<f32>,
     #[serde(default)]
     seed: Option<Seed>,
     #[serde(default)]
     stop: Option<Strings>,
     #[serde(default)]
+    #[schemars(range(min = 0.01, max = 10.0))]
     repeat_penalty: Option<f32>,
     #[serde(default)]
+    #[schemars(range(min = -2.0, max = 2.0))]
     presence_penalty: Option<f32>,
     #[serde(default)]
+    #[schemars(range(min = -2.0, max = 2.0))]
     frequency_penalty: Option<f32>,
     #[serde(default)]
     typical_p: Given,

@@ -98,18 +98,25 @@ macro_rules! generation_request {
             #[serde(default)]
             pub(crate) model: Option<String>,
             #[serde(default)]
+            #[schemars(range(min = 0.0, max = 2.0))]
             temperature: Option<f32>,
             #[serde(default)]
+            #[schemars(range(min = 0.0, max = 1.0))]
             top_p: Option<f32>,
             #[serde(default)]
+            #[schemars(range(min = -1))]
             top_k: Option<i64>,
             #[serde(default)]
+            #[schemars(range(min = 0.0, max = 1.0))]
             min_p: Option<f32>,
             #[serde(default)]
+            #[schemars(range(min = 0.01, max = 10.0))]
             repetition_penalty: Option<f32>,
             #[serde(default)]
+            #[schemars(range(min = -2.0, max = 2.0))]
             presence_penalty: Option<f32>,
             #[serde(default)]
+            #[schemars(range(min = -2.0, max = 2.0))]
             frequency_penalty: Option<f32>,
             #[serde(default)]
             logit_bias: Option<LogitBias>,
@@ -122,10 +129,13 @@ macro_rules! generation_request {
             #[serde(default)]
             ignore_eos: Option<bool>,
             #[serde(default)]
+            #[schemars(range(min = 0, max = 1_048_576))]
             max_tokens: Option<i64>,
             #[serde(default)]
+            #[schemars(range(min = 1, max = 1_048_576))]
             max_completion_tokens: Option<i64>,
             #[serde(default)]
+            #[schemars(regex(pattern = "^[!-~]{1,64}$"))]
             session_id: Option<String>,
             #[serde(default)]
             prompt_cache_key: Option<String>,
@@ -136,14 +146,19 @@ macro_rules! generation_request {
             #[serde(default)]
             priority: Option<PriorityValue>,
             #[serde(default)]
+            #[schemars(range(min = 1, max = 3_600_000))]
             ttft_target_ms: Option<i64>,
             #[serde(default)]
+            #[schemars(range(min = 1, max = 3_600_000))]
             tpot_target_ms: Option<i64>,
             #[serde(default)]
+            #[schemars(range(min = 1, max = 128))]
             n: Option<i64>,
             #[serde(default)]
+            #[schemars(range(min = 0, max = 20))]
             prompt_logprobs: Option<i64>,
             #[serde(default)]
+            #[schemars(range(min = 0))]
             min_tokens: Option<i64>,
             #[serde(default)]
             include_stop_str_in_output: Option<bool>,

@@ -29,7 +29,10 @@ macro_rules! schemas {
 schemas! {
     Given = {}
     FunctionType = {"const": "function"}
-    Strings = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    Strings = {"anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": 1024},
+        {"type": "array", "maxItems": 16, "items": {"type": "string", "minLength": 1, "maxLength": 1024}},
+    ]}
     Prompts = {"anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1},

@@ -32,10 +32,13 @@ pub(crate) struct ResponsesRequest {
     #[serde(default)]
     stream: Option<bool>,
     #[serde(default)]
+    #[schemars(range(min = 0.0, max = 2.0))]
     temperature: Option<f32>,
     #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
     top_p: Option<f32>,
     #[serde(default)]
+    #[schemars(range(min = 1, max = 1_048_576))]
     max_output_tokens: Option<i64>,
     #[serde(default)]
     tools: Option<Vec<Object<ToolParam>>>,
