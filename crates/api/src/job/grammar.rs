@@ -4,12 +4,9 @@
 //! Names that begin with `mlx_` are ours.
 
 use super::{Conversation, Shape, Tool, ToolChoice};
-use crate::{
-    error::ApiError,
-    text::{
-        ReasoningFormat, Start,
-        tools::{ANY_TEXT, CallGrammar, Lark, ToolFormat, literal, pattern},
-    },
+use crate::text::{
+    ReasoningFormat, Start,
+    tools::{ANY_TEXT, CallGrammar, Lark, ToolFormat, literal, pattern},
 };
 use serde_json::json;
 use std::{collections::BTreeMap, fmt::Write};
@@ -22,24 +19,71 @@ pub(super) fn of(
     format: ToolFormat,
     reasoning: Option<(ReasoningFormat, Start)>,
     special: &[(String, TokenId)],
-) -> Result<Option<Grammar>, ApiError> {
+) -> Option<Grammar> {
     let rules = Rules { special, text: String::new(), shared: BTreeMap::new() };
     let reasoning = reasoning.filter(|&(_, start)| start != Start::Over);
+    let parallel = conversation.parallel_tool_calls;
+    match wanted(conversation, tools) {
+        Wanted::Anything => None,
+        Wanted::Shape => rules.shape(&conversation.shape, reasoning),
+        Wanted::Calls(tools) => {
+            // One that is named is called once.
+            let parallel = parallel && conversation.tool_choice == ToolChoice::Required;
+            Some(rules.calls(&tools, format, parallel, reasoning))
+        }
+        Wanted::FreeOrCalls => Some(rules.free_or_calls(tools, format, parallel, reasoning)),
+    }
+}
+
+/// The same of a model that writes messages with headers.
+pub(super) fn of_harmony(
+    conversation: &Conversation,
+    tools: &[Tool],
+    special: &[(String, TokenId)],
+) -> Option<Grammar> {
+    let mut rules = Rules { special, text: String::new(), shared: BTreeMap::new() };
+    let next = rules.terms("<|end|><|start|>assistant");
+    let head = |rules: &Rules<'_>, channel: &str| rules.terms(&format!("<|channel|>{channel}<|message|>"));
+    let thought = format!("{} {ANY_TEXT} {next}", head(&rules, "analysis"));
+    let last = head(&rules, "final");
+    let answer = match wanted(conversation, tools) {
+        Wanted::Anything => return None,
+        Wanted::Shape => {
+            let body = rules.body(&conversation.shape);
+            rules.rule("mlx_body", &body);
+            format!("{last} mlx_body")
+        }
+        Wanted::Calls(tools) => rules.harmony_calls(&tools, true),
+        Wanted::FreeOrCalls => {
+            let said = format!("{} {ANY_TEXT} {next}", head(&rules, "commentary"));
+            rules.rule("mlx_said", &said);
+            format!("{last} {ANY_TEXT} | mlx_said? ({})", rules.harmony_calls(tools, false))
+        }
+    };
+    rules.rule("mlx_thought", &thought);
+    rules.rule("mlx_answer", &answer);
+    Some(rules.finish("mlx_thought? mlx_answer"))
+}
+
+/// What is asked of an answer.
+enum Wanted {
+    Anything,
+    Shape,
+    /// Calls of these tools and nothing else.
+    Calls(Vec<Tool>),
+    /// Text, or calls as their tools say.
+    FreeOrCalls,
+}
+
+fn wanted(conversation: &Conversation, tools: &[Tool]) -> Wanted {
     match &conversation.tool_choice {
-        ToolChoice::Required => {
-            Ok(Some(rules.calls(tools, format, conversation.parallel_tool_calls, reasoning)))
-        }
+        ToolChoice::Required => Wanted::Calls(tools.to_vec()),
         ToolChoice::Named(name) => {
-            let named: Vec<Tool> = tools.iter().filter(|tool| tool.name == *name).cloned().collect();
-            Ok(Some(rules.calls(&named, format, false, reasoning)))
+            Wanted::Calls(tools.iter().filter(|tool| tool.name == *name).cloned().collect())
         }
-        ToolChoice::None | ToolChoice::Auto if conversation.shape != Shape::Free => {
-            Ok(rules.shape(&conversation.shape, reasoning))
-        }
-        ToolChoice::Auto if tools.iter().any(|tool| tool.strict) => {
-            Ok(Some(rules.free_or_calls(tools, format, conversation.parallel_tool_calls, reasoning)))
-        }
-        ToolChoice::None | ToolChoice::Auto => Ok(None),
+        ToolChoice::None | ToolChoice::Auto if conversation.shape != Shape::Free => Wanted::Shape,
+        ToolChoice::Auto if tools.iter().any(|tool| tool.strict) => Wanted::FreeOrCalls,
+        ToolChoice::None | ToolChoice::Auto => Wanted::Anything,
     }
 }
 
@@ -60,30 +104,49 @@ struct Rules<'a> {
 
 impl Rules<'_> {
     fn shape(mut self, shape: &Shape, reasoning: Reasoning) -> Option<Grammar> {
-        let body = match (shape, reasoning) {
+        match (shape, reasoning) {
             (Shape::Free, _) => return None,
-            (Shape::JsonObject, None) => {
-                return Some(Grammar::JsonSchema(json!({"type": "object"}).to_string()));
-            }
+            (Shape::JsonObject, None) => return Some(Grammar::JsonSchema(any_object().to_string())),
             (Shape::JsonSchema(schema), None) => return Some(Grammar::JsonSchema(schema.to_string())),
             (Shape::Regex(regex), None) => return Some(Grammar::Regex(regex.clone())),
             (Shape::Lark(lark), None) => return Some(Grammar::Lark(lark.clone())),
-            (Shape::JsonObject, Some(_)) => json_terms(&json!({"type": "object"})),
-            (Shape::JsonSchema(schema), Some(_)) => json_terms(schema),
-            (Shape::Regex(regex), Some(_)) => format!("/{}/", slashed(regex)),
-            (Shape::Choice(choices), _) => {
+            (_, _) => {}
+        }
+        let body = self.body(shape);
+        self.rule("mlx_answer", &body);
+        let start = self.after_reasoning(reasoning, "mlx_answer");
+        Some(self.finish(&start))
+    }
+
+    /// The terms of a shape.
+    fn body(&mut self, shape: &Shape) -> String {
+        match shape {
+            Shape::Free => ANY_TEXT.to_owned(),
+            Shape::JsonObject => json_terms(&any_object()),
+            Shape::JsonSchema(schema) => json_terms(schema),
+            Shape::Regex(regex) => format!("/{}/", slashed(regex)),
+            Shape::Choice(choices) => {
                 let choices: Vec<String> = choices.iter().map(|choice| literal(choice)).collect();
                 choices.join(" | ")
             }
-            (Shape::Lark(lark), Some(_)) => {
+            Shape::Lark(lark) => {
                 self.text.push_str(&renamed_start(lark));
                 self.text.push('\n');
                 "mlx_start".to_owned()
             }
-        };
-        self.rule("mlx_answer", &body);
-        let start = self.after_reasoning(reasoning, "mlx_answer");
-        Some(self.finish(&start))
+        }
+    }
+
+    /// One call of one of these tools, in a message of its own.
+    fn harmony_calls(&mut self, tools: &[Tool], exact: bool) -> String {
+        let calls = tools.iter().map(|tool| {
+            let mut lark = Lark::new(self.special, exact || tool.strict);
+            let head =
+                format!("<|channel|>commentary to=functions.{} <|constrain|>json<|message|>", tool.name);
+            lark.text(&head).schema(tool);
+            lark.finish().0
+        });
+        calls.collect::<Vec<_>>().join(" | ")
     }
 
     /// At least one call and nothing else.
@@ -184,6 +247,10 @@ impl Rules<'_> {
         }
         Grammar::Lark(format!("start: {start}\n{}", self.text))
     }
+}
+
+fn any_object() -> serde_json::Value {
+    json!({"type": "object"})
 }
 
 fn json_terms(schema: &serde_json::Value) -> String {

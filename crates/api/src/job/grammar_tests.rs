@@ -12,13 +12,18 @@ use std::sync::Arc;
 
 /// Bytes, an end, and some special tokens.
 const END: u32 = 256;
-const SPECIAL: [(&str, u32); 6] = [
+const SPECIAL: [(&str, u32); 11] = [
     ("[TOOL_CALLS]", 257),
     ("[ARGS]", 258),
     ("<|python_tag|>", 259),
     ("[THINK]", 260),
     ("[/THINK]", 261),
     ("<escape>", 262),
+    ("<|channel|>", 263),
+    ("<|message|>", 264),
+    ("<|end|>", 265),
+    ("<|start|>", 266),
+    ("<|constrain|>", 267),
 ];
 
 fn special() -> Vec<(String, u32)> {
@@ -97,13 +102,13 @@ fn tools(strict: bool) -> Vec<Tool> {
 fn grammar(format: ToolFormat, choice: ToolChoice, reasoning: Reasoning) -> Grammar {
     let tools = tools(choice == ToolChoice::Auto);
     let conversation = Conversation { tools: tools.clone(), tool_choice: choice, ..Conversation::default() };
-    of(&conversation, &tools, format, reasoning, &special()).expect("valid").expect("a grammar")
+    of(&conversation, &tools, format, reasoning, &special()).expect("a grammar")
 }
 
 /// The calls that a format's parser finds.
 fn calls(format: ToolFormat, text: &str) -> Vec<(String, Value)> {
     let mut parser =
-        AnswerParser { reasoning: None, tools: Some(ToolParser::new(format, tools(false).into())) };
+        AnswerParser { tools: Some(ToolParser::new(format, tools(false).into())), ..AnswerParser::default() };
     let mut parts = Parts::default();
     parser.push(text, &mut parts);
     parser.finish(&mut parts);
@@ -229,9 +234,7 @@ fn reasoning_before_it() {
     let schema = serde_json::json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false});
     let shaped = |shape: Shape, reasoning: Reasoning| {
         let conversation = Conversation { shape, ..Conversation::default() };
-        of(&conversation, &[], ToolFormat::Hermes, reasoning, &self::special())
-            .expect("valid")
-            .expect("a grammar")
+        of(&conversation, &[], ToolFormat::Hermes, reasoning, &self::special()).expect("a grammar")
     };
     let lark = "start: object\nobject: %json {\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"integer\"}}, \"required\": [\"a\"], \"additionalProperties\": false}";
     for shape in [
@@ -289,4 +292,39 @@ fn one_of_some_texts() {
     assert_eq!(allowed(&grammar, "yes"), (3, true));
     assert_eq!(allowed(&grammar, "no, \"so\"\n"), (9, true));
     assert_eq!(allowed(&grammar, "no."), (2, false));
+}
+
+#[test]
+fn messages_with_headers() {
+    let of = |choice: ToolChoice, strict: bool, shape: Shape| {
+        let tools = tools(strict);
+        let conversation =
+            Conversation { tools: tools.clone(), tool_choice: choice, shape, ..Conversation::default() };
+        of_harmony(&conversation, &tools, &special())
+    };
+    assert_eq!(of(ToolChoice::Auto, false, Shape::Free), None);
+    let thought = "<|channel|>analysis<|message|>Hm {<|end|><|start|>assistant";
+    let call = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{\"city\": \"x\"}";
+    let wrong = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{\"city\": 5";
+    let required = of(ToolChoice::Required, false, Shape::Free).expect("a grammar");
+    let auto = of(ToolChoice::Auto, true, Shape::Free).expect("a grammar");
+    let object = of(ToolChoice::None, false, Shape::JsonObject).expect("a grammar");
+    let check = |grammar: &Grammar, text: &str, expected: bool| {
+        let found = allowed(grammar, text) == (tokens(text).len(), true);
+        assert_eq!(found, expected, "{text}\n{grammar:?}");
+    };
+    for before in ["", thought] {
+        check(&required, &format!("{before}{call}"), true);
+        check(&required, &format!("{before}{wrong}"), false);
+        check(&required, &format!("{before}<|channel|>final<|message|>Yes"), false);
+        check(&auto, &format!("{before}{call}"), true);
+        check(
+            &auto,
+            &format!("{before}<|channel|>commentary<|message|>So.<|end|><|start|>assistant{call}"),
+            true,
+        );
+        check(&auto, &format!("{before}<|channel|>final<|message|>Yes"), true);
+        check(&object, &format!("{before}<|channel|>final<|message|>{{\"a\": 1}}"), true);
+        check(&object, &format!("{before}<|channel|>final<|message|>Yes"), false);
+    }
 }

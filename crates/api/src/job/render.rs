@@ -79,13 +79,18 @@ impl Conversation {
             Some(last) => cut_after(rendered, &last)
                 .ok_or_else(|| ApiError::Template { model: model(), message: LAST_CHANGED.to_owned() })?,
         };
+        let special = text.special_tokens();
+        if template.is_harmony() {
+            let grammar = grammar::of_harmony(&self, &tools, special);
+            return Ok((prompt, (AnswerFormat { harmony: true, ..AnswerFormat::default() }, grammar)));
+        }
         let reasoning = template.reasoning().map(|format| {
             let start = format.after_prompt(&prompt, self.continue_final_message);
             (format, start)
         });
-        let special = text.special_tokens();
-        let grammar = grammar::of(&self, &tools, format, reasoning, special)?;
-        let answer = AnswerFormat { reasoning, tools: (!tools.is_empty()).then_some((format, tools)) };
+        let grammar = grammar::of(&self, &tools, format, reasoning, special);
+        let tools = (!tools.is_empty()).then_some((format, tools));
+        let answer = AnswerFormat { reasoning, tools, ..AnswerFormat::default() };
         Ok((prompt, (answer, grammar)))
     }
 

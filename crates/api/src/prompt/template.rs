@@ -6,7 +6,7 @@
 use super::{clock, json::to_json};
 use crate::{
     openai::request::Role,
-    text::{ReasoningFormat, tools::ToolFormat},
+    text::{HarmonyParser, ReasoningFormat, tools::ToolFormat},
 };
 use minijinja::{
     Environment, Error, ErrorKind, Value, context,
@@ -138,6 +138,7 @@ pub(crate) struct ChatTemplate {
     arguments_as: Option<ArgumentsAs>,
     tool_format: Option<ToolFormat>,
     reasoning: Option<ReasoningFormat>,
+    is_harmony: bool,
 }
 
 impl ChatTemplate {
@@ -167,6 +168,7 @@ impl ChatTemplate {
             arguments_as: Some(ArgumentsAs::Object),
             tool_format: ToolFormat::of_template(source),
             reasoning: ReasoningFormat::of_template(source),
+            is_harmony: HarmonyParser::is_of_template(source),
         };
         if source.contains("tool") {
             template.tools_as = template.probe_tools();
@@ -190,6 +192,11 @@ impl ChatTemplate {
     /// How the model writes calls, if the template says.
     pub(crate) fn tool_format(&self) -> Option<ToolFormat> {
         self.tool_format
+    }
+
+    /// Whether the model writes messages with headers, as gpt-oss does.
+    pub(crate) fn is_harmony(&self) -> bool {
+        self.is_harmony
     }
 
     /// How the model marks its reasoning, if the template says.

@@ -5,6 +5,7 @@
 
 mod detokenizer;
 mod event;
+mod harmony;
 mod hold;
 mod output;
 mod parts;
@@ -14,6 +15,7 @@ pub(crate) mod tools;
 
 pub(crate) use detokenizer::{Detokenizer, Shown};
 pub(crate) use event::{AnswerEvent, EndReason, Ending, TextUsage, TokenInfo};
+pub(crate) use harmony::HarmonyParser;
 pub(crate) use hold::Hold;
 pub(crate) use output::{AnswerFormat, Output, OutputSettings, short_id};
 pub(crate) use parts::{AnswerParser, Part, Parts};

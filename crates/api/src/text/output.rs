@@ -1,8 +1,8 @@
 //! One answer: token events in, what is told of it out.
 
 use super::{
-    AnswerEvent, AnswerParser, Detokenizer, EndReason, Ending, Part, Parts, ReasoningFormat, ReasoningParser,
-    Shown, Start, StopMatcher, TextUsage, TokenInfo,
+    AnswerEvent, AnswerParser, Detokenizer, EndReason, Ending, HarmonyParser, Part, Parts, ReasoningFormat,
+    ReasoningParser, Shown, Start, StopMatcher, TextUsage, TokenInfo,
     tools::{ToolFormat, ToolParser},
 };
 use crate::{
@@ -21,6 +21,8 @@ use types::{FinishReason, GenerateError, RequestId, TokenEvent, TokenId, TokenLo
 /// How an answer's text is to be read.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct AnswerFormat {
+    /// The model writes messages with headers, as gpt-oss does.
+    pub(crate) harmony: bool,
     pub(crate) reasoning: Option<(ReasoningFormat, Start)>,
     pub(crate) tools: Option<(ToolFormat, Arc<[Tool]>)>,
 }
@@ -30,7 +32,8 @@ impl AnswerFormat {
     pub(crate) fn shown(&self, text: &ModelText) -> Shown {
         let reasoning = self.reasoning.iter().flat_map(|(format, _)| [format.open, format.close]);
         let tools = self.tools.iter().flat_map(|(format, _)| format.syntax().shown());
-        let markers: HashSet<&str> = reasoning.chain(tools).collect();
+        let harmony = HarmonyParser::MARKERS.into_iter().filter(|_| self.harmony);
+        let markers: HashSet<&str> = reasoning.chain(tools).chain(harmony).collect();
         let special = text.special_tokens().iter();
         let is_part = |content: &str| markers.iter().any(|marker| marker.contains(content));
         let shown = special.filter(|(content, _)| is_part(content)).map(|&(_, id)| id);
@@ -38,8 +41,14 @@ impl AnswerFormat {
         if shown.is_empty() { Shown::None } else { Shown::Some(shown) }
     }
 
+    /// Whether reasoning is told apart from the answer.
+    fn tells_reasoning(&self) -> bool {
+        self.harmony || self.reasoning.is_some()
+    }
+
     fn parser(&self) -> AnswerParser {
         AnswerParser {
+            harmony: self.harmony.then(HarmonyParser::new),
             reasoning: self.reasoning.map(|(format, start)| ReasoningParser::new(format, start)),
             tools: self.tools.clone().map(|(format, tools)| ToolParser::new(format, tools)),
         }
@@ -258,7 +267,7 @@ impl Output {
             prompt_tokens: u32::try_from(self.prompt.len()).unwrap_or(u32::MAX),
             completion_tokens: self.tokens,
             cached_tokens: self.cached_tokens,
-            reasoning_tokens: self.settings.format.reasoning.map(|_| self.reasoning_tokens),
+            reasoning_tokens: self.settings.format.tells_reasoning().then_some(self.reasoning_tokens),
         };
         Ending { reason, stop_string, usage }
     }

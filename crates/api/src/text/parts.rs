@@ -1,6 +1,6 @@
 //! The parts of an answer, and the parser that finds them: reasoning first, then content and calls.
 
-use super::{ReasoningParser, tools::ToolParser};
+use super::{HarmonyParser, ReasoningParser, tools::ToolParser};
 
 /// A part of an answer, or a piece of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,12 +55,17 @@ impl Parts {
 /// Finds the parts of a text. Without parsers it is all content.
 #[derive(Debug, Default)]
 pub(crate) struct AnswerParser {
+    /// Finds everything, where the model writes messages with headers; the others are none then.
+    pub(crate) harmony: Option<HarmonyParser>,
     pub(crate) reasoning: Option<ReasoningParser>,
     pub(crate) tools: Option<ToolParser>,
 }
 
 impl AnswerParser {
     pub(crate) fn push(&mut self, text: &str, out: &mut Parts) {
+        if let Some(harmony) = &mut self.harmony {
+            return harmony.push(text, out);
+        }
         match &mut self.reasoning {
             Some(reasoning) => {
                 let rest = reasoning.push(text, out);
@@ -72,6 +77,9 @@ impl AnswerParser {
 
     /// Gives out what is held back: nothing follows.
     pub(crate) fn finish(&mut self, out: &mut Parts) {
+        if let Some(harmony) = &mut self.harmony {
+            harmony.finish(out);
+        }
         if let Some(reasoning) = &mut self.reasoning {
             let rest = reasoning.finish(out);
             Self::after_reasoning(&mut self.tools, &rest, out);
@@ -83,7 +91,8 @@ impl AnswerParser {
 
     /// Whether the text so far ends in the middle of reasoning.
     pub(crate) fn is_reasoning(&self) -> bool {
-        self.reasoning.as_ref().is_some_and(ReasoningParser::is_inside)
+        self.harmony.as_ref().is_some_and(HarmonyParser::is_reasoning)
+            || self.reasoning.as_ref().is_some_and(ReasoningParser::is_inside)
     }
 
     fn after_reasoning(tools: &mut Option<ToolParser>, text: &str, out: &mut Parts) {

@@ -105,3 +105,54 @@ async fn the_last_message_may_be_continued() {
     check(json!({"add_generation_prompt": true}), "add_generation_prompt must be false").await;
     check(json!({"messages": [{"role": "assistant", "content": ""}]}), "must have content").await;
 }
+
+/// In the style of gpt-oss: the answer is several messages, each with a header.
+#[tokio::test]
+async fn messages_with_headers_are_told_apart() {
+    const MARKERS: [&str; 5] = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|constrain|>"];
+    let template = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}{{ tools }}<|start|>assistant{# <|channel|> #}";
+    let said = |text: &str| {
+        let (mut tokens, mut rest) = (Vec::new(), text);
+        while let Some(first) = rest.bytes().next() {
+            let marker = MARKERS.iter().position(|marker| rest.starts_with(marker));
+            tokens.push(marker.map_or_else(|| u32::from(first), |index| 259 + index as u32));
+            rest = &rest[marker.map_or(1, |index| MARKERS[index].len())..];
+        }
+        let event = |(index, token)| TokenEvent::Tokens {
+            index: index as u32,
+            tokens: vec![token],
+            logprobs: Vec::new(),
+        };
+        let mut events: Vec<TokenEvent> = tokens.into_iter().enumerate().map(event).collect();
+        events.push(finished(FinishReason::Stop, 50));
+        events
+    };
+    let tool = json!({"type": "function", "function": {"name": "time", "strict": true, "parameters": {"type": "object"}}});
+    let answer = async |text: &str, more: Value| {
+        let cluster = Cluster::with_special(&["m"], Some(template), Script::Events(said(text)), &MARKERS);
+        let answer = ask(cluster.app(), post(CHAT, body(more))).await;
+        assert_eq!(answer.status(), 200, "{}", answer.text);
+        (answer.json(), cluster.asked_once().rules.grammar.clone())
+    };
+    let text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.";
+    let (json, grammar) = answer(text, json!({})).await;
+    let message = &json["choices"][0]["message"];
+    assert_eq!((&message["reasoning_content"], &message["content"]), (&"Hm.".into(), &"Yes.".into()));
+    assert_eq!(json["usage"]["completion_tokens_details"]["reasoning_tokens"], 5);
+    assert_eq!(grammar, None);
+    let text = "<|channel|>commentary to=functions.time <|constrain|>json<|message|>{\"a\": 1}";
+    let (json, grammar) = answer(text, json!({"tools": [tool]})).await;
+    let choice = &json["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    assert_eq!(
+        choice["message"]["tool_calls"][0]["function"],
+        json!({"name": "time", "arguments": "{\"a\": 1}"})
+    );
+    let Some(Grammar::Lark(lark)) = grammar else { panic!("a grammar") };
+    assert!(
+        lark.contains("<[259]> \"commentary to=functions.time \" <[263]> \"json\" <[260]> %json"),
+        "{lark}"
+    );
+    let (json, _) = answer("Yes.", json!({})).await;
+    assert_eq!(json["choices"][0]["message"]["content"], "Yes.");
+}

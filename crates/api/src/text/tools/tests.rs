@@ -325,7 +325,7 @@ proptest! {
         let close = if closed { "\n</think>\n\n" } else { "" };
         let text = format!("{open}{thought}{close}{answer}");
         let run = |pieces: &[&str]| {
-            let mut parser = AnswerParser { reasoning: Some(ReasoningParser::new(format, start)), tools: None };
+            let mut parser = AnswerParser { reasoning: Some(ReasoningParser::new(format, start)), ..AnswerParser::default() };
             let mut out = Parts::default();
             pieces.iter().for_each(|piece| parser.push(piece, &mut out));
             parser.finish(&mut out);
