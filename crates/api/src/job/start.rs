@@ -9,11 +9,15 @@ use crate::{
 };
 use axum::http::HeaderValue;
 use futures_util::future::try_join_all;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use types::{
     ClusterView, EngineState, GenerateDraft, GenerateError, GenerateRequest, ModelCard, RequestId, RouteInfo,
     SamplingParams, TokenId, limits,
 };
+
+/// How long a grammar is given to turn out to be none, before an answer begins with a status that says all is well. Nodes
+/// compile in a fraction of it; where one is busy, the error is the stream's first event.
+const GRAMMAR_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// What one request wants generated.
 #[derive(Debug)]
@@ -103,7 +107,7 @@ pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiErro
     let shown = if job.parameters.show_special { Shown::All } else { settings.format.shown(&text) };
     let continues = job.continues;
     let starting = requests(state, job)?.into_iter().map(|request| {
-        let (id, max_tokens) = (request.id, request.max_tokens);
+        let (id, max_tokens, has_grammar) = (request.id, request.max_tokens, request.rules.grammar.is_some());
         let prompt: Arc<[TokenId]> = request.prompt.as_slice().into();
         let detokenizer = if continues {
             Detokenizer::continuing(text.clone(), shown.clone(), &prompt)
@@ -118,7 +122,10 @@ pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiErro
             let generation = generation.map_err(|error| in_client_words(error, settings.grammar_param))?;
             let (prompt_tokens, node) = (prompt.len(), &generation.route.node_name);
             tracing::info!(%id, prompt_tokens, max_tokens, node, "routed");
-            let output = Output::new(id, generation.events, detokenizer, settings, prompt);
+            let mut output = Output::new(id, generation.events, detokenizer, settings, prompt);
+            if has_grammar {
+                output.await_first(GRAMMAR_TIME_MAX).await?;
+            }
             Ok::<_, ApiError>((output, generation.route))
         }
     });
@@ -130,6 +137,7 @@ pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiErro
 pub(crate) fn in_client_words(error: GenerateError, grammar_param: &str) -> ApiError {
     match error {
         GenerateError::Invalid { message, param: Some(param) } if param == "grammar" => {
+            let message = message.strip_prefix("grammar: ").unwrap_or(&message);
             ApiError::parameter(grammar_param, format!("{grammar_param}: {message}"))
         }
         error => error.into(),

@@ -14,6 +14,7 @@ use futures_util::StreamExt;
 use std::{
     collections::{HashSet, VecDeque},
     sync::Arc,
+    time::Duration,
 };
 use tracing::{info, warn};
 use types::{FinishReason, GenerateError, RequestId, TokenEvent, TokenId, TokenLogprobs, TokenStream};
@@ -147,6 +148,16 @@ impl Output {
                 }
             }
         }
+    }
+
+    /// Waits for the first event, so long at most, which stays to be had from [`Output::next`]; an error does not.
+    pub(crate) async fn await_first(&mut self, time_max: Duration) -> Result<(), ApiError> {
+        match tokio::time::timeout(time_max, self.next()).await {
+            Ok(Some(Ok(event))) => self.ready.push_front(event),
+            Ok(Some(Err(error))) => return Err(error),
+            Ok(None) | Err(_) => {}
+        }
+        Ok(())
     }
 
     fn take(&mut self, event: Option<TokenEvent>) -> Result<Option<Ending>, ApiError> {
@@ -334,3 +345,7 @@ impl Drop for Output {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "output_tests.rs"]
+mod tests;
