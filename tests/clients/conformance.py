@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 
-from harness import API_KEY, Node, test
+from harness import API_KEY, test
 
 # Requests of each operation; each takes about 10 ms, and what is generated is short in a context so small.
 EXAMPLES = 40
@@ -17,21 +17,14 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 @test
 def answers_are_as_the_document_says(node):
-    with tempfile.TemporaryDirectory() as folder:
-        small = Node(node.binary, node.model_path, folder, "--max-batch", "4", "--max-context", str(CONTEXT))
-        try:
-            small.wait_ready()
-            program = [pathlib.Path(sys.executable).parent / "schemathesis", "run"]
-            program += [f"http://{small.address}/openapi.json", "--header", f"Authorization: Bearer {API_KEY}"]
-            program += ["--checks", CHECKS, "--max-examples", str(EXAMPLES), "--seed", str(SEED)]
-            program += ["--phases", "examples,fuzzing", "--generation-database", "none", "--no-color"]
-            program += ["--request-timeout", "60"]
-            hooks = dict(os.environ, SCHEMATHESIS_HOOKS="hooks", PYTHONPATH=str(pathlib.Path(__file__).parent))
-            run = subprocess.run(program, cwd=folder, env=hooks, capture_output=True, text=True, timeout=400)
-            assert run.returncode == 0, f"seed {SEED}\n{run.stdout[-20000:]}\n{run.stderr[-4000:]}"
-            print("  " + "\n  ".join(line for line in run.stdout.splitlines()[-12:] if line.strip()))
-            small.stop()
-        finally:
-            if small.process.poll() is None:
-                small.process.kill()
-                small.process.wait()
+    flags = ["--max-batch", "4", "--max-context", str(CONTEXT)]
+    with tempfile.TemporaryDirectory() as folder, node.beside(folder, *flags) as small:
+        program = [pathlib.Path(sys.executable).parent / "schemathesis", "run"]
+        program += [f"http://{small.address}/openapi.json", "--header", f"Authorization: Bearer {API_KEY}"]
+        program += ["--checks", CHECKS, "--max-examples", str(EXAMPLES), "--seed", str(SEED)]
+        program += ["--phases", "examples,fuzzing", "--generation-database", "none", "--no-color"]
+        program += ["--request-timeout", "60"]
+        hooks = dict(os.environ, SCHEMATHESIS_HOOKS="hooks", PYTHONPATH=str(pathlib.Path(__file__).parent))
+        run = subprocess.run(program, cwd=folder, env=hooks, capture_output=True, text=True, timeout=400)
+        assert run.returncode == 0, f"seed {SEED}\n{run.stdout[-20000:]}\n{run.stderr[-4000:]}"
+        print("  " + "\n  ".join(line for line in run.stdout.splitlines()[-12:] if line.strip()))

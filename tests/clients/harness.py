@@ -1,5 +1,6 @@
 """One mlx-node, started for the tests, and what they share."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -46,6 +47,19 @@ class Node:
             [binary, *usual, *(flags or ["--max-batch", str(SLOTS)])],
             cwd=folder, env=environment, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL,
         )
+
+    @contextlib.contextmanager
+    def beside(self, folder, *flags):
+        """Another node of the same program and model, with flags of its own, until the block ends."""
+        other = Node(self.binary, self.model_path, folder, *flags)
+        try:
+            other.wait_ready()
+            yield other
+            other.stop()
+        finally:
+            if other.process.poll() is None:
+                other.process.kill()
+                other.process.wait()
 
     def get(self, path, key=API_KEY, method="GET", body=None, headers=None):
         """Status and text of a GET, or of another request."""

@@ -5,7 +5,7 @@ import tempfile
 
 import openai
 
-from harness import OTHER_KEY, Node, ask, expect, model_of, test
+from harness import OTHER_KEY, ask, expect, model_of, test
 
 
 @test
@@ -43,39 +43,30 @@ def texts_are_told_in_tokens(node):
 def a_key_has_its_limits(node):
     flags = ["--max-batch", "2", "--key-requests-per-minute", "4", "--key-concurrency", "1"]
     flags += ["--cors-origins", "http://localhost:3000"]
-    with tempfile.TemporaryDirectory() as folder:
-        limited = Node(node.binary, node.model_path, folder, *flags)
-        try:
-            limited.wait_ready()
-            client = limited.client()
-            question = dict(model=model_of(client), messages=ask("Count."), max_tokens=400)
-            stream = client.chat.completions.create(**question, stream=True)
-            next(iter(stream))
-            create = client.chat.completions.create
-            error = expect(openai.RateLimitError, lambda: create(**question), "at a time")
-            assert error.response.headers["retry-after"] == "1" and error.code == "rate_limit_exceeded", error
-            stream.close()
-            limited.wait_idle()
-            question["max_tokens"] = 1
-            outcomes = []
-            for _ in range(5):
-                try:
-                    create(**question)
-                    outcomes.append("served")
-                except openai.RateLimitError as error:
-                    assert "4 requests by the minute" in str(error), error
-                    assert 1 <= int(error.response.headers["retry-after"]) <= 15, error.response.headers
-                    outcomes.append("refused")
-            assert outcomes[:3] == ["served"] * 3 and outcomes[-1] == "refused", outcomes
-            limited.client(OTHER_KEY).chat.completions.create(**question)
-            body = dict(question, max_tokens=1)
-            status, answer = limited.post("/v1/messages", body)
-            assert status == 429 and answer["error"]["type"] == "rate_limit_error", answer
-            status, _ = limited.get("/v1/chat/completions", key=None, method="OPTIONS", headers={
-                "Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"})
-            assert status == 204, status
-            limited.stop()
-        finally:
-            if limited.process.poll() is None:
-                limited.process.kill()
-                limited.process.wait()
+    with tempfile.TemporaryDirectory() as folder, node.beside(folder, *flags) as limited:
+        client = limited.client()
+        question = dict(model=model_of(client), messages=ask("Count."), max_tokens=400)
+        stream = client.chat.completions.create(**question, stream=True)
+        next(iter(stream))
+        create = client.chat.completions.create
+        error = expect(openai.RateLimitError, lambda: create(**question), "at a time")
+        assert error.response.headers["retry-after"] == "1" and error.code == "rate_limit_exceeded", error
+        stream.close()
+        limited.wait_idle()
+        question["max_tokens"] = 1
+        outcomes = []
+        for _ in range(5):
+            try:
+                create(**question)
+                outcomes.append("served")
+            except openai.RateLimitError as error:
+                assert "4 requests by the minute" in str(error), error
+                assert 1 <= int(error.response.headers["retry-after"]) <= 15, error.response.headers
+                outcomes.append("refused")
+        assert outcomes[:3] == ["served"] * 3 and outcomes[-1] == "refused", outcomes
+        status, answer = limited.post("/v1/messages", question)
+        assert status == 429 and answer["error"]["type"] == "rate_limit_error", answer
+        limited.client(OTHER_KEY).chat.completions.create(**question)
+        status, _ = limited.get("/v1/chat/completions", key=None, method="OPTIONS", headers={
+            "Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"})
+        assert status == 204, status
