@@ -97,7 +97,7 @@ def a_response_may_be_of_a_schema(node):
 @test
 def a_response_calls_a_tool(node):
     client, model = node.client(), node.model()
-    question = dict(model=model, tools=[ADD], temperature=0, max_output_tokens=120)
+    question = dict(model=model, tools=[ADD], parallel_tool_calls=False, temperature=0, max_output_tokens=120)
     first = client.responses.create(input="What is 2 plus 3?", tool_choice="required", **question)
     call = next(item for item in first.output if item.type == "function_call")
     assert call.name == "add" and set(json.loads(call.arguments)) == {"a", "b"}, call
