@@ -30,7 +30,7 @@ pub(crate) struct Conversation {
     pub(crate) add_generation_prompt: bool,
     /// The answer goes on where the last message ends.
     pub(crate) continue_final_message: bool,
-    /// What the text of the answer must be like.
+    /// What the text of the answer must be like, where it has one: calls have their own form.
     pub(crate) shape: Shape,
     /// What the client calls that.
     pub(crate) shape_param: &'static str,
@@ -214,14 +214,12 @@ impl Conversation {
         }
         let wrong = match &self.tool_choice {
             ToolChoice::None | ToolChoice::Auto => return Ok(()),
-            ToolChoice::Required if self.tools.is_empty() => "tool_choice is \"required\"; there are no tools".to_owned(),
+            ToolChoice::Required if self.tools.is_empty() => {
+                "tool_choice is \"required\"; there are no tools".to_owned()
+            }
             ToolChoice::Named(name) if self.tools.iter().all(|tool| tool.name != *name) => {
                 let names: Vec<&str> = self.tools.iter().map(|tool| tool.name.as_str()).collect();
                 format!("tool_choice names {name:?}; the tools are: {}", names.join(", "))
-            }
-            ToolChoice::Required | ToolChoice::Named(_) if self.shape != Shape::Free => {
-                "tool_choice demands a call and response_format (or a guided_ field) demands a text; leave one out"
-                    .to_owned()
             }
             ToolChoice::Required | ToolChoice::Named(_) => return Ok(()),
         };

@@ -26,6 +26,9 @@ pub(super) fn of(
     match wanted(conversation, tools) {
         Wanted::Anything => None,
         Wanted::Shape => rules.shape(&conversation.shape, reasoning),
+        Wanted::ShapeOrCalls => {
+            Some(rules.shape_or_calls(&conversation.shape, tools, format, parallel, reasoning))
+        }
         Wanted::Calls(tools) => {
             // One that is named is called once.
             let parallel = parallel && conversation.tool_choice == ToolChoice::Required;
@@ -53,6 +56,11 @@ pub(super) fn of_harmony(
             rules.rule("mlx_body", &body);
             format!("{last} mlx_body")
         }
+        Wanted::ShapeOrCalls => {
+            let body = rules.body(&conversation.shape);
+            rules.rule("mlx_body", &body);
+            format!("{last} mlx_body | {}", rules.harmony_calls(tools, false))
+        }
         Wanted::Calls(tools) => rules.harmony_calls(&tools, true),
         Wanted::FreeOrCalls => {
             let said = format!("{} {ANY_TEXT} {next}", head(&rules, "commentary"));
@@ -68,7 +76,10 @@ pub(super) fn of_harmony(
 /// What is asked of an answer.
 enum Wanted {
     Anything,
+    /// A text of the shape that was asked for.
     Shape,
+    /// The same, or calls.
+    ShapeOrCalls,
     /// Calls of these tools and nothing else.
     Calls(Vec<Tool>),
     /// Text, or calls as their tools say.
@@ -81,6 +92,7 @@ fn wanted(conversation: &Conversation, tools: &[Tool]) -> Wanted {
         ToolChoice::Named(name) => {
             Wanted::Calls(tools.iter().filter(|tool| tool.name == *name).cloned().collect())
         }
+        ToolChoice::Auto if conversation.shape != Shape::Free && !tools.is_empty() => Wanted::ShapeOrCalls,
         ToolChoice::None | ToolChoice::Auto if conversation.shape != Shape::Free => Wanted::Shape,
         ToolChoice::Auto if tools.iter().any(|tool| tool.strict) => Wanted::FreeOrCalls,
         ToolChoice::None | ToolChoice::Auto => Wanted::Anything,
@@ -155,6 +167,25 @@ impl Rules<'_> {
         let calls = self.call_rules(&grammar, tools, parallel, true);
         let trigger = self.terms(grammar.trigger);
         self.rule("mlx_answer", &format!("{trigger} {calls}"));
+        let start = self.after_reasoning(reasoning, "mlx_answer");
+        self.finish(&start)
+    }
+
+    /// A text of a shape, or calls and nothing else.
+    fn shape_or_calls(
+        mut self,
+        shape: &Shape,
+        tools: &[Tool],
+        format: ToolFormat,
+        parallel: bool,
+        reasoning: Reasoning,
+    ) -> Grammar {
+        let body = self.body(shape);
+        self.rule("mlx_text", &body);
+        let grammar = format.grammar();
+        let calls = self.call_rules(&grammar, tools, parallel, false);
+        let trigger = self.terms(grammar.trigger);
+        self.rule("mlx_answer", &format!("mlx_text | {trigger} {calls}"));
         let start = self.after_reasoning(reasoning, "mlx_answer");
         self.finish(&start)
     }

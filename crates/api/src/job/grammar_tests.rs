@@ -328,3 +328,21 @@ fn messages_with_headers() {
         check(&object, &format!("{before}<|channel|>final<|message|>Yes"), false);
     }
 }
+
+#[test]
+fn a_shape_or_a_call() {
+    let schema = serde_json::json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false});
+    for format in ToolFormat::ALL {
+        let tools = tools(false);
+        let shape = Shape::JsonSchema(schema.clone());
+        let conversation = Conversation { tools: tools.clone(), shape, ..Conversation::default() };
+        let grammar = of(&conversation, &tools, format, None, &special()).expect("a grammar");
+        let (one, ..) = samples(format);
+        for text in [one.as_str(), "{\"a\": 1}"] {
+            assert_eq!(allowed(&grammar, text), (tokens(text).len(), true), "{format:?} {text}\n{grammar:?}");
+        }
+        for text in ["Hello", "{\"b\": 1}", "{\"a\": \"x\"}"] {
+            assert!(allowed(&grammar, text).0 < text.len(), "{format:?} {text}");
+        }
+    }
+}

@@ -80,9 +80,11 @@ impl Conversation {
                 .ok_or_else(|| ApiError::Template { model: model(), message: LAST_CHANGED.to_owned() })?,
         };
         let special = text.special_tokens();
+        let one_call = !self.parallel_tool_calls;
         if template.is_harmony() {
             let grammar = grammar::of_harmony(&self, &tools, special);
-            return Ok((prompt, (AnswerFormat { harmony: true, ..AnswerFormat::default() }, grammar)));
+            let answer = AnswerFormat { harmony: true, one_call, ..AnswerFormat::default() };
+            return Ok((prompt, (answer, grammar)));
         }
         let reasoning = template.reasoning().map(|format| {
             let start = format.after_prompt(&prompt, self.continue_final_message);
@@ -90,7 +92,7 @@ impl Conversation {
         });
         let grammar = grammar::of(&self, &tools, format, reasoning, special);
         let tools = (!tools.is_empty()).then_some((format, tools));
-        let answer = AnswerFormat { reasoning, tools, ..AnswerFormat::default() };
+        let answer = AnswerFormat { reasoning, tools, one_call, ..AnswerFormat::default() };
         Ok((prompt, (answer, grammar)))
     }
 

@@ -26,6 +26,8 @@ pub(crate) struct AnswerFormat {
     pub(crate) harmony: bool,
     pub(crate) reasoning: Option<(ReasoningFormat, Start)>,
     pub(crate) tools: Option<(ToolFormat, Arc<[Tool]>)>,
+    /// The answer ends with its first call.
+    pub(crate) one_call: bool,
 }
 
 impl AnswerFormat {
@@ -90,6 +92,8 @@ pub(crate) struct Output {
     tokens: u32,
     reasoning_tokens: u32,
     calls: usize,
+    /// Whether the only call that may be has ended: nothing more is told.
+    is_over: bool,
     /// Bytes of text that came, and of these, that the stop strings let through.
     text_bytes: usize,
     released_bytes: usize,
@@ -120,6 +124,7 @@ impl Output {
             tokens: 0,
             reasoning_tokens: 0,
             calls: 0,
+            is_over: false,
             text_bytes: 0,
             released_bytes: 0,
             untold: VecDeque::new(),
@@ -136,7 +141,8 @@ impl Output {
             match self.take(event) {
                 Ok(ended) => {
                     self.tell_parts();
-                    if let Some(ending) = ended {
+                    let over = || self.is_over.then(|| self.ending(EndReason::Stop, None));
+                    if let Some(ending) = ended.or_else(over) {
                         self.events = None;
                         self.end(ending);
                     }
@@ -292,7 +298,10 @@ impl Output {
             self.ready.push_back(AnswerEvent::Tokens(infos));
         }
         for part in std::mem::take(&mut self.parts).0 {
-            self.tell(part);
+            if !self.is_over {
+                self.is_over = self.settings.format.one_call && part == Part::CallEnd;
+                self.tell(part);
+            }
         }
     }
 

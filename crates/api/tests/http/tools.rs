@@ -99,6 +99,18 @@ async fn calls_are_streamed_as_openai_streams_them() {
 }
 
 #[tokio::test]
+async fn one_call_may_be_the_last() {
+    for stream in [false, true] {
+        let cluster = Cluster::new(&["m"], Some(QWEN), Script::Events(says(CALL)));
+        let body = body(json!({"parallel_tool_calls": false, "stream": stream}));
+        let answer = ask(cluster.app(), post(CHAT, body)).await;
+        assert_eq!(*cluster.cancelled.borrow(), 1, "the rest is not generated");
+        assert!(answer.text.contains("\"finish_reason\":\"tool_calls\"") && answer.text.contains("weather"));
+        assert!(!answer.text.contains("\"time\""), "{}", answer.text);
+    }
+}
+
+#[tokio::test]
 async fn a_call_that_is_none_is_content() {
     for text in
         ["<tool_call>{\"nam\"", "<tool_call> hello", "no call </tool_call>", "{\"name\": \"weather\"}"]
@@ -155,6 +167,11 @@ async fn forced_calls_have_a_grammar() {
     let strict = grammar(json!({"tools": strict})).await;
     assert!(strict.contains("mlx_head[lazy]") && strict.contains("\"properties\":{\"city\""), "{strict}");
     assert_eq!(grammar(json!({"tool_choice": "auto"})).await, "None");
+    // A text of a shape, or a call; where there must be a call, there is no text.
+    let object = json!({"type": "json_object"});
+    let either = grammar(json!({"response_format": object})).await;
+    assert!(either.contains("mlx_answer: mlx_text | \"<tool_call>\" "), "{either}");
+    assert_eq!(grammar(json!({"response_format": object, "tool_choice": "required"})).await, required);
 }
 
 #[tokio::test]
@@ -261,8 +278,6 @@ async fn what_cannot_be_meant_is_refused() {
     check(json!({"tools": [], "tool_choice": "required"}), "invalid_value", "tool_choice", "no tools").await;
     let named = json!({"tool_choice": {"type": "function", "function": {"name": "x"}}});
     check(named, "invalid_value", "tool_choice", "the tools are: weather, time").await;
-    let both = json!({"tool_choice": "required", "response_format": {"type": "json_object"}});
-    check(both, "invalid_value", "tool_choice", "leave one out").await;
     let call = json!({"function": {"name": "x", "arguments": 5}});
     let messages = json!([{"role": "assistant", "tool_calls": [call]}]);
     check(
