@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep_until};
 use types::{
-    Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, Generation, NodeId, TokenEvent,
-    TokenId, TokenReport, TokenStream, Usage,
+    Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, Generation, MoveKind, NodeId,
+    RequestMove, TokenEvent, TokenId, TokenReport, TokenStream, Usage,
 };
 
 /// How soon a request is looked at again that should go on elsewhere, where no node has room for it.
@@ -44,6 +44,7 @@ pub(crate) async fn start(
         failures: 0,
         failed_at: 0,
         resumes: 0,
+        asked: String::new(),
     };
     let current = course.next(None).await?;
     let route = current.place.info.clone();
@@ -77,6 +78,8 @@ struct Course {
     failed_at: usize,
     /// Times that an answer that had begun went on elsewhere.
     resumes: usize,
+    /// Name of the node that was asked last.
+    asked: String,
 }
 
 /// A node that has the request.
@@ -154,9 +157,14 @@ impl Course {
                 // That the other nodes cannot either says less than what the first one failed with.
                 Err(error) => return Err(last.unwrap_or(error)),
             };
+            let asked = std::mem::replace(&mut self.asked, place.info.node_name.clone());
             let error = match place.target.generate(self.rest()?).await {
                 Ok(events) => {
                     place.accepted();
+                    if let Some(error) = &last {
+                        let kind = if self.has_begun() { MoveKind::Resumed } else { MoveKind::Retried };
+                        self.moved(kind, &asked, &self.asked, error.to_string());
+                    }
                     return Ok(Attempt { place, events, begun: false });
                 }
                 Err(error) => error,
@@ -187,7 +195,14 @@ impl Course {
             request = %self.request.id, node = %current.info.node_name, elsewhere = %place.info.node_name,
             tokens = self.output.len(), "it does not go on: also tried elsewhere"
         );
+        self.moved(MoveKind::Hedged, &current.info.node_name, &place.info.node_name, "it is silent".to_owned());
         Some(Box::pin(race(place, request)))
+    }
+
+    fn moved(&self, kind: MoveKind, from: &str, to: &str, why: String) {
+        let (from, to, tokens) = (from.to_owned(), to.to_owned(), self.output.len() as u32);
+        let request = self.request.id;
+        self.dispatch.moved(RequestMove { request, kind, from, to, tokens, why, age_s: 0.0 });
     }
 
     fn usage(&self) -> Usage {
@@ -301,6 +316,9 @@ impl Running {
                     return Some(self.end(finish.reason, Usage { cached_tokens, ..finish.usage }));
                 }
                 Next::Rival(Ok(Won { attempt, events })) => {
+                    let from = std::mem::replace(&mut self.course.asked, attempt.place.info.node_name.clone());
+                    let why = "the second was first".to_owned();
+                    self.course.moved(MoveKind::HedgeWon, &from, &self.course.asked, why);
                     if let Some(slow) = self.current.replace(attempt) {
                         tracing::info!(request = %self.course.request.id, node = %slow.place.info.node_name, "given up: another was first");
                         slow.place.outcome(Outcome::Failed);

@@ -6,6 +6,7 @@
 //! here.
 
 mod ask;
+mod moves;
 mod state;
 mod view;
 
@@ -20,12 +21,13 @@ use ask::busy;
 use router::{
     BookingId, Breaker, Outcome, Plan, Queue, QueueId, RouteError, Router, RouterSettings, Waiting,
 };
+use moves::Moves;
 use state::{Booked, NodeEntry, Waiter};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-use types::{GenerateError, GenerateRequest, RouteInfo, limits};
+use types::{GenerateError, GenerateRequest, RequestMove, RouteInfo, limits};
 use wire::Hello;
 
 /// Reports of many nodes do not serve the queue more often than this: a place that becomes free always does.
@@ -128,6 +130,7 @@ impl Dispatch {
             served: now(),
             serial: 0,
             draining: false,
+            moves: Moves::default(),
         };
         Self { cluster, wait_max: settings.wait_max, state: Mutex::new(state) }
     }
@@ -160,6 +163,11 @@ impl Dispatch {
     /// A new request came.
     pub(crate) fn arrived(&self) {
         self.lock().retries.earn();
+    }
+
+    /// A request did not stay where it was sent.
+    pub(crate) fn moved(&self, moved: RequestMove) {
+        self.lock().moves.note(moved, now());
     }
 
     /// Takes one of the tries that are left for requests that failed, or that are hedged.

@@ -310,8 +310,7 @@ impl Directory for NodeHandle {
     }
 
     fn view(&self) -> ClusterView {
-        let empty =
-            || ClusterView { cluster: self.cluster.clone(), nodes: Vec::new(), in_flight: 0, waiting: 0 };
+        let empty = || ClusterView { cluster: self.cluster.clone(), ..ClusterView::default() };
         self.router.as_ref().map_or_else(empty, |(router, _)| router.view())
     }
 }

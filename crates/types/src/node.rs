@@ -1,6 +1,6 @@
 //! A node as others see it.
 
-use crate::{ModelCard, NodeId};
+use crate::{ModelCard, NodeId, RequestId};
 use serde::{Deserialize, Serialize};
 
 /// What an `mlx-node` does.
@@ -121,7 +121,7 @@ pub struct NodePrediction {
 }
 
 /// `/v1/cluster`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct ClusterView {
     /// The cluster's name.
     pub cluster: String,
@@ -131,4 +131,58 @@ pub struct ClusterView {
     pub in_flight: u32,
     /// Requests that wait at this router.
     pub waiting: u32,
+    /// Whether this router is leaving: it finishes what it has.
+    pub draining: bool,
+    /// How often requests did not stay where they were sent.
+    pub moves: MoveCounts,
+    /// The last of these moves, the newest last.
+    pub recent_moves: Vec<RequestMove>,
+}
+
+/// What this router did about nodes that failed, since it started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct MoveCounts {
+    /// Requests that another node got before their first token.
+    pub retried: u64,
+    /// Requests that went on elsewhere in the middle of their answer.
+    pub resumed: u64,
+    /// Requests that a second node got beside a silent one.
+    pub hedged: u64,
+    /// Of those, requests that the second node brought on first.
+    pub hedge_won: u64,
+    /// Times that a node was left alone for a while, since it failed.
+    pub tripped: u64,
+}
+
+/// One of the ways in which a request does not stay where it was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MoveKind {
+    /// [`MoveCounts::retried`].
+    Retried,
+    /// [`MoveCounts::resumed`].
+    Resumed,
+    /// [`MoveCounts::hedged`].
+    Hedged,
+    /// [`MoveCounts::hedge_won`].
+    HedgeWon,
+}
+
+/// A request that did not stay where it was sent.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RequestMove {
+    /// Which.
+    pub request: RequestId,
+    /// How.
+    pub kind: MoveKind,
+    /// Name of the node that had it.
+    pub from: String,
+    /// Name of the node that has it then, or has it too.
+    pub to: String,
+    /// Tokens of its answer that there were.
+    pub tokens: u32,
+    /// What the first node failed with.
+    pub why: String,
+    /// Seconds since then.
+    pub age_s: f32,
 }

@@ -1,6 +1,7 @@
 //! What a router knows and who waits: the plain state behind the dispatch's lock, and the choice of places.
 
 use super::ask::{Ask, Tried};
+use super::moves::Moves;
 use super::now;
 use crate::health::{Pulse, RetryBudget};
 use crate::target::Target;
@@ -31,6 +32,7 @@ pub(crate) struct State {
     pub(super) served: Instant,
     pub(crate) serial: u64,
     pub(super) draining: bool,
+    pub(super) moves: Moves,
 }
 
 pub(crate) struct NodeEntry {
@@ -157,6 +159,7 @@ impl State {
         if entry.breaker.is_closed() {
             self.tripped.remove(&node);
         } else if self.tripped.insert(node) {
+            self.moves.counts.tripped += 1;
             tracing::info!(node = %entry.hello.name, "left alone for a while: it fails");
         }
     }

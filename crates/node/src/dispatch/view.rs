@@ -91,6 +91,9 @@ impl Dispatch {
             nodes,
             in_flight: state.router.in_flight() as u32,
             waiting: state.waiting.len() as u32,
+            draining: state.draining,
+            moves: state.moves.counts,
+            recent_moves: state.moves.recent(now()),
         }
     }
 }

@@ -103,7 +103,7 @@ impl Cluster {
             prediction: NodePrediction::default(),
             avoided: false,
         };
-        let view = ClusterView { cluster: "home".to_owned(), nodes: vec![node], in_flight: 0, waiting: 0 };
+        let view = ClusterView { cluster: "home".to_owned(), nodes: vec![node], ..ClusterView::default() };
         Arc::new(Self {
             models,
             assets: vec![assets],
