@@ -1,6 +1,6 @@
 //! API keys: `Authorization: Bearer <key>`, or `x-api-key: <key>` as Anthropic's clients send it, compared in constant time. What lies behind knows a client by [`ClientId`] only.
 
-use crate::{AppState, error::ApiError};
+use crate::{AppState, dashboard, error::ApiError};
 use axum::{
     extract::{Request, State},
     http::{HeaderMap, HeaderName, header},
@@ -17,7 +17,9 @@ const OPEN: [&str; 1] = ["/health"];
 /// Lets a request pass that has a key, if there are any, and says whose it is, as an extension of the request.
 pub(crate) async fn check(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     let keys = &state.settings.api_keys;
-    if keys.is_empty() || OPEN.contains(&request.uri().path()) {
+    let path = request.uri().path();
+    let open = OPEN.contains(&path) || dashboard::is_page(path) || path == "/metrics" && state.settings.open_metrics;
+    if keys.is_empty() || open {
         return next.run(request).await;
     }
     let given = given(request.headers());

@@ -60,6 +60,8 @@ pub(crate) enum ApiError {
     HeadTooLarge { what: &'static str, bytes: usize, max: usize },
     #[error(transparent)]
     Rate(#[from] RateError),
+    #[error("{max} readers of /v1/cluster/events are served already")]
+    TooManyReaders { max: usize },
     #[error("the request was cancelled by the cluster before its text was complete")]
     Cancelled,
     #[error("{what}")]
@@ -124,6 +126,9 @@ impl ApiError {
                 retry_after_s: Some(error.wait.as_secs_f64().ceil().max(1.0) as u64),
                 ..Outline::new(S::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded")
             },
+            Self::TooManyReaders { .. } => {
+                Outline { retry_after_s: Some(1), ..server(S::SERVICE_UNAVAILABLE, "too_many_readers") }
+            }
             Self::Cancelled => server(S::SERVICE_UNAVAILABLE, "cancelled"),
             Self::Internal { .. } => server(S::INTERNAL_SERVER_ERROR, "internal_error"),
             Self::Generate(error) => match error {

@@ -3,18 +3,20 @@
 //! `openai` has the JSON as types, `job` is the middle that knows no protocol, `prompt` turns messages into tokens, `text`
 //! turns tokens into text and its parts, `handlers` has a file for each route, and `error` is the one place that knows
 //! statuses. Nothing here knows nodes or sockets behind the three traits. A client that goes away drops its
-//! [`types::Generation`], which cancels it. Around the handlers lie layers, each in a file: `tag` (ids, log), `cors`, `shape`
+//! [`types::Generation`], which cancels it. Around the handlers lie layers, each in a file: `tag` (ids, log), `metrics`, `cors`, `shape`
 //! (errors of other protocols), `head` (sizes), `auth` and `rates`.
 
 mod anthropic;
 mod auth;
 mod caller;
 mod cors;
+mod dashboard;
 mod error;
 mod handlers;
 mod head;
 mod job;
 mod limits;
+mod metrics;
 mod ollama;
 mod openai;
 mod openapi;
@@ -41,8 +43,10 @@ use axum::{
     middleware::{from_fn, from_fn_with_state},
     routing::{delete, get, post},
 };
+use dashboard::Readers;
 use error::ApiError;
 use handlers::{chat, completions, models, route, sessions, status, tokenize};
+use metrics::{Board, Watched};
 use prompt::TextCache;
 use rates::{Metered, Rates};
 use responses::ResponseStore;
@@ -78,6 +82,8 @@ pub struct ApiSettings {
     pub cors_origins: Vec<String>,
     /// How models write calls of tools, by name, where that is not as their chat templates say.
     pub tool_formats: BTreeMap<String, ToolFormat>,
+    /// Whether `/metrics` needs no key.
+    pub open_metrics: bool,
 }
 
 impl Default for ApiSettings {
@@ -89,6 +95,7 @@ impl Default for ApiSettings {
             rates: RateLimits::default(),
             cors_origins: Vec::new(),
             tool_formats: BTreeMap::new(),
+            open_metrics: false,
         }
     }
 }
@@ -96,11 +103,15 @@ impl Default for ApiSettings {
 /// The endpoint as an axum app, for [`serve`] or a larger one.
 pub fn app(state: ApiState) -> Router {
     let rates = Arc::new(Rates::new(state.settings.rates));
+    let board = Arc::new(Board::new());
+    let watched = Arc::new(Watched::new(state.generate, board.clone()));
     let state = Arc::new(App {
         texts: TextCache::new(state.directory.clone()),
-        generate: Arc::new(Metered::new(state.generate, rates.clone())),
+        generate: Arc::new(Metered::new(watched, rates.clone())),
         rates,
         responses: Arc::default(),
+        board: board.clone(),
+        readers: Readers::new(),
         directory: state.directory,
         sessions: state.sessions,
         settings: state.settings,
@@ -129,6 +140,10 @@ pub fn app(state: ApiState) -> Router {
         .route("/api/show", post(ollama::models::show))
         .route("/api/version", get(ollama::models::version))
         .route("/openapi.json", get(openapi::document))
+        .route("/v1/cluster/events", get(dashboard::events))
+        .route("/", get(dashboard::page))
+        .route("/dashboard/{file}", get(dashboard::file))
+        .route("/metrics", get(metrics::metrics))
         .route("/health", get(status::health))
         .route("/ready", get(status::ready))
         .fallback(no_route)
@@ -138,6 +153,7 @@ pub fn app(state: ApiState) -> Router {
         .layer(from_fn(head::check))
         .layer(from_fn(shape::shape))
         .layer(from_fn_with_state(state.clone(), cors::allow))
+        .layer(from_fn_with_state(board, metrics::count))
         .layer(from_fn(tag::tag))
         .with_state(state)
 }
@@ -152,6 +168,8 @@ struct App {
     texts: TextCache,
     rates: Arc<Rates>,
     responses: Arc<ResponseStore>,
+    board: Arc<Board>,
+    readers: Readers,
 }
 
 async fn no_route(uri: Uri) -> ApiError {
@@ -178,6 +196,7 @@ impl fmt::Debug for ApiSettings {
             .field("rates", &self.rates)
             .field("cors_origins", &self.cors_origins)
             .field("tool_formats", &self.tool_formats)
+            .field("open_metrics", &self.open_metrics)
             .finish()
     }
 }

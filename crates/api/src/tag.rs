@@ -12,7 +12,7 @@ use tracing::{Instrument, debug, info, info_span};
 use types::RequestId;
 
 /// Routes that programs poll: their answers are logged at `debug`.
-const POLLED: [&str; 3] = ["/health", "/ready", "/v1/cluster"];
+const POLLED: [&str; 4] = ["/health", "/ready", "/v1/cluster", "/metrics"];
 
 const ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 

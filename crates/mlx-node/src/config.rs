@@ -127,6 +127,8 @@ settings! {
     cors_origins: List<Origin> = "", "ORIGIN,…";
     /// How models write calls of tools, where that is not as their chat templates say: hermes, qwen_coder, llama, mistral, mistral_args, phi, deepseek, deepseek_plain, function_gemma, gemma
     tool_formats: List<NamedFormat> = "", "MODEL=FORMAT,…";
+    /// Serve /metrics without a key, for a Prometheus that has none
+    open_metrics: bool = "false", "BOOL";
     /// File with the cluster key, made by `mlx-node key new` [auto: cluster.key beside the configuration file in ~/.config/mlx-cluster]
     key_file: Auto<PathBuf> = "auto", "FILE";
     /// The cluster key itself, instead of a file; as a flag it shows in the list of processes

@@ -70,6 +70,7 @@ async fn serve(settings: Settings, engine: Option<EngineCommandLine>) -> Result<
         rates: settings.rates,
         cors_origins: settings.cors_origins.clone(),
         tool_formats: settings.tool_formats.clone(),
+        open_metrics: settings.open_metrics,
         ..ApiSettings::default()
     };
     let drain_timeout = settings.drain_timeout;

@@ -84,6 +84,7 @@ pub(crate) struct Settings {
     pub(crate) rates: RateLimits,
     pub(crate) cors_origins: Vec<String>,
     pub(crate) tool_formats: BTreeMap<String, ToolFormat>,
+    pub(crate) open_metrics: bool,
     pub(crate) key: ClusterKey,
     pub(crate) key_origin: KeyOrigin,
     pub(crate) mdns: bool,
@@ -187,6 +188,7 @@ impl Settings {
                 .into_iter()
                 .map(|NamedFormat { model, format }| (model, format))
                 .collect(),
+            open_metrics: values.open_metrics,
             key,
             key_origin,
             mdns: values.mdns && !alone,

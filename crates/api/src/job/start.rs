@@ -103,6 +103,7 @@ pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiErro
         logprobs: job.parameters.report.logprobs.is_some(),
         prompt_only: job.parameters.max_tokens == Some(0),
         grammar_param: job.grammar_param,
+        board: state.board.clone(),
     };
     let shown = if job.parameters.show_special { Shown::All } else { settings.format.shown(&text) };
     let continues = job.continues;

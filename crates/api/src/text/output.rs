@@ -8,6 +8,7 @@ use super::{
 use crate::{
     error::ApiError,
     job::{Tool, in_client_words},
+    metrics::Board,
     prompt::ModelText,
 };
 use futures_util::StreamExt;
@@ -71,6 +72,8 @@ pub(crate) struct OutputSettings {
     pub(crate) prompt_only: bool,
     /// What the client calls the grammar.
     pub(crate) grammar_param: &'static str,
+    /// Hears where a stop string is the end: what generates does not know it.
+    pub(crate) board: Arc<Board>,
 }
 
 /// An answer being generated. Dropping it cancels the request.
@@ -143,6 +146,7 @@ impl Output {
                     self.tell_parts();
                     let over = || self.is_over.then(|| self.ending(EndReason::Stop, None));
                     if let Some(ending) = ended.or_else(over) {
+                        self.settings.board.stopped(self.id);
                         self.events = None;
                         self.end(ending);
                     }

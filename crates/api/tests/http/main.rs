@@ -7,6 +7,7 @@ mod errors;
 mod latency;
 mod limits;
 mod messages;
+mod metrics;
 mod ollama;
 mod reasoning;
 mod responses;
