@@ -18,7 +18,8 @@ const OPEN: [&str; 1] = ["/health"];
 pub(crate) async fn check(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     let keys = &state.settings.api_keys;
     let path = request.uri().path();
-    let open = OPEN.contains(&path) || dashboard::is_page(path) || path == "/metrics" && state.settings.open_metrics;
+    let open =
+        OPEN.contains(&path) || dashboard::is_page(path) || path == "/metrics" && state.settings.open_metrics;
     if keys.is_empty() || open {
         return next.run(request).await;
     }

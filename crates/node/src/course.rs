@@ -195,7 +195,12 @@ impl Course {
             request = %self.request.id, node = %current.info.node_name, elsewhere = %place.info.node_name,
             tokens = self.output.len(), "it does not go on: also tried elsewhere"
         );
-        self.moved(MoveKind::Hedged, &current.info.node_name, &place.info.node_name, "it is silent".to_owned());
+        self.moved(
+            MoveKind::Hedged,
+            &current.info.node_name,
+            &place.info.node_name,
+            "it is silent".to_owned(),
+        );
         Some(Box::pin(race(place, request)))
     }
 
@@ -316,7 +321,8 @@ impl Running {
                     return Some(self.end(finish.reason, Usage { cached_tokens, ..finish.usage }));
                 }
                 Next::Rival(Ok(Won { attempt, events })) => {
-                    let from = std::mem::replace(&mut self.course.asked, attempt.place.info.node_name.clone());
+                    let from =
+                        std::mem::replace(&mut self.course.asked, attempt.place.info.node_name.clone());
                     let why = "the second was first".to_owned();
                     self.course.moved(MoveKind::HedgeWon, &from, &self.course.asked, why);
                     if let Some(slow) = self.current.replace(attempt) {

@@ -18,10 +18,10 @@ use crate::health::{Pulse, RetryBudget, start_deadline, step_deadline};
 use crate::settings::RETRY_AFTER_MIN;
 use crate::target::Target;
 use ask::busy;
+use moves::Moves;
 use router::{
     BookingId, Breaker, Outcome, Plan, Queue, QueueId, RouteError, Router, RouterSettings, Waiting,
 };
-use moves::Moves;
 use state::{Booked, NodeEntry, Waiter};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

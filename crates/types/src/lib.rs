@@ -29,8 +29,8 @@ pub use generate::{
 pub use id::{NodeId, ParseIdError, RequestId};
 pub use model::{AssetsHash, ModelAssets, ModelCard};
 pub use node::{
-    ClusterView, EngineState, MoveCounts, MoveKind, NodeLoad, NodePrediction, NodeRates, NodeView, RequestMove,
-    Role,
+    ClusterView, EngineState, MoveCounts, MoveKind, NodeLoad, NodePrediction, NodeRates, NodeView,
+    RequestMove, Role,
 };
 pub use request::{GenerateDraft, GenerateRequest, GenerateRequestError, Grammar, OutputRules, TokenReport};
 pub use sampling::{SamplingDraft, SamplingError, SamplingParams};

@@ -95,9 +95,11 @@ fn histograms(out: &mut Exposition, figures: &Figures) {
         ("mlx_request_time_per_output_token_seconds", "Mean of that, of each answer.", |model| {
             &model.per_token_s
         }),
-        ("mlx_request_queue_time_seconds", "From a request's arrival to its acceptance by a node.", |model| {
-            &model.queue_s
-        }),
+        (
+            "mlx_request_queue_time_seconds",
+            "From a request's arrival to its acceptance by a node.",
+            |model| &model.queue_s,
+        ),
         ("mlx_e2e_request_latency_seconds", "From a request's arrival to the end of its answer.", |model| {
             &model.request_s
         }),
@@ -197,7 +199,9 @@ fn loads(out: &mut Exposition, view: &ClusterView) {
     type Of = fn(&NodeLoad) -> f64;
     let gauges: [(&'static str, &str, Of); 11] = [
         ("mlx_num_requests_running", "Requests being read or written.", |load| f64::from(load.running)),
-        ("mlx_num_requests_waiting", "Requests waiting at a node for a slot.", |load| f64::from(load.waiting)),
+        ("mlx_num_requests_waiting", "Requests waiting at a node for a slot.", |load| {
+            f64::from(load.waiting)
+        }),
         ("mlx_slots", "Requests that can run at once.", |load| f64::from(load.slots)),
         ("mlx_kv_cache_usage_perc", "Share of the KV that running requests hold; 1: all.", |load| {
             load.kv_tokens.0 as f64 / load.kv_tokens.1.max(1) as f64

@@ -72,7 +72,10 @@ mod tests {
         rates.second(2).tokens += 1;
         rates.second(4).prompt += 7;
         let history = rates.history(6);
-        assert_eq!((history.end, history.tokens, history.prompt), (6, vec![0, 6, 0, 0, 0], vec![0, 0, 0, 7, 0]));
+        assert_eq!(
+            (history.end, history.tokens, history.prompt),
+            (6, vec![0, 6, 0, 0, 0], vec![0, 0, 0, 7, 0])
+        );
         let history = rates.history(1_000_000);
         assert_eq!((history.end, history.tokens), (1_000_000, vec![0; SECONDS_MAX]));
         rates.second(1_000_000).cached += 1;

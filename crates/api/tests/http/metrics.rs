@@ -116,12 +116,14 @@ async fn ends_have_reasons() {
     };
     let events = |events: &[TokenEvent]| Script::Events(events.to_vec());
     let length = events(&[tokens(0, "ab"), finished(FinishReason::Length, 2)]);
-    let success = |reason| format!(r#"mlx_request_success_total{{model_name="tiny",finished_reason="{reason}"}}"#);
+    let success =
+        |reason| format!(r#"mlx_request_success_total{{model_name="tiny",finished_reason="{reason}"}}"#);
     let failure = |reason| format!(r#"mlx_request_failure_total{{model_name="tiny",reason="{reason}"}}"#);
     check(length.clone(), r#"{"prompt":"x"}"#, &success("length")).await;
     // The rest is not generated; it was no abort all the same.
     check(length, r#"{"prompt":"x","stop":"a"}"#, &success("stop")).await;
-    check(Script::Refuse(GenerateError::Busy { retry_after_ms: 1 }), r#"{"prompt":"x"}"#, &failure("busy")).await;
+    check(Script::Refuse(GenerateError::Busy { retry_after_ms: 1 }), r#"{"prompt":"x"}"#, &failure("busy"))
+        .await;
     let lost = GenerateError::NodeLost { tokens: 1, reason: "silent".to_owned() };
     let lost = events(&[tokens(0, "a"), finished(FinishReason::Failed(lost), 1)]);
     check(lost, r#"{"prompt":"x"}"#, &failure("node_lost")).await;
@@ -157,9 +159,13 @@ async fn requests_are_shown_while_they_run_and_never_what_they_say() {
     let shown = next_event(&mut body).await;
     assert_eq!((&shown["running"], &shown["cluster"]["cluster"]), (&1.into(), &"home".into()));
     let one = &shown["requests"][0];
-    let told = ["model", "state", "node", "reason", "tokens", "prompt_tokens", "cached_tokens", "matched_tokens"];
+    let told =
+        ["model", "state", "node", "reason", "tokens", "prompt_tokens", "cached_tokens", "matched_tokens"];
     let told: Vec<_> = told.iter().map(|name| one[*name].to_string()).collect();
-    assert_eq!(told, [r#""tiny""#, r#""writing""#, r#""mini ünïcode""#, r#""affinity""#, "6", "10", "2", "32"]);
+    assert_eq!(
+        told,
+        [r#""tiny""#, r#""writing""#, r#""mini ünïcode""#, r#""affinity""#, "6", "10", "2", "32"]
+    );
     let text = shown.to_string();
     for secret in ["secret", "0123456789", "hidden"] {
         assert!(!text.contains(secret), "{secret} is in {text}");
@@ -172,7 +178,10 @@ async fn requests_are_shown_while_they_run_and_never_what_they_say() {
         }
     };
     assert_eq!((&ended["requests"][0]["state"], &ended["totals"]["failed"]), (&"abort".into(), &1.into()));
-    assert_eq!(ended["history"]["tokens"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).sum::<u64>(), 6);
+    assert_eq!(
+        ended["history"]["tokens"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).sum::<u64>(),
+        6
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -216,7 +225,10 @@ async fn the_page_needs_no_key_and_its_figures_do() {
     let page = ask(app.clone(), get("/")).await;
     assert_eq!((page.status(), page.header("content-type")), (200, "text/html; charset=utf-8"));
     let policy = page.header("content-security-policy");
-    assert!(policy.starts_with("default-src 'none'; script-src 'self';") && !policy.contains("unsafe"), "{policy}");
+    assert!(
+        policy.starts_with("default-src 'none'; script-src 'self';") && !policy.contains("unsafe"),
+        "{policy}"
+    );
     // Everything that the page asks for is there, and nothing is asked of anybody else.
     let mut files = 0;
     for part in page.text.split('"').filter(|part| part.starts_with("/dashboard/")) {
