@@ -57,14 +57,19 @@ class Process:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.loads(answer.read())
 
+    def has(self, nodes):
+        """Whether it answers and has so many nodes that are ready."""
+        if nodes == 0:
+            return bool(self.get("/health"))
+        view = json.loads(self.get("/v1/cluster"))
+        return sum(node["engine"]["state"] == "ready" for node in view["nodes"]) >= nodes
+
     def wait(self, nodes):
-        """Until this router has so many nodes that are ready."""
         end = time.monotonic() + READY_S_MAX
         while True:
             try:
-                view = json.loads(self.get("/v1/cluster"))
-                if sum(node["engine"]["state"] == "ready" for node in view["nodes"]) >= nodes:
-                    return view
+                if self.has(nodes):
+                    return
             except (OSError, urllib.error.URLError):
                 pass
             if self.child.poll() is not None or time.monotonic() > end:

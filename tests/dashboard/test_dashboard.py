@@ -309,6 +309,7 @@ def main():
     arguments = argparse.ArgumentParser()
     for name in ("binary", "model", "chromium", "out"):
         arguments.add_argument(f"--{name}", required=True)
+    arguments.add_argument("--only", help="only checks with this in their names")
     given = arguments.parse_args()
     out = pathlib.Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -317,7 +318,7 @@ def main():
         browser = playwright.chromium.launch(executable_path=given.chromium, args=["--no-sandbox"])
         with Cluster(given.binary, given.model, folder, ["studio", "mini"]) as cluster:
             test = Test(cluster, browser, out)
-            for one in CHECKS:
+            for one in (one for one in CHECKS if (given.only or "") in one.__name__):
                 started = time.monotonic()
                 try:
                     one(test)

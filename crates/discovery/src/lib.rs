@@ -60,6 +60,13 @@ pub enum PeerEvent {
         /// The most promising first.
         addresses: Vec<SocketAddr>,
     },
+    /// An `mlx-node` is there that is not of this cluster; told once.
+    Ignored {
+        /// The announced instance.
+        instance: String,
+        /// What is other about it.
+        reason: String,
+    },
     /// A peer said goodbye, or its announcement ran out.
     Lost {
         /// Its id.

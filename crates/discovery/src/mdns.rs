@@ -294,10 +294,13 @@ impl Heard {
 
     /// Someone who is not for us; if it was before, that peer is lost.
     fn stranger(&mut self, fullname: &str, reason: String) -> Vec<PeerEvent> {
-        if self.strangers.len() < NODES_MAX && self.strangers.insert(fullname.to_owned()) {
+        let lost = self.peers.remove(fullname).map(|known| PeerEvent::Lost { id: known.id });
+        let is_new = self.strangers.len() < NODES_MAX && self.strangers.insert(fullname.to_owned());
+        let ignored = is_new.then(|| {
             tracing::info!(instance = fullname, reason, "ignored an mlx-node");
-        }
-        self.peers.remove(fullname).map(|known| PeerEvent::Lost { id: known.id }).into_iter().collect()
+            PeerEvent::Ignored { instance: fullname.to_owned(), reason }
+        });
+        lost.into_iter().chain(ignored).collect()
     }
 }
 

@@ -2,14 +2,17 @@
 #![expect(clippy::print_stdout, reason = "what the commands print is their result")]
 
 use crate::{
-    EXIT_FAILED, EXIT_USAGE, bench, bench_router,
+    EXIT_FAILED, EXIT_UNREACHABLE, EXIT_USAGE, bench, bench_router, bench_serve,
+    chat::{self, ChatError},
     config::{self, Config, Values},
-    engine, failed, inspect, key, serve,
+    doctor,
+    endpoint::AskError,
+    engine, failed, inspect, key, pull, serve,
     settings::Settings,
-    status,
+    status::{self, Sight},
 };
-use clap::{Parser, Subcommand};
-use std::{path::PathBuf, process::ExitCode};
+use clap::{CommandFactory, Parser, Subcommand};
+use std::{future::Future, io, path::PathBuf, process::ExitCode};
 
 /// One OpenAI-compatible endpoint out of the Macs on a network.
 ///
@@ -44,9 +47,39 @@ enum Command {
     /// Make or name the key that all machines of a cluster share
     #[command(subcommand)]
     Key(KeyCommand),
-    /// Show the nodes of the cluster as a running endpoint sees them
+    /// Show the cluster as a running endpoint sees it
     Status {
-        /// Print the endpoint's answer as it is
+        #[command(flatten)]
+        shown: Shown,
+        #[command(flatten)]
+        settings: Config,
+    },
+    /// Show all that a running endpoint knows of its nodes
+    Nodes {
+        #[command(flatten)]
+        shown: Shown,
+        #[command(flatten)]
+        settings: Config,
+    },
+    /// Show what can be asked, and which nodes serve it
+    Models {
+        #[command(flatten)]
+        shown: Shown,
+        #[command(flatten)]
+        settings: Config,
+    },
+    /// Talk with a model of a running endpoint; --model-name names another than the first
+    Chat {
+        #[command(flatten)]
+        arguments: chat::ChatArguments,
+        #[command(flatten)]
+        settings: Box<Config>,
+    },
+    /// Fetch a model's files before they are needed, and print where they are
+    Pull {
+        /// A hub id such as mlx-community/Llama-3.2-1B-Instruct-4bit [default: the model of the settings]
+        id: Option<String>,
+        /// Print one JSON object
         #[arg(long)]
         json: bool,
         #[command(flatten)]
@@ -66,6 +99,18 @@ enum Command {
         #[command(flatten)]
         settings: Box<Config>,
     },
+    /// Look for what keeps a cluster from working, and say what to do about it
+    Doctor {
+        #[command(flatten)]
+        arguments: doctor::DoctorArguments,
+        #[command(flatten)]
+        settings: Config,
+    },
+    /// Print what makes a shell complete commands and settings
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
     /// Measure this machine
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -74,12 +119,30 @@ enum Command {
     Config(ConfigCommand),
 }
 
+/// How answers of an endpoint are shown.
+#[derive(Debug, Clone, Copy, clap::Args)]
+struct Shown {
+    /// Print the endpoint's answer as it is; a line for each look
+    #[arg(long)]
+    json: bool,
+    /// Look again every second, until Ctrl-C
+    #[arg(long)]
+    watch: bool,
+}
+
 #[derive(Debug, Subcommand)]
 enum BenchCommand {
     /// Prefill and decode rates of the model at several batch sizes, in a process of their own
     Engine {
         #[command(flatten)]
         arguments: bench::EngineArguments,
+        #[command(flatten)]
+        settings: Box<Config>,
+    },
+    /// A running endpoint under requests that come independently of each other; --model-name names the model
+    Serve {
+        #[command(flatten)]
+        arguments: bench_serve::ServeArguments,
         #[command(flatten)]
         settings: Box<Config>,
     },
@@ -135,13 +198,50 @@ pub(crate) fn run() -> ExitCode {
         }
         Some(Command::Key(KeyCommand::Fingerprint { file })) => load(Config::default())
             .and_then(|values| key::fingerprint(file, values).map_err(|error| failed(EXIT_FAILED, error))),
-        Some(Command::Status { json, settings }) => load(settings)
-            .and_then(|values| status::show(&values, json).map_err(|error| failed(EXIT_FAILED, error))),
         Some(Command::Inspect { arguments, settings }) => {
             load(*settings).and_then(|values| inspect::inspect(&values, &arguments))
         }
         Some(Command::Convert { arguments, settings }) => {
             load(*settings).and_then(|values| inspect::convert(&values, &arguments))
+        }
+        Some(Command::Status { shown, settings }) => {
+            load(settings).and_then(|values| show_sight(&values, Sight::Status, shown))
+        }
+        Some(Command::Nodes { shown, settings }) => {
+            load(settings).and_then(|values| show_sight(&values, Sight::Nodes, shown))
+        }
+        Some(Command::Models { shown, settings }) => {
+            load(settings).and_then(|values| show_sight(&values, Sight::Models, shown))
+        }
+        Some(Command::Chat { arguments, settings }) => load(*settings).and_then(|values| {
+            block_on(chat::run(&values, &arguments))?.map_err(|error| match error {
+                ChatError::Ask(error) => failed_to_ask(error),
+                error => failed(EXIT_FAILED, error),
+            })
+        }),
+        Some(Command::Pull { id, json, settings }) => load(settings).and_then(|values| {
+            pull::run(&values, id, json).map_err(|error| match error {
+                pull::PullError::Settings(error) => failed(EXIT_USAGE, error),
+                error => failed(EXIT_FAILED, error),
+            })
+        }),
+        Some(Command::Doctor { arguments, settings }) => load(settings).and_then(|values| {
+            match block_on(doctor::run(&values, file.as_deref(), &arguments))? {
+                0 => Ok(()),
+                _ => Err(ExitCode::from(EXIT_FAILED)),
+            }
+        }),
+        Some(Command::Completions { shell }) => {
+            clap_complete::generate(shell, &mut Cli::command(), "mlx-node", &mut io::stdout());
+            Ok(())
+        }
+        Some(Command::Bench(BenchCommand::Serve { arguments, settings })) => {
+            load(*settings).and_then(|values| {
+                block_on(bench_serve::run(&values, &arguments))?.map_err(|error| match error {
+                    bench_serve::ServeBenchError::Ask(error) => failed_to_ask(error),
+                    error => failed(EXIT_FAILED, error),
+                })
+            })
         }
         Some(Command::Bench(BenchCommand::Engine { arguments, settings })) => {
             load(*settings).and_then(|values| bench::engine(&values, &arguments))
@@ -151,6 +251,26 @@ pub(crate) fn run() -> ExitCode {
         Some(Command::Config(ConfigCommand::Show { settings })) => load(settings).map(|values| show(&values)),
     };
     outcome.err().unwrap_or(ExitCode::SUCCESS)
+}
+
+/// Runs a command that waits for others, on this thread.
+fn block_on<T>(command: impl Future<Output = T>) -> Result<T, ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime
+        .map_err(|error| failed(EXIT_FAILED, format_args!("the system gives no event queue: {error}")))?;
+    let outcome = runtime.block_on(command);
+    // A thread that reads a terminal is not waited for.
+    runtime.shutdown_background();
+    Ok(outcome)
+}
+
+fn failed_to_ask(error: AskError) -> ExitCode {
+    let code = if matches!(error, AskError::Unreachable { .. }) { EXIT_UNREACHABLE } else { EXIT_FAILED };
+    failed(code, error)
+}
+
+fn show_sight(values: &Values, sight: Sight, shown: Shown) -> Result<(), ExitCode> {
+    block_on(status::show(values, sight, shown.json, shown.watch))?.map_err(failed_to_ask)
 }
 
 fn check(values: Values) -> Result<(), ExitCode> {

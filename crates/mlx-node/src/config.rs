@@ -187,6 +187,12 @@ pub(crate) fn load(
     Ok(variables.over(flags).over(under).resolve())
 }
 
+/// The file that [`load`] reads, if any; `file` is what `--config` said.
+pub(crate) fn used_file(file: Option<&Path>) -> Option<PathBuf> {
+    let named = std::env::var_os(VARIABLE_FILE).map(PathBuf::from).or_else(|| file.map(Path::to_path_buf));
+    named.or_else(|| usual_files().into_iter().find(|path| path.is_file()))
+}
+
 /// `~/.config/mlx-cluster`, where the configuration and the cluster key are looked for; none without a home.
 pub(crate) fn folder() -> Option<PathBuf> {
     let folder = std::env::var_os("XDG_CONFIG_HOME").filter(|path| !path.is_empty()).map(PathBuf::from);

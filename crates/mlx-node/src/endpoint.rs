@@ -109,11 +109,13 @@ impl Endpoint {
         if let Some(Secret(key)) = &self.key {
             request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
         }
-        let request =
-            request.body(Full::new(body)).map_err(|error| self.broken(path, format!("not asked: {error}")))?;
+        let request = request
+            .body(Full::new(body))
+            .map_err(|error| self.broken(path, format!("not asked: {error}")))?;
         let answer =
             sender.send_request(request).await.map_err(|error| self.broken(path, error.to_string()))?;
-        let route = answer.headers().get(ROUTE_HEADER).and_then(|route| route.to_str().ok()).map(str::to_owned);
+        let route =
+            answer.headers().get(ROUTE_HEADER).and_then(|route| route.to_str().ok()).map(str::to_owned);
         let (status, body) = (answer.status(), answer.into_body());
         match status {
             StatusCode::OK => Ok(Answer { route, body }),

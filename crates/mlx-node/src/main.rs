@@ -1,20 +1,27 @@
 //! `mlx-node`: the program. Flags, file and environment become settings, settings become parts, parts run.
 //!
 //! `serve` hosts a node, a router and the HTTP endpoint in one process and starts `engine`, the process that owns
-//! the model; everything else is a command that ends by itself. Exit codes: 0 done, 1 failed, 2 wrong usage or settings.
+//! the model; everything else is a command that ends by itself. Exit codes: 0 done, 1 failed, 2 wrong usage or
+//! settings, 3 no endpoint answers.
 
 mod bench;
 mod bench_router;
+mod bench_serve;
+mod chat;
 mod cli;
 mod config;
+mod doctor;
+mod endpoint;
 mod engine;
 mod hardware;
 mod inspect;
 mod key;
 mod logging;
+mod pull;
 mod serve;
 mod settings;
 mod status;
+mod table;
 mod values;
 
 use std::process::ExitCode;
@@ -28,6 +35,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const EXIT_FAILED: u8 = 1;
 /// Flags, variables or the configuration file are wrong; clap's own code for it.
 const EXIT_USAGE: u8 = 2;
+/// Nothing answers where an endpoint should be.
+const EXIT_UNREACHABLE: u8 = 3;
 
 fn main() -> ExitCode {
     cli::run()

@@ -118,7 +118,16 @@ fn status(cluster: &Value) -> String {
         let rtt = number(&node["rtt_s"], milliseconds);
         let waiting = text(&node["load"]["waiting"]);
         let hardware = text(&node["hardware"]);
-        [text(&node["name"]), state(node), model_names(node), slots(node), waiting, rtt, address(node), hardware]
+        [
+            text(&node["name"]),
+            state(node),
+            model_names(node),
+            slots(node),
+            waiting,
+            rtt,
+            address(node),
+            hardware,
+        ]
     };
     let rows: Vec<_> = list(&cluster["nodes"]).map(row).collect();
     let mut out = format!(
@@ -154,8 +163,10 @@ fn nodes(cluster: &Value) -> String {
             format!("{}/{}", compact(used), compact(all))
         });
         let learned = prediction["requests"].as_f64().filter(|requests| *requests > 0.0);
-        let off = learned
-            .map_or_else(|| NONE.to_owned(), |_| number(&prediction["error"], |error| format!("{:.0} %", error * 100.0)));
+        let off = learned.map_or_else(
+            || NONE.to_owned(),
+            |_| number(&prediction["error"], |error| format!("{:.0} %", error * 100.0)),
+        );
         [
             text(&node["name"]),
             state(node),
@@ -174,8 +185,8 @@ fn nodes(cluster: &Value) -> String {
     };
     let rows: Vec<_> = list(&cluster["nodes"]).map(row).collect();
     let heads = [
-        "NODE", "STATE", "HARDWARE", "MODELS", "RUNNING", "KV", "CACHED", "READS", "STEP", "RTT", "OFF", "VERSION",
-        "ADDRESS",
+        "NODE", "STATE", "HARDWARE", "MODELS", "RUNNING", "KV", "CACHED", "READS", "STEP", "RTT", "OFF",
+        "VERSION", "ADDRESS",
     ];
     columns(heads, &rows)
 }
@@ -246,7 +257,10 @@ second  loading         M1        -       -        -         -       -       -  
         let shown = status(&json!({ "cluster": "c", "in_flight": 0, "waiting": 0, "draining": true,
                                     "nodes": [], "recent_moves": [moved] }));
         assert!(shown.starts_with("cluster c: 0 requests in flight, 0 waiting, leaving\n"), "{shown}");
-        assert!(shown.ends_with("3 s ago: request 0a hedge won from a to b after 7 tokens: silent\n"), "{shown}");
+        assert!(
+            shown.ends_with("3 s ago: request 0a hedge won from a to b after 7 tokens: silent\n"),
+            "{shown}"
+        );
         let answer = json!({ "data": [{ "id": "smol", "max_model_len": 2048 }] });
         assert_eq!(models(&answer, &cluster()), "MODEL  CONTEXT  NODES\nsmol   2048     one\n");
         assert_eq!(models(&json!({ "data": [] }), &cluster()), "no model can be asked now\n");

@@ -2,13 +2,19 @@
 
 use std::{
     fs,
+    io::Write,
     path::Path,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 /// Runs the program in `folder`, which is its home too.
 fn run(folder: &Path, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_mlx-node"))
+    run_with(folder, arguments, variables, "")
+}
+
+/// The same with something to read.
+fn run_with(folder: &Path, arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_mlx-node"))
         .args(arguments)
         .envs(variables.iter().copied())
         .env("HOME", folder)
@@ -17,8 +23,16 @@ fn run(folder: &Path, arguments: &[&str], variables: &[(&str, &str)]) -> Output 
         // A hub that is not there: no test asks the real one.
         .env("HF_ENDPOINT", "http://127.0.0.1:1")
         .current_dir(folder)
-        .output()
-        .expect("the program runs")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program runs");
+    let mut stdin = child.stdin.take().expect("piped");
+    // A program that ends without reading is no failure.
+    let _ = stdin.write_all(input.as_bytes());
+    drop(stdin);
+    child.wait_with_output().expect("the program ends")
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -126,10 +140,204 @@ fn a_new_key_is_private_and_never_overwritten() {
 }
 
 #[test]
-fn status_without_an_endpoint_says_so() {
+fn without_an_endpoint_commands_say_so() {
     let folder = tempfile::tempdir().expect("a folder");
-    // Port 1 of the loopback: nobody serves HTTP there.
-    let output = run(folder.path(), &["status", "--http", "127.0.0.1:1"], &[]);
+    for command in ["status", "nodes", "models", "chat hello", "bench serve"] {
+        // Port 1 of the loopback: nobody serves HTTP there.
+        let arguments: Vec<&str> = command.split(' ').chain(["--http", "127.0.0.1:1"]).collect();
+        let output = run(folder.path(), &arguments, &[]);
+        assert_eq!(output.status.code(), Some(3), "{command}: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("nothing answers at http://127.0.0.1:1"), "{command}");
+        assert!(output.stdout.is_empty(), "{command}");
+    }
+}
+
+#[test]
+fn commands_show_what_an_endpoint_answers() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = r#"{"cluster":"c","nodes":[{"name":"n","engine":{"state":"ready"},"models":[{"name":"m","vocab_size":9,"eos_tokens":[1]}]}],"in_flight":0,"waiting":0}"#;
+    let models = r#"{"data":[{"id":"m","max_model_len":99}]}"#;
+    let address = endpoint::serve(&[
+        ("GET /v1/cluster ", 200, cluster),
+        ("GET /v1/models ", 200, models),
+        (
+            "POST /v1/chat/completions ",
+            200,
+            "data: {\"choices\":[{\"delta\":{\"content\":\"Hi \"}}]}\n\n: still there\n\ndata: {\"choices\":[{\"delta\":{\"content\":\"you\"}}]}\n\ndata: [DONE]\n\n",
+        ),
+        (
+            "POST /v1/completions ",
+            200,
+            "data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: {\"choices\":[],\"usage\":{\"prompt_tokens\":4,\"completion_tokens\":1}}\n\ndata: [DONE]\n\n",
+        ),
+    ]);
+    let check = |command: &str, expected: &[&str]| {
+        let arguments: Vec<&str> = command.split(' ').chain(["--http", &address]).collect();
+        let output = run(folder.path(), &arguments, &[]);
+        let said = text(&output.stdout);
+        assert!(output.status.success(), "{command}: {}", text(&output.stderr));
+        for part in expected {
+            assert!(said.contains(part), "{command}: {part:?} is not in {said}");
+        }
+    };
+    check("status", &["cluster c: 0 requests in flight", "n     ready  m"]);
+    check("status --json", &[cluster]);
+    check("nodes", &["NODE", "VERSION"]);
+    check("models", &["m      99       n"]);
+    check("chat hello", &["Hi you\n"]);
+    let piped = run_with(folder.path(), &["chat", "--http", &address], &[], "hello\nthere\n");
+    assert_eq!((piped.status.code(), text(&piped.stdout).as_str()), (Some(0), "Hi you\n"));
+    let bench = "bench serve --rate 100 --count 3 --prompt-tokens 4";
+    check(
+        bench,
+        &["m: 3 requests at 100 a second, 3 answered, 0 failed", "0 of 12 prompt tokens cached", "3 met"],
+    );
+    check(&format!("{bench} --json"), &[r#""answered":3,"failed":0"#, r#""share":1.0"#]);
+}
+
+#[test]
+fn what_an_endpoint_refuses_is_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let refusal = r#"{"error":{"message":"all places are taken"}}"#;
+    let address = endpoint::serve(&[
+        ("GET /v1/cluster ", 401, refusal),
+        ("GET /v1/models ", 200, r#"{"data":[{"id":"m"}]}"#),
+        ("POST /v1/chat/completions ", 429, refusal),
+    ]);
+    let check = |command: &str, expected: &str| {
+        let arguments: Vec<&str> = command.split(' ').chain(["--http", &address]).collect();
+        let output = run(folder.path(), &arguments, &[]);
+        assert_eq!(output.status.code(), Some(1), "{command}");
+        assert!(text(&output.stderr).contains(expected), "{command}: {}", text(&output.stderr));
+    };
+    check("status", "give a key with --api-keys");
+    check("chat hello", "429: all places are taken");
+    let empty = run_with(folder.path(), &["chat", "--http", &address], &[], " \n");
+    assert_eq!(empty.status.code(), Some(1));
+    assert!(text(&empty.stderr).contains("nothing was said"), "{}", text(&empty.stderr));
+}
+
+#[cfg(unix)]
+#[test]
+fn the_doctor_finds_what_is_wrong_and_says_what_to_do() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = folder.path().join("m.gguf");
+    fs::write(&model, "").expect("written");
+    let made = run(folder.path(), &["key", "new"], &[]);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let key = folder.path().join("config/mlx-cluster/cluster.key");
+    let doctor = |arguments: &[&str]| {
+        let model = model.to_str().expect("UTF-8");
+        let usual =
+            ["doctor", "--seconds", "1", "--mdns=false", "--http", "127.0.0.1:1", "--listen", "127.0.0.1:0"];
+        let arguments = [&usual[..], &["--model", model], arguments].concat();
+        let output = run(folder.path(), &arguments, &[]);
+        (output.status.code(), text(&output.stdout))
+    };
+    let check = |arguments: &[&str], code: i32, expected: &[&str]| {
+        let (ended, said) = doctor(arguments);
+        assert_eq!(ended, Some(code), "{arguments:?}: {said}");
+        for part in expected {
+            assert!(said.contains(part), "{arguments:?}: {part:?} is not in {said}");
+        }
+    };
+    // Port 1 may be had or not; it is the others that are looked at here.
+    let http = ["--http", "127.0.0.1:18431"];
+    check(&http, 0, &["ok       cluster key: fingerprint", "ok       model:", "No problem was found."]);
+    check(
+        &[&http[..], &["--model", "./none"]].concat(),
+        1,
+        &["PROBLEM  model: ./none", "1 problem was found."],
+    );
+    check(
+        &[&http[..], &["--peers", "127.0.0.1:1"]].concat(),
+        1,
+        &["127.0.0.1:1 does not answer", "→ start mlx-node there"],
+    );
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let taken = taken.local_addr().expect("bound").to_string();
+    // Nobody answers there, and yet it is taken.
+    check(&["--http", &taken], 1, &["PROBLEM  endpoint:", "--http"]);
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).expect("changed");
+    let (code, said) = doctor(&[&http[..], &["--json"]].concat());
+    let json: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!((code, &json["problems"]), (Some(1), &1.into()), "{said}");
+    let remedy = json["findings"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find_map(|finding| (finding["level"] == "problem").then(|| finding["remedy"].as_str())?);
+    assert!(remedy.is_some_and(|remedy| remedy.starts_with("chmod 600 ")), "{said}");
+}
+
+#[test]
+fn pull_names_what_is_here_and_what_is_not() {
+    let folder = tempfile::tempdir().expect("a folder");
+    fs::write(folder.path().join("m.gguf"), "").expect("written");
+    let output = run(folder.path(), &["pull", "./m.gguf"], &[]);
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(0), "./m.gguf\n"));
+    let output = run(folder.path(), &["pull", "--model", "./m.gguf", "--json"], &[]);
+    assert_eq!(text(&output.stdout), "{\"model\":\"./m.gguf\",\"path\":\"./m.gguf\"}\n");
+    let output = run(folder.path(), &["pull", "org/model", "--offline"], &[]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("nothing answers at http://127.0.0.1:1"));
+    assert!(text(&output.stderr).contains("offline"), "{}", text(&output.stderr));
+    assert_eq!(run(folder.path(), &["pull"], &[]).status.code(), Some(2));
+}
+
+#[test]
+fn shells_are_told_of_the_commands() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for shell in ["bash", "zsh", "fish"] {
+        let output = run(folder.path(), &["completions", shell], &[]);
+        assert!(output.status.success() && text(&output.stdout).contains("doctor"), "{shell}");
+        assert!(!text(&output.stdout).contains("run one engine"), "{shell}");
+    }
+    assert_eq!(run(folder.path(), &["completions", "sh"], &[]).status.code(), Some(2));
+}
+
+/// An endpoint that was written down.
+mod endpoint {
+    use std::{
+        io::{BufRead, BufReader, Read, Write},
+        net::{TcpListener, TcpStream},
+    };
+
+    /// Answers requests by the beginning of their first lines, for as long as the test runs.
+    pub(crate) fn serve(answers: &'static [(&str, u16, &str)]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("bound").to_string();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                // What a client does not wait for is no matter.
+                std::thread::spawn(move || answer(stream, answers).ok());
+            }
+        });
+        address
+    }
+
+    fn answer(mut stream: TcpStream, answers: &[(&str, u16, &str)]) -> std::io::Result<()> {
+        let mut reader = BufReader::new(stream.try_clone()?);
+        let mut lines = Vec::new();
+        let mut length = 0;
+        loop {
+            let mut line = String::new();
+            if reader.read_line(&mut line)? == 0 || line == "\r\n" {
+                break;
+            }
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap_or(0);
+            }
+            lines.push(line);
+        }
+        reader.take(length).read_to_end(&mut Vec::new())?;
+        let first = lines.first().map_or("", String::as_str);
+        let found = answers.iter().find(|(begin, ..)| first.starts_with(begin));
+        let (_, status, body) = found.unwrap_or(&("", 404, "{}"));
+        write!(
+            stream,
+            "HTTP/1.1 {status} X\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+            body.len()
+        )
+    }
 }

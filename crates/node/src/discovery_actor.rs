@@ -86,6 +86,7 @@ impl Actor for DiscoveryActor {
                 }
             }
             PeerEvent::Lost { id } => state.lost(&Key::Id(id)),
+            PeerEvent::Ignored { .. } => {}
         }
         drop(taken);
         Ok(())

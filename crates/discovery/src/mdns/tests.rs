@@ -51,18 +51,28 @@ fn a_peer_is_told_once_until_something_changes() {
 #[test]
 fn itself_and_strangers_are_ignored() {
     let mut heard = Heard::new(&settings(1));
+    assert_eq!(heard.resolved(&announced(&settings(1), &["10.0.0.2:7800"])), []);
     let ignored = [
-        settings(1),
-        DiscoverySettings { cluster: "office".to_owned(), ..settings(2 << 96) },
-        DiscoverySettings { fingerprint: "ffffffff".to_owned(), ..settings(3 << 96) },
+        (
+            DiscoverySettings { cluster: "office".to_owned(), ..settings(2 << 96) },
+            "its cluster is \"office\"",
+        ),
+        (DiscoverySettings { fingerprint: "ffffffff".to_owned(), ..settings(3 << 96) }, "its cluster key is"),
     ];
-    for settings in &ignored {
-        assert_eq!(heard.resolved(&announced(settings, &["10.0.0.2:7800"])), [], "{settings:?}");
+    for (settings, expected) in &ignored {
+        let announced = announced(settings, &["10.0.0.2:7800"]);
+        match heard.resolved(&announced).as_slice() {
+            [PeerEvent::Ignored { instance, reason }] => {
+                assert!(*instance == announced.fullname && reason.starts_with(expected), "{reason}");
+            }
+            told => panic!("{told:?}"),
+        }
+        assert_eq!(heard.resolved(&announced), [], "told once");
     }
     assert_eq!(heard.strangers.len(), 2, "the other cluster and the other key");
     assert_eq!(heard.resolved(&announced(&settings(4 << 96), &[])), [], "nowhere to reach it yet");
     let nobody = Announcement { fullname: "x".to_owned(), ..Announcement::default() };
-    assert_eq!(heard.resolved(&nobody), []);
+    assert!(matches!(heard.resolved(&nobody)[..], [PeerEvent::Ignored { .. }]));
 }
 
 #[test]
@@ -70,7 +80,8 @@ fn a_peer_that_changes_its_cluster_is_lost() {
     let mut heard = Heard::new(&settings(1));
     assert_eq!(heard.resolved(&announced(&settings(2), &["10.0.0.2:7800"])).len(), 1);
     let gone = DiscoverySettings { cluster: "office".to_owned(), ..settings(2) };
-    assert_eq!(heard.resolved(&announced(&gone, &["10.0.0.2:7800"])), [PeerEvent::Lost { id: NodeId(2) }]);
+    let told = heard.resolved(&announced(&gone, &["10.0.0.2:7800"]));
+    assert!(matches!(told[..], [PeerEvent::Lost { id: NodeId(2) }, PeerEvent::Ignored { .. }]), "{told:?}");
 }
 
 #[test]

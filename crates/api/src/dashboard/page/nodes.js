@@ -13,7 +13,7 @@ function gauge(title) {
 function create() {
   const parts = {
     name: make("h3"), state: make("span", { class: "state" }), what: make("p", { class: "what" }),
-    slots: gauge("Requests"), kv: gauge("Memory for context"), facts: make("p", { class: "facts" }),
+    slots: gauge("Requests"), kv: gauge("Context"), facts: make("p", { class: "facts" }),
   };
   const head = make("div", { class: "node-head" }, parts.name, parts.state);
   const card = make("li", { class: "node card" }, head, parts.what, parts.slots.box, parts.kv.box, parts.facts);
@@ -55,7 +55,7 @@ function update(card, node) {
     const [used, all] = load.kv_tokens;
     setBar(parts.slots, `${load.running} of ${load.slots}`, load.running / load.slots);
     const cached = Math.max(0, Math.min(load.cached_kv_tokens, all - used));
-    const words = `${compact(used)} in use, ${compact(load.cached_kv_tokens)} cached of ${compact(all)} tokens`;
+    const words = `${compact(used)} used, ${compact(load.cached_kv_tokens)} cached of ${compact(all)} tokens`;
     setBar(parts.kv, words, used / all, cached / all);
   }
   const told = facts(node);

@@ -4,7 +4,7 @@ import { byId, compact, keyed, make, rate, setText, span } from "./dom.js";
 
 const COLUMNS = ["stage", "path", "prompt", "answer", "first", "speed", "age"];
 const LABELS = { prompt: "Prompt", answer: "Answer", first: "First token", speed: "Tokens/s", age: "Age" };
-const TONES = { waiting: "warn", writing: "good", reading: "", stop: "none", length: "none" };
+const TONES = { waiting: "warn", writing: "good", reading: "", stop: "none", length: "none", abort: "none" };
 const WORDS = { stop: "done", length: "done, at its length", abort: "client left", node_lost: "node lost", engine_failed: "engine failed" };
 const MOVES = { retried: "sent again", resumed: "went on", hedged: "tried beside", hedge_won: "went on" };
 
@@ -39,7 +39,8 @@ function update(row, request, moves) {
   setText(row.state_, WORDS[state] ?? state.replaceAll("_", " "));
   row.state_.dataset.tone = TONES[state] ?? "bad";
   row.dataset.ended = String(request.ended);
-  setText(row.way_, [request.node ?? "–", ...moves.map((move) => move.to)].join(" → "));
+  const way = [request.node ?? "–", ...moves.map((move) => move.to)];
+  setText(row.way_, way.filter((node, index) => node !== way[index - 1]).join(" → "));
   setText(row.why_, why(request, moves));
   const cached = request.cached_tokens ? `${compact(request.cached_tokens)} cached of ` : "";
   setText(row.cells_.prompt, `${cached}${compact(request.prompt_tokens)}`);
