@@ -53,6 +53,7 @@ struct Operation {
 
 const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
+const TEXT: &str = "text/plain";
 const LINES: &str = "application/x-ndjson";
 
 struct Schemas {
@@ -96,6 +97,7 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
     let anthropic = schemas.got.subschema_for::<shape::AnthropicError>();
     let ollama = schemas.got.subschema_for::<shape::OllamaError>();
     let object = || vec![(JSON, json_schema!({"type": "object"}))];
+    let texts = |kind| vec![(kind, json_schema!({"type": "string"}))];
     let operation = |method, path, summary, body, answers| {
         let error = match shape::Protocol::of(path) {
             shape::Protocol::OpenAi => &openai,
@@ -225,6 +227,14 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
             Some(json_schema!({"type": "object"})),
             object(),
         ),
+        operation(
+            "get",
+            "/v1/cluster/events",
+            "The same and this router's requests, every second",
+            None,
+            texts(EVENTS),
+        ),
+        operation("get", "/metrics", "Figures as Prometheus reads them", None, texts(TEXT)),
         operation("get", "/health", "Whether the process lives", None, object()),
         operation("get", "/ready", "Whether a model can answer", None, object()),
         operation("get", "/openapi.json", "This document", None, object()),

@@ -155,21 +155,20 @@ fn without_an_endpoint_commands_say_so() {
 #[test]
 fn commands_show_what_an_endpoint_answers() {
     let folder = tempfile::tempdir().expect("a folder");
-    let cluster = r#"{"cluster":"c","nodes":[{"name":"n","engine":{"state":"ready"},"models":[{"name":"m","vocab_size":9,"eos_tokens":[1]}]}],"in_flight":0,"waiting":0}"#;
-    let models = r#"{"data":[{"id":"m","max_model_len":99}]}"#;
+    const CLUSTER: &str = r#"{"cluster":"c","nodes":[{"name":"n","engine":{"state":"ready"},"models":[{"name":"m","vocab_size":9,"eos_tokens":[1]}]}],"in_flight":0,"waiting":0}"#;
+    const CHAT: &str = concat!(
+        "data: {\"choices\":[{\"delta\":{\"content\":\"Hi \"}}]}\n\n: still there\n\n",
+        "data: {\"choices\":[{\"delta\":{\"content\":\"you\"}}]}\n\ndata: [DONE]\n\n",
+    );
+    const TEXT: &str = concat!(
+        "data: {\"choices\":[{\"text\":\"a\"}]}\n\n",
+        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":4,\"completion_tokens\":1}}\n\ndata: [DONE]\n\n",
+    );
     let address = endpoint::serve(&[
-        ("GET /v1/cluster ", 200, cluster),
-        ("GET /v1/models ", 200, models),
-        (
-            "POST /v1/chat/completions ",
-            200,
-            "data: {\"choices\":[{\"delta\":{\"content\":\"Hi \"}}]}\n\n: still there\n\ndata: {\"choices\":[{\"delta\":{\"content\":\"you\"}}]}\n\ndata: [DONE]\n\n",
-        ),
-        (
-            "POST /v1/completions ",
-            200,
-            "data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: {\"choices\":[],\"usage\":{\"prompt_tokens\":4,\"completion_tokens\":1}}\n\ndata: [DONE]\n\n",
-        ),
+        ("GET /v1/cluster ", 200, CLUSTER),
+        ("GET /v1/models ", 200, r#"{"data":[{"id":"m","max_model_len":99}]}"#),
+        ("POST /v1/chat/completions ", 200, CHAT),
+        ("POST /v1/completions ", 200, TEXT),
     ]);
     let check = |command: &str, expected: &[&str]| {
         let arguments: Vec<&str> = command.split(' ').chain(["--http", &address]).collect();
@@ -181,7 +180,7 @@ fn commands_show_what_an_endpoint_answers() {
         }
     };
     check("status", &["cluster c: 0 requests in flight", "n     ready  m"]);
-    check("status --json", &[cluster]);
+    check("status --json", &[CLUSTER]);
     check("nodes", &["NODE", "VERSION"]);
     check("models", &["m      99       n"]);
     check("chat hello", &["Hi you\n"]);
@@ -198,11 +197,11 @@ fn commands_show_what_an_endpoint_answers() {
 #[test]
 fn what_an_endpoint_refuses_is_told() {
     let folder = tempfile::tempdir().expect("a folder");
-    let refusal = r#"{"error":{"message":"all places are taken"}}"#;
+    const REFUSAL: &str = r#"{"error":{"message":"all places are taken"}}"#;
     let address = endpoint::serve(&[
-        ("GET /v1/cluster ", 401, refusal),
+        ("GET /v1/cluster ", 401, REFUSAL),
         ("GET /v1/models ", 200, r#"{"data":[{"id":"m"}]}"#),
-        ("POST /v1/chat/completions ", 429, refusal),
+        ("POST /v1/chat/completions ", 429, REFUSAL),
     ]);
     let check = |command: &str, expected: &str| {
         let arguments: Vec<&str> = command.split(' ').chain(["--http", &address]).collect();

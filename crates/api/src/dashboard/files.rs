@@ -1,10 +1,12 @@
 //! The files of the page, with what keeps a browser from doing anything else with them.
 
-use crate::error::ApiError;
+use crate::{AppState, error::ApiError};
 use axum::{
-    extract::{Path, Request},
+    Router,
+    extract::Path,
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
+    routing::get,
 };
 use std::sync::LazyLock;
 
@@ -55,13 +57,16 @@ pub(crate) fn is_page(path: &str) -> bool {
     path == "/" || path.strip_prefix(FOLDER).is_some_and(|name| find(name).is_some())
 }
 
-/// `GET /`.
-pub(crate) async fn page(request: Request) -> Response {
-    answer(&FILES[0], request.headers())
+/// `GET /` and `GET /dashboard/{file}`.
+pub(crate) fn page() -> Router<AppState> {
+    Router::new().route("/", get(index)).route("/dashboard/{file}", get(file))
 }
 
-/// `GET /dashboard/{file}`.
-pub(crate) async fn file(Path(name): Path<String>, headers: HeaderMap) -> Result<Response, ApiError> {
+async fn index(headers: HeaderMap) -> Response {
+    answer(&FILES[0], &headers)
+}
+
+async fn file(Path(name): Path<String>, headers: HeaderMap) -> Result<Response, ApiError> {
     let file = find(&name).ok_or_else(|| ApiError::NoRoute { path: format!("{FOLDER}{name}") })?;
     Ok(answer(file, &headers))
 }

@@ -6,4 +6,4 @@ mod events;
 mod files;
 
 pub(crate) use events::{Readers, events};
-pub(crate) use files::{file, is_page, page};
+pub(crate) use files::{is_page, page};

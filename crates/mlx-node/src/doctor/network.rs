@@ -150,7 +150,11 @@ async fn reach(findings: &mut Findings, settings: &Settings, heard: &Heard) {
     let endpoint = match Endpoint::bind((Ipv4Addr::UNSPECIFIED, 0).into(), &settings.key) {
         Ok(endpoint) => endpoint,
         Err(error) => {
-            return findings.problem("reach", error.to_string(), "give this program leave to use the network");
+            return findings.problem(
+                "reach",
+                error.to_string(),
+                "give this program leave to use the network",
+            );
         }
     };
     for addresses in doors {
