@@ -74,6 +74,7 @@ fn machine() {
                     }
                     PeerEvent::Configured { .. } => {}
                     PeerEvent::Lost { id } => println!("event: lost {id}"),
+                    PeerEvent::Ignored { instance, reason } => println!("event: ignored {instance}: {reason}"),
                 },
             }
         }
