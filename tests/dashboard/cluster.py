@@ -84,7 +84,8 @@ class Cluster:
         folder = pathlib.Path(folder)
         key = folder / "cluster.key"
         subprocess.run([binary, "key", "new", "--out", str(key)], check=True, stdout=subprocess.DEVNULL)
-        common = ["--key-file", str(key)]
+        self.key = key.read_text().strip()
+        common = ["--key-file", str(key), "--log", "info,api=debug,node=debug"]
         self.router = Process(binary, folder, "router", [*common, "--roles", "router"])
         peers = ["--peers", f"127.0.0.1:{self.router.udp}"]
         node = [*common, *peers, "--roles", "node", "--model", model, "--model-name", "smol", "--max-batch", "4"]

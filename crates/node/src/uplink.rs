@@ -309,10 +309,12 @@ async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut repl
     let mut events = match engine.generate(request) {
         Ok(events) => events,
         Err(error) => {
+            tracing::debug!(request = %id, %error, "rejected");
             let _ = replies.send(Reply::Rejected(error)).await;
             return;
         }
     };
+    tracing::debug!(request = %id, "taken for a router");
     let (cancelled, arrived) = (replies.cancelled(), replies.cancelled());
     let stream = async {
         let mut next = match timeout(ACCEPT_HELD_MAX, events.next()).await {

@@ -109,14 +109,20 @@ impl EngineHost {
             }
             EngineCommand::Submit(request) => {
                 let id = request.id;
+                let (prompt_tokens, output) = (request.prompt.len(), request.output.len());
+                tracing::debug!(request = %id, prompt_tokens, output, "submitted");
                 if let Err(error) = self.submit(now, *request) {
+                    tracing::debug!(request = %id, %error, "rejected");
                     reports.push(EngineReport::Rejected { id, error });
                 }
             }
-            EngineCommand::Cancel(id) => match self.no_longer_compiling(id) {
-                Some(Compiling { request, .. }) => reports.push(cancelled(&request)),
-                None => self.engine.cancel(id),
-            },
+            EngineCommand::Cancel(id) => {
+                tracing::debug!(request = %id, "to be cancelled");
+                match self.no_longer_compiling(id) {
+                    Some(Compiling { request, .. }) => reports.push(cancelled(&request)),
+                    None => self.engine.cancel(id),
+                }
+            }
             EngineCommand::Sessions { call, request } => {
                 let sessions = self.sessions(now, &request);
                 reports.push(EngineReport::Sessions { call, sessions });
@@ -187,6 +193,11 @@ impl EngineHost {
     pub fn step(&mut self, now: Instant, reports: &mut Vec<EngineReport>) -> Result<(), ModelError> {
         let mut events = Vec::new();
         let stepped = self.engine.step(now, &mut events);
+        for (id, event) in &events {
+            if let TokenEvent::Finished(finish) = event {
+                tracing::debug!(request = %id, reason = ?finish.reason, usage = ?finish.usage, "finished");
+            }
+        }
         reports.extend(events.into_iter().map(|(id, event)| EngineReport::Event { id, event }));
         stepped.map(|_| ())
     }
