@@ -221,45 +221,38 @@ fn what_an_endpoint_refuses_is_told() {
 fn the_doctor_finds_what_is_wrong_and_says_what_to_do() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().expect("a folder");
-    let model = folder.path().join("m.gguf");
-    fs::write(&model, "").expect("written");
+    fs::write(folder.path().join("m.gguf"), "").expect("written");
     let made = run(folder.path(), &["key", "new"], &[]);
     assert!(made.status.success(), "{}", text(&made.stderr));
     let key = folder.path().join("config/mlx-cluster/cluster.key");
-    let doctor = |arguments: &[&str]| {
-        let model = model.to_str().expect("UTF-8");
-        let usual =
-            ["doctor", "--seconds", "1", "--mdns=false", "--http", "127.0.0.1:1", "--listen", "127.0.0.1:0"];
-        let arguments = [&usual[..], &["--model", model], arguments].concat();
+    let doctor = |http: &str, model: &str, arguments: &[&str]| {
+        let usual = ["doctor", "--seconds", "1", "--mdns=false", "--listen", "127.0.0.1:0"];
+        let arguments = [&usual[..], &["--http", http, "--model", model], arguments].concat();
         let output = run(folder.path(), &arguments, &[]);
         (output.status.code(), text(&output.stdout))
     };
-    let check = |arguments: &[&str], code: i32, expected: &[&str]| {
-        let (ended, said) = doctor(arguments);
-        assert_eq!(ended, Some(code), "{arguments:?}: {said}");
+    let check = |http: &str, model: &str, arguments: &[&str], code: i32, expected: &[&str]| {
+        let (ended, said) = doctor(http, model, arguments);
+        assert_eq!(ended, Some(code), "{http} {model} {arguments:?}: {said}");
         for part in expected {
-            assert!(said.contains(part), "{arguments:?}: {part:?} is not in {said}");
+            assert!(said.contains(part), "{http} {model} {arguments:?}: {part:?} is not in {said}");
         }
     };
-    // Port 1 may be had or not; it is the others that are looked at here.
-    let http = ["--http", "127.0.0.1:18431"];
-    check(&http, 0, &["ok       cluster key: fingerprint", "ok       model:", "No problem was found."]);
-    check(
-        &[&http[..], &["--model", "./none"]].concat(),
-        1,
-        &["PROBLEM  model: ./none", "1 problem was found."],
-    );
-    check(
-        &[&http[..], &["--peers", "127.0.0.1:1"]].concat(),
-        1,
-        &["127.0.0.1:1 does not answer", "→ start mlx-node there"],
-    );
+    let free = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        listener.local_addr().expect("bound").to_string()
+    };
+    let well = ["ok       cluster key: fingerprint", "ok       model:", "is free", "No problem was found."];
+    check(&free, "./m.gguf", &[], 0, &well);
+    check(&free, "./none", &[], 1, &["PROBLEM  model: ./none", "1 problem was found."]);
+    let silent = ["127.0.0.1:1 does not answer", "→ start mlx-node there"];
+    check(&free, "./m.gguf", &["--peers", "127.0.0.1:1"], 1, &silent);
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let taken = taken.local_addr().expect("bound").to_string();
-    // Nobody answers there, and yet it is taken.
-    check(&["--http", &taken], 1, &["PROBLEM  endpoint:", "--http"]);
+    // Somebody has it, and answers nothing.
+    check(&taken, "./m.gguf", &[], 1, &["PROBLEM  endpoint:", "→ another program may have the port"]);
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).expect("changed");
-    let (code, said) = doctor(&[&http[..], &["--json"]].concat());
+    let (code, said) = doctor(&free, "./m.gguf", &["--json"]);
     let json: serde_json::Value = serde_json::from_str(&said).expect("JSON");
     assert_eq!((code, &json["problems"]), (Some(1), &1.into()), "{said}");
     let remedy = json["findings"]
