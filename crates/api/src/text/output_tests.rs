@@ -51,6 +51,7 @@ fn tell(
         logprobs: true,
         prompt_only: false,
         grammar_param: "tools",
+        board: std::sync::Arc::new(crate::metrics::Board::new()),
     };
     let detokenizer = Detokenizer::new(text.clone(), format.shown(&text));
     let mut output =
