@@ -51,7 +51,7 @@ fn tell(
         logprobs: true,
         prompt_only: false,
         grammar_param: "tools",
-        board: std::sync::Arc::new(crate::metrics::Board::new()),
+        board: Arc::new(Board::new()),
     };
     let detokenizer = Detokenizer::new(text.clone(), format.shown(&text));
     let mut output =
