@@ -51,7 +51,7 @@ impl Conversation {
 
     /// The prompt, how the answer is to be read, and what it must be like.
     fn render(
-        self,
+        mut self,
         text: &ModelText,
         card: &ModelCard,
         chosen: Option<ToolFormat>,
@@ -64,6 +64,8 @@ impl Conversation {
             let value = format!("{value:?}");
             return Err(ApiError::UnknownToTemplate { param: "reasoning_effort", value, model: model() });
         }
+        // Several calls could not be told of in the next turn.
+        self.parallel_tool_calls &= !template.one_call();
         let tools: Arc<[Tool]> = if self.has_tools() { self.tools.clone().into() } else { Arc::new([]) };
         let format = chosen.or_else(|| format_of(template)).unwrap_or(ToolFormat::Hermes);
         let input = self.template_input(template, &tools, format);

@@ -136,6 +136,7 @@ pub(crate) struct ChatTemplate {
     tools_as: ToolsAs,
     /// None where calls are left out.
     arguments_as: Option<ArgumentsAs>,
+    one_call: bool,
     tool_format: Option<ToolFormat>,
     reasoning: Option<ReasoningFormat>,
     is_harmony: bool,
@@ -166,6 +167,7 @@ impl ChatTemplate {
             knows_thinking: source.contains("message.thinking"),
             tools_as: ToolsAs::Variable,
             arguments_as: Some(ArgumentsAs::Object),
+            one_call: false,
             tool_format: ToolFormat::of_template(source),
             reasoning: ReasoningFormat::of_template(source),
             is_harmony: HarmonyParser::is_of_template(source),
@@ -173,6 +175,7 @@ impl ChatTemplate {
         if source.contains("tool") {
             template.tools_as = template.probe_tools();
             template.arguments_as = template.probe_arguments();
+            template.one_call = template.probe_one_call();
         } else {
             (template.tools_as, template.arguments_as) = (ToolsAs::Content, None);
         }
@@ -187,6 +190,11 @@ impl ChatTemplate {
     /// How the template takes the arguments of calls; none where it leaves calls out.
     pub(crate) fn arguments_as(&self) -> Option<ArgumentsAs> {
         self.arguments_as
+    }
+
+    /// Whether the template takes no message with several calls, as Llama 3's.
+    pub(crate) fn one_call(&self) -> bool {
+        self.one_call
     }
 
     /// How the model writes calls, if the template says.
@@ -227,21 +235,38 @@ impl ChatTemplate {
 
     /// Found out by rendering a call.
     fn probe_arguments(&self) -> Option<ArgumentsAs> {
-        let renders = |arguments: Json| {
-            let call = TemplateCall::new("abcdefgh1".to_owned(), PROBE.to_owned(), arguments);
-            let mut called = TemplateMessage::text(Role::Assistant, String::new());
-            called.tool_calls = vec![call];
-            let mut answer = TemplateMessage::text(Role::Tool, "1".to_owned());
-            (answer.name, answer.tool_call_id) = (Some(PROBE.to_owned()), Some("abcdefgh1".to_owned()));
-            let messages = vec![TemplateMessage::text(Role::User, "x".to_owned()), called, answer];
-            let prompt = self.render(TemplateInput { messages, ..TemplateInput::default() }).ok()?;
-            prompt.contains(PROBE).then_some(prompt)
-        };
-        if renders(json!({PROBE_KEY: "y"})).is_some_and(|prompt| prompt.contains(PROBE_KEY)) {
+        if self.renders_calls(&json!({PROBE_KEY: "y"}), 1) {
             return Some(ArgumentsAs::Object);
         }
-        let text = renders(Json::from(json!({PROBE_KEY: "y"}).to_string()));
-        text.is_some_and(|prompt| prompt.contains(PROBE_KEY)).then_some(ArgumentsAs::Text)
+        let text = Json::from(json!({PROBE_KEY: "y"}).to_string());
+        self.renders_calls(&text, 1).then_some(ArgumentsAs::Text)
+    }
+
+    /// Found out by rendering two.
+    fn probe_one_call(&self) -> bool {
+        let arguments = match self.arguments_as {
+            None => return false,
+            Some(ArgumentsAs::Object) => json!({PROBE_KEY: "y"}),
+            Some(ArgumentsAs::Text) => Json::from(json!({PROBE_KEY: "y"}).to_string()),
+        };
+        !self.renders_calls(&arguments, 2)
+    }
+
+    /// Whether a message with calls that have these arguments shows in the prompt.
+    fn renders_calls(&self, arguments: &Json, count: usize) -> bool {
+        let ids = (0..count).map(|index| format!("abcdefgh{index}"));
+        let call = |id: String| TemplateCall::new(id, PROBE.to_owned(), arguments.clone());
+        let answer = |id: String| {
+            let mut answer = TemplateMessage::text(Role::Tool, "1".to_owned());
+            (answer.name, answer.tool_call_id) = (Some(PROBE.to_owned()), Some(id));
+            answer
+        };
+        let mut called = TemplateMessage::text(Role::Assistant, String::new());
+        called.tool_calls = ids.clone().map(call).collect();
+        let mut messages = vec![TemplateMessage::text(Role::User, "x".to_owned()), called];
+        messages.extend(ids.map(answer));
+        let prompt = self.render(TemplateInput { messages, ..TemplateInput::default() });
+        prompt.is_ok_and(|prompt| prompt.contains(PROBE) && prompt.contains(PROBE_KEY))
     }
 
     /// Whether the template reads `reasoning_effort`.

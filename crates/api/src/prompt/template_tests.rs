@@ -164,6 +164,36 @@ fn python_and_hugging_face_additions() {
     check("a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc");
     check("a {%- generation -%} b {% endgeneration %}\nc", "ab c");
     check("{{ reasoning_effort }}", "low");
+    // As Qwen 3, gpt-oss and Llama 3.x use them.
+    check(
+        "{% for n in [1, 2, 3][::-1] %}{{ n }}{% endfor %}{{ [1, 2, 3][1:] }}{{ 'abc'[:-1] }}",
+        "321[2, 3]ab",
+    );
+    check("{% for m in messages[::-1] %}{{ loop.index0 }}{{ m.role }}{% endfor %}", "0user");
+    check(
+        "{{ 'a\nb'.split('\n')[0] }}{{ ' x'.lstrip() }}{{ 'abc'.startswith('ab') and 'abc'.endswith('c') }}",
+        "axTrue",
+    );
+    check(
+        "{% macro f(x, y=2) %}{{ x }}{{ y }}{% endmacro %}{{ f(1) }}{{ t is mapping }}{{ 'x' is string }}",
+        "12TrueTrue",
+    );
+    check(
+        "{{ t.items() | list | length }}{{ t | dictsort | length }}{{ (t | tojson)[:-1] }}",
+        "22{\"k\": [\"<é>\"], \"n\": null",
+    );
+    check(
+        "{% set ns = namespace(a=1) %}{% for i in range(3) %}{% set ns.a = ns.a + i %}{% endfor %}{{ ns.a }}{{ ns.b is defined }}",
+        "4False",
+    );
+    check(
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ {'a': 1} | items | first | join }}",
+        "1a1",
+    );
+    check(
+        "{{ [1, 2] + [3] }}{{ [1, 2] | map('string') | join('-') }}{{ 1 if false else '' }}{{ none is none }}",
+        "[1, 2, 3]1-2True",
+    );
     check("{{ tools is none }}{{ tools is defined }}{{ missing is defined }}", "TrueTrueFalse");
     check("{{ strftime_now('%Y')|length }}", "4");
     check("{{ strftime_now('%Q') }}", "error: strftime_now does not know the format \"%Q\"");
@@ -194,6 +224,12 @@ fn how_tools_are_told_is_found_out() {
         ToolsAs::Variable,
         Some(Object),
     );
+    let one = calls("c.function.arguments | tojson");
+    let one = format!(
+        "{{% if messages[1].tool_calls|length > 1 %}}{{{{ raise_exception('one') }}}}{{% endif %}}{one}"
+    );
+    assert!(ChatTemplate::new(&one, None, None).unwrap().one_call());
+    assert!(!ChatTemplate::new(&calls("c.function.arguments"), None, None).unwrap().one_call());
     let phi = "{% for m in messages %}{% if m.role == 'system' and 'tools' in m %}{{ '<|tool|>' + m['tools'] + '<|/tool|>' }}{% endif %}{{ m.content }}{% endfor %}";
     check(phi, ToolsAs::Message, None);
 }
