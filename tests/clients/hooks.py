@@ -1,10 +1,40 @@
-"""What schemathesis cannot know: a model's name. Without one, requests are for the only model that is served."""
+"""What schemathesis cannot know of a request: which model there is, what excludes what, how much fits a small context.
+
+Most requests are made to fit in these respects, so that they are answered; the others stay as they were made.
+"""
+
+import json
 
 import schemathesis
+
+NEW_TOKENS = 8
+LENGTHS = ["max_tokens", "max_completion_tokens", "max_output_tokens", "num_predict"]
+# Of these one may be given.
+SHAPES = [
+    "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "text",
+    "format", "output_config", "output_format",
+]
+# What must be of the vocabulary, of a response that there is, or of a template that knows of it.
+UNKNOWABLE = [
+    "stop_token_ids", "logit_bias", "previous_response_id", "reasoning_effort", "reasoning", "think", "effort",
+    "continue_final_message", "chat_template_kwargs", "best_of", "top_logprobs", "min_tokens", "tools", "tool_choice",
+]
+
+
+def fit(body):
+    for name in [*UNKNOWABLE, *SHAPES]:
+        body.pop(name, None)
+    for name in LENGTHS:
+        if isinstance(body.get(name), int):
+            body[name] = min(max(body[name], 1), NEW_TOKENS)
+    if isinstance(body.get("options"), dict):
+        fit(body["options"])
 
 
 @schemathesis.hook
 def map_body(context, body):
     if isinstance(body, dict):
         body.pop("model", None)
+        if len(json.dumps(body)) % 4 > 0:
+            fit(body)
     return body

@@ -16,6 +16,16 @@ pub(crate) const URI_BYTES_MAX: usize = 8 << 10;
 pub(crate) const BODY_TIME_MAX: Duration = Duration::from_secs(30);
 /// Bytes of a refused body that are read and dropped, so that a client that sends before it reads gets the refusal.
 pub(crate) const DRAINED_BYTES_MAX: usize = 64 << 20;
+/// Prompts of one request; each takes a place in the queue.
+pub(crate) const PROMPTS_MAX: usize = 64;
+/// Answers to one request: each is a request of its own to the cluster, and takes a place in its queue.
+pub(crate) const CHOICES_MAX: usize = 128;
+/// Tools of one request: OpenAI's bound.
+pub(crate) const TOOLS_MAX: usize = 128;
+/// Bytes of a tool's name. OpenAI allows 64; servers of tools put their own name before it.
+pub(crate) const TOOL_NAME_BYTES_MAX: usize = 128;
+/// Texts that an answer may be one of.
+pub(crate) const TEXTS_MAX: usize = 1024;
 /// A client that takes nothing of what is written for this long is gone, or might as well be: it holds a slot of an engine.
 pub(crate) const WRITE_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long a page may remember what it was told of another origin: browsers cap it at hours.

@@ -156,7 +156,10 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
             "post",
             "/v1/messages",
             "Answers a conversation, in Anthropic's words",
-            schemas.sent::<anthropic::MessagesRequest>(),
+            schemas.sent::<anthropic::MessagesRequest>().map(|message| {
+                // To count its tokens, it need not have it.
+                json_schema!({"allOf": [message, {"required": ["max_tokens"]}]})
+            }),
             schemas.streamed::<anthropic::MessageJson>(EVENTS),
         ),
         operation(
@@ -224,7 +227,9 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
             "post",
             "/v1/cluster/route",
             "Where a chat or a completion would go now, and why",
-            Some(json_schema!({"type": "object"})),
+            Some(json_schema!({"anyOf": [
+                schemas.sent::<request::ChatCompletionRequest>(), schemas.sent::<request::CompletionRequest>(),
+            ]})),
             object(),
         ),
         operation(

@@ -2,14 +2,10 @@
 
 use crate::{
     error::ApiError,
+    limits::{TOOL_NAME_BYTES_MAX, TOOLS_MAX},
     openai::{parameters::RawParameters, request::Role},
 };
 use serde_json::{Map, Value, json};
-
-/// Tools of one request: OpenAI's bound.
-const TOOLS_MAX: usize = 128;
-/// Bytes of a tool's name. OpenAI allows 64; servers of tools put their own name before it.
-const TOOL_NAME_BYTES_MAX: usize = 128;
 
 /// A conversation to be answered; `default()` is one without messages, which is refused.
 #[derive(Debug, Clone)]

@@ -3,7 +3,8 @@
 use crate::{
     AppState,
     error::ApiError,
-    openai::parameters::{CHOICES_MAX, Parameters},
+    limits::CHOICES_MAX,
+    openai::parameters::Parameters,
     prompt::ModelText,
     text::{AnswerFormat, Detokenizer, Output, OutputSettings, Shown},
 };

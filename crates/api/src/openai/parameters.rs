@@ -4,14 +4,12 @@ use super::values::{LogitBias, PriorityValue, Seed, Strings};
 use crate::{
     caller::{Caller, SESSION_HEADER},
     error::ApiError,
+    limits::CHOICES_MAX,
 };
 use types::{
     AffinityKey, CacheScope, GenerateRequestError, ModelCard, OutputRules, SamplingDraft, SamplingParams,
     Service, SessionId, TokenId, TokenReport, limits,
 };
-
-/// Answers to one request: each is a request of its own to the cluster, and takes a place in its queue.
-pub(crate) const CHOICES_MAX: usize = 128;
 
 /// The fields as a client gives them; `default()` is all of them left out.
 #[derive(Debug, Clone, Default)]

@@ -27,7 +27,7 @@ macro_rules! schemas {
 }
 
 schemas! {
-    Given = {}
+    Given = {"type": "null", "description": "Refused, unless it asks for nothing"}
     FunctionType = {"const": "function"}
     Strings = {"anyOf": [
         {"type": "string", "minLength": 1, "maxLength": 1024},
@@ -46,7 +46,7 @@ schemas! {
         "type": "object", "propertyNames": {"pattern": "^[0-9]+$"},
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     }
-    Seed = {"type": "integer"}
+    Seed = {"type": "integer", "minimum": i64::MIN, "maximum": u64::MAX}
     PriorityValue = {"anyOf": [{"enum": ["low", "normal", "high"]}, {"type": "integer"}]}
     Content = {"anyOf": [
         {"type": "string"},

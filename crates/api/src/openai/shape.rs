@@ -1,13 +1,10 @@
 //! The fields that say what an answer must be like: OpenAI's `response_format`, vLLM's `guided_…` and `structured_outputs`.
 
 use super::values::Object;
-use crate::{error::ApiError, job::Shape};
+use crate::{error::ApiError, job::Shape, limits::TEXTS_MAX};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value;
-
-/// Texts that an answer may be one of.
-const CHOICES_MAX: usize = 1024;
 
 /// All of them; one at most may be given.
 #[derive(Debug, Clone, Default)]
@@ -144,10 +141,9 @@ fn schema_of(param: &str, value: Value) -> Result<Shape, ApiError> {
 }
 
 fn choice(param: &str, choices: Vec<String>) -> Result<Shape, ApiError> {
-    if choices.is_empty() || choices.len() > CHOICES_MAX || choices.iter().any(String::is_empty) {
+    if choices.is_empty() || choices.len() > TEXTS_MAX || choices.iter().any(String::is_empty) {
         let count = choices.len();
-        let message =
-            format!("{param} has {count} texts; it must have 1 to {CHOICES_MAX}, none of them empty");
+        let message = format!("{param} has {count} texts; it must have 1 to {TEXTS_MAX}, none of them empty");
         return Err(ApiError::parameter(param, message));
     }
     Ok(Shape::Choice(choices))

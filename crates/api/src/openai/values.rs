@@ -1,14 +1,12 @@
 //! Values that OpenAI's API writes in more than one way, each parsed into one type.
 
+use crate::limits::PROMPTS_MAX;
 use serde::de::{
     Deserialize, Deserializer, Error, MapAccess, SeqAccess, Unexpected, Visitor,
     value::{MapAccessDeserializer, SeqAccessDeserializer},
 };
 use std::{fmt, marker::PhantomData};
 use types::{Priority, TokenId, limits};
-
-/// Prompts of one request; each takes a place in the queue.
-pub(crate) const PROMPTS_MAX: usize = 64;
 
 /// A `T` from a JSON object only: serde's derive would also take its fields as an array.
 #[derive(Debug, Clone, PartialEq)]
