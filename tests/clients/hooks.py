@@ -21,12 +21,25 @@ UNKNOWABLE = [
 ]
 
 
-def fit(body):
-    for name in [*UNKNOWABLE, *SHAPES]:
-        body.pop(name, None)
+def shorten(body):
+    """However a request is made, it takes little time."""
+    if isinstance(body.get("n"), int):
+        body["n"] = min(body["n"], 2)
     for name in LENGTHS:
         if isinstance(body.get(name), int):
-            body[name] = min(max(body[name], 1), NEW_TOKENS)
+            body[name] = min(body[name], NEW_TOKENS)
+    if "messages" in body or "prompt" in body:
+        body.setdefault("max_tokens", NEW_TOKENS)
+
+
+def fit(body):
+    # Which messages a template takes, and which tokens a vocabulary has, no schema says.
+    if "messages" in body:
+        body["messages"] = [{"role": "user", "content": "Hi"}]
+    if isinstance(body.get("prompt"), list):
+        body["prompt"] = ["Hi", "Ho"]
+    for name in [*UNKNOWABLE, *SHAPES]:
+        body.pop(name, None)
     if isinstance(body.get("options"), dict):
         fit(body["options"])
 
@@ -35,6 +48,9 @@ def fit(body):
 def map_body(context, body):
     if isinstance(body, dict):
         body.pop("model", None)
+        shorten(body)
+        if isinstance(body.get("options"), dict):
+            shorten(body["options"])
         if len(json.dumps(body)) % 4 > 0:
             fit(body)
     return body

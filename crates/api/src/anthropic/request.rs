@@ -20,6 +20,7 @@ use serde_json::Value;
 pub(crate) struct MessagesRequest {
     #[serde(default)]
     model: Option<String>,
+    #[schemars(length(min = 1))]
     messages: Vec<Object<InputMessage>>,
     #[serde(default)]
     system: Option<Content>,

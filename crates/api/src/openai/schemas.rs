@@ -7,6 +7,7 @@ use super::{
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use std::borrow::Cow;
+use types::TokenId;
 
 macro_rules! schemas {
     ($($type:ident = $schema:tt)+) => {
@@ -36,10 +37,10 @@ schemas! {
     Prompts = {"anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": TokenId::MAX}, "minItems": 1},
         {
             "type": "array", "minItems": 1,
-            "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+            "items": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": TokenId::MAX}, "minItems": 1},
         },
     ]}
     LogitBias = {
