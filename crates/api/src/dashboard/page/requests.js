@@ -39,7 +39,9 @@ function update(row, request, moves) {
   setText(row.state_, WORDS[state] ?? state.replaceAll("_", " "));
   row.state_.dataset.tone = TONES[state] ?? "bad";
   row.dataset.ended = String(request.ended);
-  const way = [request.node ?? "–", ...moves.map((move) => move.to)];
+  // Tried beside, it has not moved yet.
+  const moved = moves.filter((move) => move.kind !== "hedged");
+  const way = [request.node ?? "–", ...moved.map((move) => move.to)];
   setText(row.way_, way.filter((node, index) => node !== way[index - 1]).join(" → "));
   setText(row.why_, why(request, moves));
   const cached = request.cached_tokens ? `${compact(request.cached_tokens)} cached of ` : "";
