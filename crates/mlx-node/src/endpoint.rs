@@ -161,7 +161,7 @@ impl Events {
     /// The next event, as JSON; none after the last. Safe to cancel.
     pub(crate) async fn next(&mut self) -> Result<Option<Value>, AskError> {
         loop {
-            while let Some(event) = take_event(&mut self.buffer) {
+            if let Some(event) = take_event(&mut self.buffer) {
                 if event == "[DONE]" {
                     return Ok(None);
                 }
