@@ -87,6 +87,11 @@ async fn answers_go_on_on_other_nodes_unbroken() {
         moved += u32::from(node != "node-3");
     }
     assert!(moved >= 4, "{moved} of 9 were on nodes that failed");
+    let view = cluster.nodes[0].view();
+    let told = view.moves.resumed + view.moves.hedge_won;
+    assert!(told >= u64::from(moved), "{moved} went on elsewhere: {:?}", view.moves);
+    let is_whole = |one: &types::RequestMove| !one.from.is_empty() && one.tokens < 150 && !one.why.is_empty();
+    assert!(view.recent_moves.iter().all(is_whole), "{:?}", view.recent_moves);
     eventually("nothing is left", || cluster.nodes[0].view().in_flight == 0).await;
     cluster.shutdown().await;
 }
