@@ -3,7 +3,8 @@
 //
 // qkv [rows or more, KV * G + 2 * KV, D]: queries, keys and values, not rotated; keys and values: the pools
 // [blocks, KV, 32, D], written in place; rows [rows, 1 + blocks]: position (-1: an unused row), then the block table;
-// numbers [HALF + 1]: wavelengths, then the scale of scores; fence: orders this after the writer before.
+// numbers [HALF + 1 or more]: wavelengths, then the scale of scores, and where there are any what they are capped at and a
+// sink for each query head; fence: orders this after the writer before. WINDOW: tokens that are seen, 0 for all.
 // out [rows, KV * G * D], after: the next fence.
 constexpr int EACH = D / 32;
 constexpr int WIDTH = KV * (G + 2) * D;
@@ -72,12 +73,13 @@ for (int g = 0; g < G; g++) {
     total[g][e] = 0.0f;
   }
 }
-for (int b = warp; b <= last; b += warps) {
+const int first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
+for (int b = first / 32 + warp; b <= last; b += warps) {
   const size_t block = size_t(rows[table + b]) * pool_block + pool_head;
   const int token = b * 32 + lane;
   float score[G];
   for (int g = 0; g < G; g++) {
-    score[g] = token <= position ? 0.0f : MINUS_INFINITY;
+    score[g] = 0.0f;
   }
   if (token < position) {
     const DEVICE Four<T>* key = (const DEVICE Four<T>*)(keys + block + size_t(lane) * D);
@@ -98,6 +100,10 @@ for (int b = warp; b <= last; b += warps) {
     }
   }
   for (int g = 0; g < G; g++) {
+    if (CAPPED) {
+      score[g] = capped(score[g], numbers[HALF + 1]);
+    }
+    score[g] = token <= position && token >= first ? score[g] : MINUS_INFINITY;
     const float higher = warp_max(score[g]);
     const float next = higher > largest[g] ? higher : largest[g];
     const float shrink = EXP(largest[g] - next);
@@ -160,6 +166,12 @@ for (int i = local; i < G * D; i += threads) {
   }
   float weights = 0.0f;
   float result = 0.0f;
+  if (SINKS) {
+    // A token of this score whose value is nothing.
+    const float sink = numbers[HALF + 2 + head * G + g];
+    highest = sink > highest ? sink : highest;
+    weights = EXP(sink - highest);
+  }
   for (int w = 0; w < warps; w++) {
     const float weight = EXP(partial_max[w * G + g] - highest);
     weights += weight * partial_sum[w * G + g];

@@ -4,7 +4,9 @@
 //
 // qkv [all tokens, KV * G + 2 * KV, D]: queries, keys and values, not rotated; keys and values: the pools
 // [blocks, KV, 32, D]; tiles [tiles, 1 + TILE + blocks]: where a tile's first token is in qkv, positions of its tokens (-1:
-// only there to fill), then their run's block table; numbers [HALF + 1]: wavelengths, then the scale of scores; fence: orders this after the writer before.
+// only there to fill), then their run's block table; numbers [HALF + 1 or more]: wavelengths, then the scale of scores, and where there are
+// any what they are capped at and a sink for each query head; fence: orders this after the writer before. WINDOW: tokens
+// that are seen, 0 for all.
 // out [tiles * TILE, KV * G * D], after: the next fence.
 constexpr int Q = TILE * G;
 constexpr int EACH = D / 32;
@@ -23,10 +25,15 @@ const size_t table = size_t(tile) * tiles_shape[1];
 DEVICE T* to = out + (size_t(tile) * TILE * KV + head) * G * D;
 int position[TILE];
 int last = -1;
+// The first token that any query sees: positions grow, and those that only fill up come last.
+int first = 0;
 UNROLL_ALL
 for (int t = 0; t < TILE; t++) {
   position[t] = tiles[table + 1 + t];
   last = position[t] > last ? position[t] : last;
+}
+if (WINDOW > 0 && position[0] >= WINDOW) {
+  first = position[0] + 1 - WINDOW;
 }
 const size_t pool_head = size_t(head) * 32 * D;
 const size_t pool_block = size_t(KV) * 32 * D;
@@ -59,7 +66,7 @@ for (int i = 0; i < Q; i++) {
   }
 }
 SHARED_POINTER float* const mine = (SHARED_POINTER float*)weights + warp * Q * 32;
-for (int b = warp; b * 32 <= last; b += WARPS) {
+for (int b = first / 32 + warp; b * 32 <= last; b += WARPS) {
   const size_t block = size_t(tiles[table + 1 + TILE + b]) * pool_block + pool_head;
   const int token = b * 32 + lane;
   float score[Q];
@@ -81,7 +88,10 @@ for (int b = warp; b * 32 <= last; b += WARPS) {
   }
   UNROLL_ALL
   for (int i = 0; i < Q; i++) {
-    const float x = token <= position[i / G] ? score[i] : MINUS_INFINITY;
+    const int at = position[i / G];
+    const bool seen = token <= at && (WINDOW == 0 || token > at - WINDOW);
+    const float bent = CAPPED ? capped(score[i], numbers[HALF + 1]) : score[i];
+    const float x = seen ? bent : MINUS_INFINITY;
     const float higher = warp_max(x);
     const float next = higher > largest[i] ? higher : largest[i];
     // A warp may begin behind what a query sees: nothing came yet then.
@@ -142,6 +152,12 @@ for (int i = local; i < Q * D; i += WARPS * 32) {
   float weight = 0.0f;
   float result = 0.0f;
   if (tiles[table + 1 + t] >= 0) {
+    if (SINKS) {
+      // A token of this score whose value is nothing.
+      const float sink = numbers[HALF + 2 + head * G + row % G];
+      highest = sink > highest ? sink : highest;
+      weight = EXP(sink - highest);
+    }
     for (int w = 0; w < WARPS; w++) {
       const float share = EXP(partial_max[w * Q + row] - highest);
       weight += share * partial_sum[w * Q + row];

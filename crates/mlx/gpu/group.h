@@ -1,3 +1,8 @@
+// A score held between -cap and cap: cap * tanh(score / cap).
+FUNCTION float capped(float score, float cap) {
+  return cap * (1.0f - 2.0f / (EXP(2.0f * score / cap) + 1.0f));
+}
+
 // Reductions over a thread group of W warps; every thread gets the result, the same whatever the timing.
 template <int W>
 FUNCTION float group_sum(float x, SHARED_POINTER float* scratch, int local) {

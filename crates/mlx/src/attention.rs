@@ -26,6 +26,8 @@ pub(crate) struct Look {
     pub(crate) cap: Option<f32>,
     /// `[heads]`: scores of a token whose value is nothing, one for each query head.
     pub(crate) sinks: Option<Array>,
+    /// All that our GPU kernels need to know, where that is more than rotations: [`crate::rope::Rope::numbers_with`].
+    pub(crate) numbers: Option<Array>,
 }
 
 impl Look {
@@ -168,21 +170,21 @@ impl Attention {
         rope: (&Array, i32),
         wanted: bool,
     ) -> Result<Vec<Array>> {
-        if !layer.look.is_plain() {
-            return Err(Exception::custom(format!("our kernels do not know {:?}", layer.look)));
-        }
-        let index = layer.index;
+        let (index, look) = (layer.index, layer.look);
+        let rope = (look.numbers.as_ref().unwrap_or(rope.0), rope.1);
         let mut parts = Vec::with_capacity(2 + self.runs.len());
         if let Some(group) = &self.rows {
-            parts.push(kernels::attend_rows(qkv, kv, index, group, rope)?);
+            parts.push(kernels::attend_rows(qkv, kv, (index, look), group, rope)?);
         }
         if let Some(short) = &self.short {
-            parts.extend(kernels::attend_tiles(qkv, kv, index, short, rope, wanted)?);
+            parts.extend(kernels::attend_tiles(qkv, kv, (index, look), short, rope, wanted)?);
         }
         for run in &self.runs {
             let (queries, keys, values) = kernels::append_run(qkv, kv, index, run, rope)?;
             if wanted {
-                parts.push(self.attend(&queries, &keys, &values, Mask::Causal, layer.look)?);
+                let (start, count) = (run.start as i32, run.rows.1 - run.rows.0);
+                let positions: Vec<i32> = (start..start + count).collect();
+                parts.push(self.attend(&queries, &keys, &values, Mask::At(&positions, None), look)?);
             }
         }
         Ok(parts)
@@ -252,7 +254,7 @@ impl Attention {
                 let seen = mask.array(count, keys.dim(2))?;
                 capped(queries, keys, values, (self.scale, cap), seen.as_ref())?
             }
-            (None, Mask::Causal | Mask::At(_, None)) => {
+            (None, Mask::At(_, None)) => {
                 let causal = fast::ScaledDotProductAttentionMask::Causal;
                 let sinks = look.sinks.as_ref();
                 fast::scaled_dot_product_attention(queries, keys, values, self.scale, causal, sinks)?
@@ -332,9 +334,8 @@ impl Attention {
 /// Which keys a query sees.
 #[derive(Debug, Clone, Copy)]
 enum Mask<'a> {
-    /// The queries are the last tokens, in order.
-    Causal,
-    /// The queries stand at these positions: one a row of the batch, or those of a run.
+    /// The queries stand at these positions, one a row of the batch, or those of a run; everything before them is seen where
+    /// nothing else is said.
     At(&'a [i32], Option<&'a Array>),
     /// `[rows, 1, count, length]`.
     Seen(&'a Array),
@@ -364,8 +365,8 @@ impl Mask<'_> {
         match self {
             Self::Seen(seen) => Ok(Some(seen.clone())),
             Self::At(_, Some(seen)) => Ok(Some(seen.clone())),
-            Self::At(_, None) | Self::Causal if count == 1 => Ok(None),
-            Self::At(_, None) | Self::Causal => {
+            Self::At(_, None) if count == 1 => Ok(None),
+            Self::At(_, None) => {
                 let keys = Array::from_slice(&(0..length).collect::<Vec<_>>(), &[length]);
                 let queries = (length - count..length).collect::<Vec<_>>();
                 keys.le(Array::from_slice(&queries, &[count, 1])).map(Some)

@@ -5,7 +5,7 @@
 #![expect(unsafe_code, reason = "calls of the C API, each with its conditions beside it")]
 
 use crate::{
-    attention::{Qkv, RowGroup, Run, ShortRuns},
+    attention::{Look, Qkv, RowGroup, Run, ShortRuns},
     kv::KvPool,
     models::Heads,
 };
@@ -166,14 +166,16 @@ pub(crate) fn swiglu(x: &Array) -> Result<Array> {
 pub(crate) fn attend_rows(
     qkv: &Qkv,
     kv: &mut KvPool,
-    layer: usize,
+    (layer, look): (usize, &Look),
     rows: &RowGroup,
     (numbers, half): (&Array, i32),
 ) -> Result<Array> {
     let Heads { queries, keys, dim } = qkv.heads();
     let (count, group) = (rows.count, queries / keys);
     let warps = warps(dim, group, count * keys);
-    let constants = qkv.constants(half, &[(c"WARPS_MAX", Constant::Int(warps_max(dim, group)))]);
+    let [window, capped, sinks] = look.constants();
+    let most = (c"WARPS_MAX", Constant::Int(warps_max(dim, group)));
+    let constants = qkv.constants(half, &[most, window, capped, sinks]);
     let launch = Launch {
         grid: [keys * warps * WARP, count, 1],
         group: [warps * WARP, 1, 1],
@@ -242,8 +244,21 @@ impl Qkv {
     }
 }
 
-/// How tokens of short runs attend together; not at all where a device's memory does not suffice.
-pub(crate) fn tile(heads: Heads, dtype: Dtype) -> Option<Tile> {
+impl Look {
+    /// What the kernels are told when they are compiled.
+    fn constants(&self) -> [(&'static CStr, Constant); 3] {
+        let flag = |set: bool| Constant::Int(i32::from(set));
+        [
+            (c"WINDOW", Constant::Int(self.window.unwrap_or(0))),
+            (c"CAPPED", flag(self.cap.is_some())),
+            (c"SINKS", flag(self.sinks.is_some())),
+        ]
+    }
+}
+
+/// How tokens of short runs attend together; not at all where a device's memory does not suffice. `plain`: whether all
+/// layers see everything and nothing else, which is all that the matrix units' kernel knows.
+pub(crate) fn tile(heads: Heads, dtype: Dtype, plain: bool) -> Option<Tile> {
     let Heads { queries, keys, dim } = heads;
     let group = queries / keys;
     // As many as have registers: about 140 a lane, or 210.
@@ -253,15 +268,18 @@ pub(crate) fn tile(heads: Heads, dtype: Dtype) -> Option<Tile> {
         _ => 0,
     };
     let sets = (warps_max / group).min(4);
-    if cfg!(not(target_os = "macos")) && dtype != Dtype::Float32 && sets > 0 {
+    if cfg!(not(target_os = "macos")) && dtype != Dtype::Float32 && sets > 0 && plain {
         return Some(Tile { tokens: MATRIX_TILE_TOKENS, kind: TileKind::Matrix { sets } });
     }
     let fits = |tokens: &i32| tokens.count_ones() == 1 && tokens * group <= TILE_QUERIES_MAX;
-    let tokens = (1..=TILE_TOKENS_MAX).rfind(fits)?;
-    let rows = tokens * group;
-    // Queries; for each warp weights, partial sums, and two numbers a query.
-    let warps = (TILE_BYTES_MAX / 4 - rows * dim) / (rows * (WARP + dim + 2));
-    (warps >= 1).then_some(Tile { tokens, kind: TileKind::Lanes { warps: warps.min(4) } })
+    let warps = |tokens: i32| {
+        let rows = tokens * group;
+        // Queries; for each warp weights, partial sums, and two numbers a query.
+        (TILE_BYTES_MAX / 4 - rows * dim) / (rows * (WARP + dim + 2))
+    };
+    // Fewer tokens where heads are so large that more have no room.
+    let tokens = (1..=TILE_TOKENS_MAX).rev().filter(fits).find(|&tokens| warps(tokens) >= 1)?;
+    Some(Tile { tokens, kind: TileKind::Lanes { warps: warps(tokens).min(4) } })
 }
 
 /// See [`tile`].
@@ -286,7 +304,7 @@ pub(crate) enum TileKind {
 pub(crate) fn attend_tiles(
     qkv: &Qkv,
     kv: &mut KvPool,
-    layer: usize,
+    (layer, look): (usize, &Look),
     runs: &ShortRuns,
     (numbers, half): (&Array, i32),
     wanted: bool,
@@ -313,7 +331,14 @@ pub(crate) fn attend_tiles(
         TileKind::Lanes { warps } => (&ATTEND_TILES, warps, (c"WARPS", Constant::Int(warps))),
         TileKind::Matrix { sets } => (&ATTEND_TILES_HALF, group * sets, (c"SETS", Constant::Int(sets))),
     };
-    let constants = qkv.constants(half, &[tile, shared]);
+    let [window, capped, sinks] = look.constants();
+    let constants = match kind {
+        TileKind::Lanes { .. } => qkv.constants(half, &[tile, shared, window, capped, sinks]),
+        TileKind::Matrix { .. } if look.is_plain() => qkv.constants(half, &[tile, shared]),
+        TileKind::Matrix { .. } => {
+            return Err(Exception::custom(format!("the matrix units' kernel does not know {look:?}")));
+        }
+    };
     let attend = Launch {
         grid: [keys * warps * WARP, tiles, 1],
         group: [warps * WARP, 1, 1],

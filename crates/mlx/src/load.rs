@@ -106,7 +106,7 @@ fn load_with(
     };
     let works = |path| selftest::works(path, activations, &spec);
     let path = path.unwrap_or_else(|| match on_gpu {
-        true if spec.plain_attention() && kernels::fit(spec.heads) && works(Path::Kernel) => Path::Kernel,
+        true if spec.kernels_rotate() && kernels::fit(spec.heads) && works(Path::Kernel) => Path::Kernel,
         false if native::works() && works(Path::Native) => Path::Native,
         _ => Path::Pure,
     });
@@ -129,6 +129,10 @@ fn load_with(
     let arrays = family.arrays();
     let weight_bytes: u64 = arrays.iter().map(|array| array.nbytes() as u64).sum();
     checkpoint::memory_check(weight_bytes)?;
+    if on_gpu {
+        // What was joined, and freed buffers of odd sizes later, would otherwise be kept up to the whole memory.
+        mlx_rs::memory::set_cache_limit(GPU_CACHE_BYTES)?;
+    }
     let chunk = arrays.len().div_ceil(EVALUATIONS).max(1);
     for (index, arrays) in arrays.chunks(chunk).enumerate() {
         eval(arrays.iter().copied())?;
@@ -140,8 +144,6 @@ fn load_with(
     let wanted_context = dims.context;
     let kv_bytes_per_token = dims.kv.bytes_per_token();
     if on_gpu {
-        // Freed buffers of odd sizes would otherwise be kept up to the whole memory.
-        mlx_rs::memory::set_cache_limit(GPU_CACHE_BYTES)?;
         // Parts of what was joined are of no more use.
         mlx_rs::memory::clear_cache()?;
         // macOS unmaps what a GPU has not used for a second, and the next step would wait for the weights. KV stays out

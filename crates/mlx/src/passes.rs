@@ -66,7 +66,7 @@ impl Passes {
             Compiled::new(move |inputs| pass_of_rows(inputs, drawn, &*family, &kv))
         };
         let (rows, rows_undrawn) = (rows(true)?, rows(false)?);
-        let runs = match kernels::tile(heads, dims.kv.dtype) {
+        let runs = match kernels::tile(heads, dims.kv.dtype, dims.plain) {
             Some(tile) => {
                 let beside_rows = |drawn: bool| {
                     let (family, kv) = (Rc::clone(family), kv.clone());

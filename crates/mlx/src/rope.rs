@@ -1,11 +1,11 @@
 //! Rotary position embedding: frequencies of the variants that Llama-like models use, and two ways to apply them.
 
-use crate::{checkpoint::LoadError, layers::Path, native};
+use crate::{attention::Look, checkpoint::LoadError, layers::Path, native};
 use mlx_rs::{
-    Array,
+    Array, Dtype,
     error::Result,
     fast,
-    ops::{concatenate, cos, sin},
+    ops::{concatenate, cos, sin, zeros_dtype},
 };
 use serde::Deserialize;
 
@@ -192,6 +192,16 @@ impl Rope {
         let numbers = Array::from_slice(&numbers, &[half + 1]);
         let wavelengths = Array::from_slice(lengths, &[half]);
         Self { path, wavelengths, numbers, half, magnitude: *magnitude }
+    }
+
+    /// What our GPU kernels need to know of a layer that caps scores or has sinks, for that many query heads.
+    pub(crate) fn numbers_with(&self, look: &Look, heads: i32) -> Result<Array> {
+        let cap = Array::from_slice(&[look.cap.unwrap_or(0.0)], &[1]);
+        let sinks = match &look.sinks {
+            Some(sinks) => sinks.as_dtype(Dtype::Float32)?,
+            None => zeros_dtype(&[heads], Dtype::Float32)?,
+        };
+        concatenate(&[&self.numbers, &cap, &sinks], 0)
     }
 
     /// Prepares rotations for tokens at `positions`.

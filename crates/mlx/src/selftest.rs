@@ -37,26 +37,27 @@ const VOCABULARY: i32 = 3000;
 
 /// Whether `path` computes what the pure path does for such attention, and what went wrong in the log if not.
 pub(crate) fn works(path: Path, dtype: Dtype, spec: &Spec) -> bool {
-    let look = sample_look(spec).and_then(|look| {
-        let mut found = differences(path, dtype, spec.heads, &Look::default())?;
+    let plain = spec.plain_attention();
+    let found = sample_look(spec, dtype).and_then(|look| {
+        let mut found = differences(path, dtype, spec.heads, &Look::default(), plain)?;
         if !look.is_plain() {
-            found.extend(differences(path, dtype, spec.heads, &look)?);
+            found.extend(differences(path, dtype, spec.heads, &look, plain)?);
         }
         Ok(found)
     });
-    agree(&format!("{path:?}"), look)
+    agree(&format!("{path:?}"), found)
 }
 
 /// A look of the kind that a model's layers have, narrow enough to hide something of the test's texts.
-fn sample_look(spec: &Spec) -> Result<Look> {
+fn sample_look(spec: &Spec, dtype: Dtype) -> Result<Look> {
     let sinks = if spec.sinks {
         let key = mlx_rs::random::key(11)?;
-        Some(mlx_rs::random::normal::<f32>(&[spec.heads.queries], None, None, &key)?)
+        Some(mlx_rs::random::normal::<f32>(&[spec.heads.queries], None, None, &key)?.as_dtype(dtype)?)
     } else {
         None
     };
     let window = spec.layers.iter().any(|layer| layer.window.is_some()).then_some(WINDOW);
-    Ok(Look { window, cap: spec.score_cap, sinks })
+    Ok(Look { window, cap: spec.score_cap, sinks, numbers: None })
 }
 
 /// Whether our products of dense weights, or of those in 4 bits, compute what MLX's do.
@@ -78,10 +79,16 @@ fn agree(what: &str, differences: Result<Vec<String>>) -> bool {
     }
 }
 
-/// What `path` computes differently.
-pub(crate) fn differences(path: Path, dtype: Dtype, heads: Heads, look: &Look) -> Result<Vec<String>> {
+/// What `path` computes differently for layers that look so, in a model whose layers are, or are not, all plain.
+pub(crate) fn differences(
+    path: Path,
+    dtype: Dtype,
+    heads: Heads,
+    look: &Look,
+    plain: bool,
+) -> Result<Vec<String>> {
     let theirs = attended(Path::Pure, dtype, heads, look, None)?;
-    let tile = if path == Path::Kernel { kernels::tile(heads, dtype) } else { None };
+    let tile = if path == Path::Kernel { kernels::tile(heads, dtype, plain) } else { None };
     let mut found = Vec::new();
     for (name, tile) in [("attention", None), ("attention in tiles", tile)] {
         if name != "attention" && tile.is_none() {
@@ -169,6 +176,8 @@ fn attended(path: Path, dtype: Dtype, heads: Heads, look: &Look, tile: Option<Ti
     let waves = Waves::new(dim as usize, 10_000.0, None, 0)
         .map_err(|error| mlx_rs::error::Exception::custom(error.to_string()))?;
     let rope = Rope::new(path, &waves, dim, scale);
+    let numbers = if look.is_plain() { None } else { Some(rope.numbers_with(look, queries)?) };
+    let look = &Look { numbers, ..look.clone() };
     let one = [7, 2, 9, 11].map(BlockId);
     let two = [7, 4, 5, 6].map(BlockId);
     // (blocks, start, tokens): the second sequence shares the first block of the first.
@@ -313,7 +322,7 @@ mod tests {
         for look in looks {
             for (queries, keys, dim) in [(8, 2, 64), (8, 8, 24), (8, 1, 80)] {
                 let heads = Heads { queries, keys, dim };
-                let found = differences(Path::Native, Dtype::Float32, heads, &look).unwrap();
+                let found = differences(Path::Native, Dtype::Float32, heads, &look, look.is_plain()).unwrap();
                 assert_eq!(found, Vec::<String>::new(), "{look:?} {heads:?}");
             }
         }
@@ -325,10 +334,20 @@ mod tests {
             return;
         }
         for dtype in [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16] {
-            for (queries, keys, dim) in [(8, 2, 64), (9, 3, 64), (4, 4, 128)] {
-                let found =
-                    differences(Path::Kernel, dtype, Heads { queries, keys, dim }, &Look::default()).unwrap();
-                assert_eq!(found, Vec::<String>::new(), "{dtype:?} {queries} {keys} {dim}");
+            for (queries, keys, dim) in [(8, 2, 64), (9, 3, 64), (4, 4, 128), (8, 4, 256)] {
+                let key = mlx_rs::random::key(1).unwrap();
+                let sinks = mlx_rs::random::normal::<f32>(&[queries], None, None, &key).unwrap();
+                let sinks = Some(sinks.as_dtype(dtype).unwrap());
+                for look in [
+                    Look::default(),
+                    Look { window: Some(WINDOW), ..Look::default() },
+                    Look { cap: Some(2.0), window: Some(WINDOW), ..Look::default() },
+                    Look { sinks, window: Some(WINDOW), ..Look::default() },
+                ] {
+                    let heads = Heads { queries, keys, dim };
+                    let found = differences(Path::Kernel, dtype, heads, &look, look.is_plain()).unwrap();
+                    assert_eq!(found, Vec::<String>::new(), "{dtype:?} {heads:?} {look:?}");
+                }
             }
         }
     }

@@ -7,8 +7,8 @@ use super::{
 use serde_json::json;
 use std::{collections::BTreeMap, path::Path};
 
-/// Architectures, as GGUF names them, that this module can translate.
-const ARCHITECTURES: [&str; 1] = ["llama"];
+/// Architectures, as GGUF names them, that this module can translate; each is called as the `model_type` it becomes.
+const ARCHITECTURES: [&str; 3] = ["llama", "qwen2", "qwen3"];
 
 /// A file's metadata, with errors that name file and key.
 #[derive(Debug, Clone, Copy)]
@@ -112,6 +112,8 @@ impl<'a> Metadata<'a> {
 pub(crate) struct Heads {
     pub(crate) query: u32,
     pub(crate) key_value: u32,
+    /// Whether rows of queries and keys are interleaved, as llama's files have them.
+    pub(crate) interleaved: bool,
 }
 
 /// The `config.json` that the metadata stands for, without the token ids.
@@ -154,8 +156,8 @@ pub(crate) fn config(header: &Header, path: &Path) -> Result<(serde_json::Value,
     let epsilon = key("attention.layer_norm_rms_epsilon");
 
     let config = json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture_name(architecture)],
+        "model_type": architecture,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": size("feed_forward_length")?,
@@ -172,7 +174,17 @@ pub(crate) fn config(header: &Header, path: &Path) -> Result<(serde_json::Value,
         "attention_bias": shape("blk.0.attn_q.bias").is_some(),
         "mlp_bias": shape("blk.0.ffn_gate.bias").is_some(),
     });
-    Ok((config, Heads { query: heads, key_value: kv_heads }))
+    let interleaved = architecture == "llama";
+    Ok((config, Heads { query: heads, key_value: kv_heads, interleaved }))
+}
+
+/// As transformers names its class.
+fn architecture_name(architecture: &str) -> &'static str {
+    match architecture {
+        "qwen2" => "Qwen2ForCausalLM",
+        "qwen3" => "Qwen3ForCausalLM",
+        _ => "LlamaForCausalLM",
+    }
 }
 
 fn rope_scaling(metadata: &Metadata<'_>, architecture: &str) -> Result<serde_json::Value, LoadError> {
@@ -210,11 +222,32 @@ pub(crate) fn tensor_name(name: &str, heads: Heads) -> (String, Option<u32>) {
         "attn_q" => ("self_attn.q_proj", Some(heads.query)),
         "attn_k" => ("self_attn.k_proj", Some(heads.key_value)),
         "attn_v" => ("self_attn.v_proj", None),
+        "attn_q_norm" => ("self_attn.q_norm", None),
+        "attn_k_norm" => ("self_attn.k_norm", None),
         "attn_output" => ("self_attn.o_proj", None),
         "ffn_gate" => ("mlp.gate_proj", None),
         "ffn_up" => ("mlp.up_proj", None),
         "ffn_down" => ("mlp.down_proj", None),
         _ => return (name.to_owned(), None),
     };
-    (format!("model.layers.{layer}.{part}.{suffix}"), interleaved)
+    (format!("model.layers.{layer}.{part}.{suffix}"), interleaved.filter(|_| heads.interleaved))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoint_gguf_names_become_hugging_face_names() {
+        let check = |interleaved, name: &str, becomes: &str, heads: Option<u32>| {
+            let found = tensor_name(name, Heads { query: 4, key_value: 2, interleaved });
+            assert_eq!(found, (becomes.to_owned(), heads), "{name}");
+        };
+        check(true, "blk.3.attn_k.weight", "model.layers.3.self_attn.k_proj.weight", Some(2));
+        check(false, "blk.3.attn_k.weight", "model.layers.3.self_attn.k_proj.weight", None);
+        check(false, "blk.0.attn_q.bias", "model.layers.0.self_attn.q_proj.bias", None);
+        check(false, "blk.1.attn_q_norm.weight", "model.layers.1.self_attn.q_norm.weight", None);
+        check(true, "output_norm.weight", "model.norm.weight", None);
+        check(true, "rope_freqs.weight", "rope_freqs.weight", None);
+    }
 }

@@ -98,7 +98,7 @@ pub fn inspect(model: &Path) -> Result<Inspection, LoadError> {
         context_tokens: spec.context,
         kv_bytes_per_token,
         device: if on_gpu { "gpu" } else { "cpu" },
-        gpu_kernels: spec.plain_attention() && crate::kernels::fit(spec.heads),
+        gpu_kernels: spec.kernels_rotate() && crate::kernels::fit(spec.heads),
         available_bytes: checkpoint::available_memory(),
         kv_tokens: ((free as f64 * KV_SHARE) as u64 / kv_bytes_per_token.max(1)) / BLOCK_TOKENS as u64
             * BLOCK_TOKENS as u64,

@@ -98,7 +98,7 @@ impl Decoder {
         let embedding = Embedding::load(&table, compute)?;
         let layers = (0..spec.layers.len())
             .map(|index| Layer::load(tensors, &names.layer(index), index, &spec, compute));
-        let layers = layers.collect::<std::result::Result<Vec<_>, _>>()?;
+        let mut layers = layers.collect::<std::result::Result<Vec<_>, _>>()?;
         let norm = RmsNorm::load(tensors, &format!("{}norm", names.model), spec.norms, compute)?;
         let tied = spec.tied.unwrap_or_else(|| !tensors.contains(&format!("{}.weight", names.head)));
         let head =
@@ -116,9 +116,13 @@ impl Decoder {
             vocabulary: spec.vocabulary,
             context: spec.context,
             scale: spec.scale,
+            plain: spec.plain_attention(),
         };
         let rope = |waves| Rope::new(compute.path, waves, heads.dim, spec.scale);
-        let ropes = spec.ropes.iter().map(rope).collect();
+        let ropes: Vec<_> = spec.ropes.iter().map(rope).collect();
+        for layer in layers.iter_mut().filter(|layer| !layer.look.is_plain()) {
+            layer.look.numbers = Some(ropes[layer.rope].numbers_with(&layer.look, heads.queries)?);
+        }
         let embedding_scale = spec.embedding_scale.map(|scale| compute.number(scale)).transpose()?;
         let logit_cap = spec.logit_cap;
         Ok(Self { compute, dims, embedding, embedding_scale, layers, norm, head, tied, logit_cap, ropes })
@@ -148,7 +152,7 @@ impl Layer {
             (None, norm("post_attention_layernorm")?, None)
         };
         let window = layer.window.map(|window| i32::try_from(window).unwrap_or(i32::MAX));
-        let look = Look { window, cap: spec.score_cap, sinks };
+        let look = Look { window, cap: spec.score_cap, sinks, numbers: None };
         let rope = layer.rope;
         Ok(Self { attention_norm, attention, after_attention, mlp_norm, mlp, after_mlp, rope, look })
     }
@@ -175,6 +179,7 @@ impl Layer {
             .chain(self.mlp.arrays())
             .chain(norms)
             .chain(&self.look.sinks)
+            .chain(&self.look.numbers)
             .collect()
     }
 }

@@ -67,6 +67,8 @@ pub(crate) struct Dims {
     pub(crate) context: usize,
     /// Multiplies attention scores.
     pub(crate) scale: f32,
+    /// Whether every layer's [`crate::attention::Look`] is plain.
+    pub(crate) plain: bool,
 }
 
 /// Layers after which what was built is handed to the device, which computes while the rest is built. Building a layer

@@ -279,13 +279,16 @@ impl Spec {
         self
     }
 
-    /// Whether attention is what our GPU kernels compute: everything before a token is seen, scores are what they are,
-    /// and where only a part of a head is rotated that keeps its length.
+    /// Whether every layer sees everything before a token, and scores are what they are.
     pub(crate) fn plain_attention(&self) -> bool {
-        let whole = |waves: &Waves| 2 * waves.lengths.len() == self.heads.dim as usize;
-        let kept = self.ropes.iter().all(|waves| waves.magnitude == 1.0 || whole(waves));
         let windows = self.layers.iter().any(|layer| layer.window.is_some());
-        kept && !windows && self.score_cap.is_none() && !self.sinks
+        !windows && self.score_cap.is_none() && !self.sinks
+    }
+
+    /// Whether our GPU kernels know such rotations: where only a part of a head is rotated, it must keep its length.
+    pub(crate) fn kernels_rotate(&self) -> bool {
+        let whole = |waves: &Waves| 2 * waves.lengths.len() == self.heads.dim as usize;
+        self.ropes.iter().all(|waves| waves.magnitude == 1.0 || whole(waves))
     }
 }
 
