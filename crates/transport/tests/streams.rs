@@ -11,7 +11,7 @@ use std::{
 use transport::{ClusterKey, Endpoint, IncomingRequest, JoinError, ReplyError, ReplySender, limits};
 use types::{
     AssetsHash, ClientId, EngineState, Finish, FinishReason, GenerateError, ModelAssets, NodeLoad, NodeRates,
-    SessionInfo, SessionRequest, TokenEvent, TokenStream, Usage,
+    SessionInfo, SessionRequest, TokenEvent, TokenLogprobs, TokenStream, Usage,
 };
 use wire::{Control, Reply};
 
@@ -55,8 +55,13 @@ async fn lost(stream: TokenStream) -> (u32, String) {
 async fn a_request_comes_back_as_its_events() {
     let pair = pair().await;
     let started = Reply::Started { cached_tokens: 3 };
+    let told = TokenLogprobs { logprob: -0.5, top: vec![(7, -0.25)] };
+    let prompt = |index: u32, told: Option<TokenLogprobs>| (index, vec![told.clone(), told]);
+    let reply = |(index, logprobs)| Reply::Prompt { index, logprobs };
     let replies = vec![
         Reply::Accepted,
+        Reply::Prompt { index: 0, logprobs: vec![None] },
+        reply(prompt(1, Some(told.clone()))),
         started,
         tokens(0, &[5]),
         tokens(1, &[6, 7]),
@@ -67,7 +72,10 @@ async fn a_request_comes_back_as_its_events() {
     let events: Vec<_> = within(stream.collect()).await;
     let token_event =
         |index, tokens: &[u32]| TokenEvent::Tokens { index, tokens: tokens.to_vec(), logprobs: Vec::new() };
+    let event = |(index, logprobs)| TokenEvent::Prompt { index, logprobs };
     let expected = [
+        TokenEvent::Prompt { index: 0, logprobs: vec![None] },
+        event(prompt(1, Some(told))),
         TokenEvent::Started { cached_tokens: 3 },
         token_event(0, &[5]),
         token_event(1, &[6, 7]),
@@ -124,6 +132,26 @@ async fn a_broken_promise_is_a_lost_node() {
     )
     .await;
     check(vec![tokens(0, &[])], 0, "the node sent 0 tokens from index 0 where index 0 was due").await;
+    let prompt = |index: u32, count: usize| Reply::Prompt { index, logprobs: vec![None; count] };
+    check(
+        vec![prompt(0, 1), prompt(2, 1)],
+        0,
+        "the node told of 1 tokens of the prompt from index 2 where index 1 was due",
+    )
+    .await;
+    check(
+        vec![prompt(0, 4)],
+        0,
+        "the node told of 4 tokens of the prompt from index 0 where index 0 was due",
+    )
+    .await;
+    check(vec![tokens(0, &[1]), prompt(0, 1)], 1, "the node sent `Prompt` out of turn").await;
+    let half = Reply::Tokens {
+        index: 0,
+        tokens: vec![1, 2],
+        logprobs: vec![TokenLogprobs { logprob: -1.0, top: Vec::new() }],
+    };
+    check(vec![half], 0, "the node sent 1 log-probabilities of 2 tokens").await;
     check(vec![tokens(0, &[1]), Reply::Accepted], 1, "the node sent `Accepted` out of turn").await;
     let (stream, sender) = answered(&pair, vec![Reply::Accepted]).await;
     drop(sender);
