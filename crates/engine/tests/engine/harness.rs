@@ -49,7 +49,7 @@ static GRAMMARS: LazyLock<Mutex<Grammars>> = LazyLock::new(|| {
 
 /// At the beginning of the request's grammar.
 pub(crate) fn matcher(request: &GenerateRequest) -> Option<Matcher> {
-    let mut grammars = GRAMMARS.lock().unwrap();
+    let mut grammars = GRAMMARS.lock().expect("nobody panicked");
     request.rules.grammar.as_ref().map(|grammar| grammars.compile(grammar).expect("a grammar"))
 }
 

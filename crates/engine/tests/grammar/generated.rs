@@ -151,9 +151,11 @@ pub(crate) fn instance(schema: &Value, random: &mut Random, depth: usize) -> Val
             json!(text.chars().take(least + random.below(most - least + 1)).collect::<String>())
         }
         kind @ ("integer" | "number") => {
-            let least = number("minimum").or(number("exclusiveMinimum").map(|it| it + 1)).unwrap_or(-1000);
-            let most =
-                number("maximum").or(number("exclusiveMaximum").map(|it| it - 1)).unwrap_or(least + 5000);
+            let least =
+                number("minimum").or_else(|| number("exclusiveMinimum").map(|it| it + 1)).unwrap_or(-1000);
+            let most = number("maximum")
+                .or_else(|| number("exclusiveMaximum").map(|it| it - 1))
+                .unwrap_or(least + 5000);
             let whole = least + random.below((most - least) as usize + 1) as i64;
             if kind == "number" && whole < most && random.one_in(2) {
                 return json!(whole as f64 + [0.5, 0.25, 0.125][random.below(3)]);

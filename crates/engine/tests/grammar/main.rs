@@ -37,7 +37,7 @@ impl Random {
 }
 
 fn compile(grammar: &Grammar) -> Result<Matcher, GenerateError> {
-    GRAMMARS.lock().unwrap().compile(grammar)
+    GRAMMARS.lock().expect("nobody panicked").compile(grammar)
 }
 
 fn schema(schema: &Value) -> Matcher {
