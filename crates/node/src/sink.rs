@@ -124,7 +124,8 @@ impl TokenSink {
                 // All events of a request have them, or none.
                 let counts = [tokens.len(), buffer.tokens.len() + tokens.len()];
                 let fits = counts == [logprobs.len(), buffer.logprobs.len() + logprobs.len()];
-                if !fits && !(logprobs.is_empty() && buffer.logprobs.is_empty()) {
+                let none = logprobs.is_empty() && buffer.logprobs.is_empty();
+                if !(fits || none) {
                     let (tokens, logprobs) = (tokens.len(), logprobs.len());
                     return Err(SinkError::Logprobs { tokens, logprobs });
                 }
