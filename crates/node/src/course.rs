@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use types::{
     Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, Generation, MoveKind, NodeId,
     RequestMove, TokenEvent, TokenId, TokenReport, TokenStream, Usage,
@@ -157,8 +157,9 @@ impl Course {
                 // That the other nodes cannot either says less than what the first one failed with.
                 Err(error) => return Err(last.unwrap_or(error)),
             };
+            let (place, accepted) = self.accepted(place).await?;
             let asked = std::mem::replace(&mut self.asked, place.info.node_name.clone());
-            let error = match place.target.generate(self.rest()?).await {
+            let error = match accepted {
                 Ok(events) => {
                     place.accepted();
                     if let Some(error) = &last {
@@ -181,8 +182,38 @@ impl Course {
         }
     }
 
-    /// Starts a rival to the node that has it, if there is another that can take it at once.
-    fn rival(&self, current: &Place) -> Option<BoxFuture<'static, Result<Won, NodeId>>> {
+    /// Waits for the node to accept it, or refuse; where it brings nothing meanwhile, another one is asked instead.
+    async fn accepted(
+        &mut self,
+        mut place: Place,
+    ) -> Result<(Place, Result<TokenStream, GenerateError>), GenerateError> {
+        let mut request = self.rest()?;
+        loop {
+            let since = Instant::now().into_std();
+            let target = place.target.clone();
+            let mut accepting = target.generate(request);
+            let mut wait = START_DEADLINE_MIN;
+            let elsewhere = loop {
+                if let Ok(answer) = timeout(wait, &mut accepting).await {
+                    return Ok((place, answer));
+                }
+                match self.dispatch.silence(&place, &self.request.model, false, since) {
+                    Silence::Normal(more) => wait = more,
+                    Silence::Stalled => match self.elsewhere(&place) {
+                        Some(elsewhere) => break elsewhere,
+                        None => wait = LOOK_AGAIN,
+                    },
+                }
+            };
+            place.outcome(Outcome::Failed);
+            self.give_up(&place);
+            (place, request) = elsewhere;
+        }
+    }
+
+    /// A place beside the one at a node that does not bring it on, if another node can take it at once and it may be tried
+    /// again; and what that is to be given.
+    fn elsewhere(&self, current: &Place) -> Option<(Place, GenerateRequest)> {
         let request = self.rest().ok()?;
         let ask = if self.has_begun() { Arc::new(self.dispatch.ask(&request)) } else { self.ask.clone() };
         let not_here = Tried { node: current.info.node, life: None };
@@ -201,6 +232,12 @@ impl Course {
             &place.info.node_name,
             "it is silent".to_owned(),
         );
+        Some((place, request))
+    }
+
+    /// Starts a rival to the node that has it.
+    fn rival(&self, current: &Place) -> Option<BoxFuture<'static, Result<Won, NodeId>>> {
+        let (place, request) = self.elsewhere(current)?;
         Some(Box::pin(race(place, request)))
     }
 

@@ -118,7 +118,7 @@ pub struct CostWeights {
 
 impl Default for CostWeights {
     fn default() -> Self {
-        Self { decode: 2.0, others: 2.0, work: 9.0, eviction: 10.0, reuse_s: 120.0 }
+        Self { decode: 2.0, others: 2.0, work: 18.0, eviction: 10.0, reuse_s: 120.0 }
     }
 }
 

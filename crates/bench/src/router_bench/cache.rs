@@ -4,14 +4,17 @@
 //! recently used block without users never has children that are cached.
 
 use rustc_hash::FxHashMap;
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::collections::hash_map::Entry::{Occupied, Vacant};
 use types::BlockHash;
+
+/// Blocks in the queue that have been used again, beside as many as there are unused ones, before they are taken out.
+const QUEUE_SLACK: usize = 1024;
 
 #[derive(Debug)]
 struct Entry {
     users: u32,
-    /// Its key among the unused ones, while it is.
+    /// When it was let go of last; 0 while it is used.
     used: u64,
     used_at_s: f64,
 }
@@ -21,8 +24,10 @@ struct Entry {
 pub(crate) struct Cache {
     total: usize,
     entries: FxHashMap<BlockHash, Entry>,
-    /// Without users, by last use.
-    unused: BTreeMap<u64, BlockHash>,
+    /// By last use, with when that was: those without users, and some that have been used again since.
+    queue: VecDeque<(u64, BlockHash)>,
+    /// How many have no users.
+    unused: usize,
     /// Blocks in use that are not cached.
     anonymous: usize,
     tick: u64,
@@ -37,7 +42,8 @@ impl Cache {
         Self {
             total,
             entries: FxHashMap::default(),
-            unused: BTreeMap::new(),
+            queue: VecDeque::new(),
+            unused: 0,
             anonymous: 0,
             tick: 0,
             reuse_s: 0.0,
@@ -69,9 +75,12 @@ impl Cache {
         }
         self.anonymous += blocks;
         while self.entries.len() + self.anonymous > self.total {
-            let Some((_, hash)) = self.unused.pop_first() else { break };
-            self.entries.remove(&hash);
-            self.removed.push(hash);
+            let Some((tick, hash)) = self.queue.pop_front() else { break };
+            if self.is_unused(tick, hash) {
+                self.unused -= 1;
+                self.entries.remove(&hash);
+                self.removed.push(hash);
+            }
         }
     }
 
@@ -97,14 +106,19 @@ impl Cache {
             if entry.users == 0 {
                 self.tick += 1;
                 entry.used = self.tick;
-                self.unused.insert(self.tick, *hash);
+                self.unused += 1;
+                self.queue.push_back((self.tick, *hash));
             }
+        }
+        if self.queue.len() > 2 * self.unused + QUEUE_SLACK {
+            let queue = std::mem::take(&mut self.queue);
+            self.queue = queue.into_iter().filter(|&(tick, hash)| self.is_unused(tick, hash)).collect();
         }
     }
 
     /// Blocks that sequences hold.
     pub(crate) fn in_use(&self) -> usize {
-        self.entries.len() - self.unused.len() + self.anonymous
+        self.entries.len() - self.unused + self.anonymous
     }
 
     pub(crate) fn cached(&self) -> usize {
@@ -117,8 +131,8 @@ impl Cache {
 
     /// Seconds since the next one to be evicted was used; 0 where there is none.
     pub(crate) fn tail_age_s(&self, now_s: f64) -> f64 {
-        let tail = self.unused.first_key_value().map(|(_, hash)| &self.entries[hash]);
-        tail.map_or(0.0, |entry| now_s - entry.used_at_s)
+        let tail = self.queue.iter().find(|(tick, hash)| self.is_unused(*tick, *hash));
+        tail.map_or(0.0, |(_, hash)| now_s - self.entries[hash].used_at_s)
     }
 
     /// Mean seconds until unused blocks were used again; 0 where none was.
@@ -134,10 +148,16 @@ impl Cache {
         (stored, removed)
     }
 
+    /// Whether the block is still as it was when it was let go of then.
+    fn is_unused(&self, tick: u64, hash: BlockHash) -> bool {
+        self.entries.get(&hash).is_some_and(|entry| entry.used == tick)
+    }
+
     fn use_block(&mut self, hash: BlockHash) {
         let Some(entry) = self.entries.get_mut(&hash) else { return };
         if entry.users == 0 {
-            self.unused.remove(&entry.used);
+            entry.used = 0;
+            self.unused -= 1;
         }
         entry.users += 1;
     }
