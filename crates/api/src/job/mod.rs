@@ -6,9 +6,9 @@
 //!    all of them unchecked). [`Conversation::job`] checks it all, renders the template and reads the prompt: a [`Job`]. A text
 //!    to go on with, as of `/v1/completions`, becomes a [`Job`] in `handlers::completions`. Every error is an
 //!    [`ApiError`](crate::error::ApiError); its `param` is OpenAI's name of the field.
-//! 2. **Out.** [`start`] sends the job and gives [`Started`]: `outputs`, one [`Output`](crate::text::Output) for each choice,
-//!    by index, and the `x-mlx-route` header ([`ROUTE_HEADER`](crate::handlers::stream::ROUTE_HEADER)). An output is a stream of [`AnswerEvent`](crate::text::AnswerEvent)s, which ends
-//!    with `Ended` or one error. [`collect`] waits for all of them and gives [`Whole`]; for a stream of events to the client,
+//! 2. **Out.** [`start()`] sends the job and gives [`Started`]: `outputs`, one [`Output`](crate::text::Output) for each choice,
+//!    by index, and the `x-mlx-route` header ([`ROUTE_HEADER`](crate::handlers::stream::ROUTE_HEADER)). An output is a
+//!    stream of [`AnswerEvent`](crate::text::AnswerEvent)s, which ends with `Ended` or one error. [`collect()`] waits for all of them and gives [`Whole`]; for a stream of events to the client,
 //!    a protocol implements [`handlers::stream::Format`](crate::handlers::stream::Format) and calls
 //!    [`handlers::stream::stream`](crate::handlers::stream::stream).
 //!

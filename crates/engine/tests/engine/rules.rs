@@ -4,7 +4,8 @@ use crate::harness::{Bench, draft, matcher, sampling};
 use engine::ModelLimits;
 use testkit::{FakeSettings, Fault};
 use types::{
-    FinishReason, GenerateDraft, GenerateError, Grammar, OutputRules, RequestId, TokenEvent, TokenReport,
+    FinishReason, GenerateDraft, GenerateError, Grammar, OutputRules, Priority, RequestId, Service,
+    TokenEvent, TokenReport,
 };
 
 /// Of each kind, some that end by themselves and some that go on.
@@ -73,17 +74,24 @@ fn constrained_rows_stay_in_the_lookahead() {
 /// The slots are taken away in the middle of texts, and texts are cut off and brought back at every place.
 #[test]
 fn matchers_survive_preemption_and_failover() {
-    let limits = ModelLimits { slots: 4, blocks: 24, kv_bytes_per_token: 1 };
-    let settings = FakeSettings { context_tokens: 512, limits, ..FakeSettings::default() };
+    let limits = ModelLimits { slots: 4, ..FakeSettings::default().limits };
+    let settings = FakeSettings { limits, ..FakeSettings::default() };
     let mut bench = Bench::measured(settings.clone());
-    for id in 0..6 {
-        bench.accept(GenerateDraft {
-            prompt: draft(id, 60, 1).prompt,
-            max_tokens: 300,
-            ..under(id, GRAMMARS[4]())
-        });
+    let of_priority = |id, priority| GenerateDraft {
+        service: Service { priority, ..Service::default() },
+        ..under(id, GRAMMARS[4]())
+    };
+    for id in 0..4 {
+        bench.accept(of_priority(id, Priority::Low));
     }
     let mut preempted = 0;
+    for _ in 0..8 {
+        preempted += bench.step().preempted;
+    }
+    // These take slots from those.
+    for id in 4..6 {
+        bench.accept(of_priority(id, Priority::High));
+    }
     while !bench.engine.is_idle() {
         preempted += bench.step().preempted;
     }
