@@ -17,7 +17,7 @@ const NOTICED_WITHIN: Duration = Duration::from_secs(10);
 
 /// Not a test by itself: one member's process.
 #[test]
-#[ignore = "one member's process: the other tests of this file start it"]
+#[ignore = "one member's process: `cargo test -p mlx --test distributed` starts it for each member"]
 fn member() {
     let Ok(play) = std::env::var(PLAY) else { return };
     let group = match Group::join(Backend::Ring) {
