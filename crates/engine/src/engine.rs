@@ -1,10 +1,10 @@
 //! [`Engine`]: owns all sequences, the KV blocks and the model. A step is: admit, plan, submit the next pass, collect the
-//! one before, pass on what was drawn.
+//! one before, pass on what was drawn; with a pipeline as model, submit one while there is room for it, else collect one.
 
 mod pass;
 
 use crate::{
-    Model, ModelError, SequenceId,
+    Model, ModelError, Overlap, SequenceId,
     admission::Admission,
     cost::{CostModel, StepShape},
     grammar::Matcher,
@@ -15,7 +15,10 @@ use crate::{
     settings::{EngineSettings, RATES_UNMEASURED, TARGET_MAX},
     shares::Shares,
 };
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 use types::{
     BLOCK_TOKENS, CacheEvent, ClientId, Finish, FinishReason, GenerateError, GenerateRequest, NodeLoad,
     NodeRates, Priority, RequestId, SessionId, SessionInfo, TokenEvent, Usage, limits,
@@ -79,8 +82,8 @@ pub struct Engine {
     waiting: Vec<Sequence>,
     /// In order of admission.
     running: Vec<Sequence>,
-    /// The pass that was submitted and not collected.
-    flight: Option<Flight>,
+    /// Passes that were submitted and not collected, the oldest first.
+    flights: VecDeque<Flight>,
     /// Last events of requests that ended between steps.
     ended: Vec<(RequestId, TokenEvent)>,
     /// The pass that was collected, whose end is not known yet.
@@ -107,6 +110,9 @@ struct Flight {
     parts: Vec<Submitted>,
     shape: StepShape,
     submitted: Instant,
+    /// Whether fewer passes than fill a pipeline were in flight with it: how long it took then says how long its way is,
+    /// and not how soon the next one follows.
+    filling: bool,
     expected_s: f64,
     /// Whose tokens wait for masks to be drawn, in the order of their rows.
     masked: Vec<SequenceId>,
@@ -124,7 +130,7 @@ impl Engine {
             shares: Shares::default(),
             waiting: Vec::new(),
             running: Vec::new(),
-            flight: None,
+            flights: VecDeque::new(),
             ended: Vec::new(),
             passed: None,
             last_end: None,
@@ -250,7 +256,7 @@ impl Engine {
     }
 
     /// Begins a pass over what is most urgent at `now`, then waits for the one before, and appends what that brought to
-    /// `events`.
+    /// `events`. With a pipeline it waits only where no further pass can be begun.
     ///
     /// Without work it does nothing. [`Engine::observe`] should follow with the time after it.
     ///
@@ -268,15 +274,13 @@ impl Engine {
         self.settle(now);
         self.memory.expire(now);
         let mut summary = StepSummary::default();
-        let before = self.flight.take();
-        // What is planned now begins when the pass in flight ends.
-        let at = before.as_ref().map_or(now, |flight| self.end_of(flight).max(now));
-        self.admit(now, &mut summary);
-        let result = self.begin(now, at, &mut summary).and_then(|()| match before {
-            Some(flight) => self.collect(now, flight, events, &mut summary),
-            None => Ok(()),
-        });
-        let result = result.and_then(|()| self.draw());
+        let result = match self.overlap() {
+            Overlap::Lookahead => self.step_ahead(now, events, &mut summary),
+            overlap @ Overlap::Stages { .. } => {
+                self.admit(now, &mut summary);
+                self.step_staged(now, overlap.flights(), events, &mut summary)
+            }
+        };
         if let Err(error) = &result {
             self.fail(error.clone());
         }
@@ -289,8 +293,10 @@ impl Engine {
     pub fn observe(&mut self, now: Instant) {
         self.settle(now);
         if let Some(flight) = self.passed.take() {
-            let begin = self.begin_of(&flight);
-            self.cost.observe(flight.shape, now.saturating_duration_since(begin).as_secs_f64());
+            if !flight.filling {
+                let begin = self.begin_of(&flight);
+                self.cost.observe(flight.shape, now.saturating_duration_since(begin).as_secs_f64());
+            }
             self.last_end = Some(now);
         }
     }
@@ -320,7 +326,7 @@ impl Engine {
     /// Whether there is nothing to do: no request, no pass in flight, and no event to bring.
     pub fn is_idle(&self) -> bool {
         let none = self.waiting.is_empty() && self.running.is_empty() && self.ended.is_empty();
-        none && self.flight.is_none()
+        none && self.flights.is_empty()
     }
 
     /// What there is to do at `now`.
@@ -330,11 +336,12 @@ impl Engine {
             waiting: &self.waiting,
             running: &self.running,
             memory: &self.memory,
+            decode_s: &|rows| self.decode_seconds(rows),
             cost: &self.cost,
             slots: self.model.limits().slots,
             ttft_target: self.settings.ttft_target,
             passes: self.passes,
-            step_s: self.flight.as_ref().map_or(0.0, |flight| flight.expected_s),
+            step_s: self.flights.iter().map(|flight| flight.expected_s).sum(),
         };
         view.load()
     }
@@ -423,6 +430,67 @@ impl Engine {
         for sequence in self.running.iter_mut().chain(&mut self.waiting) {
             sequence.settle(now);
         }
+    }
+
+    /// One pass beside the one in flight, whose tokens it takes in.
+    fn step_ahead(
+        &mut self,
+        now: Instant,
+        events: &mut Vec<(RequestId, TokenEvent)>,
+        summary: &mut StepSummary,
+    ) -> Result<(), ModelError> {
+        let before = self.flights.pop_front();
+        // What is planned now begins when the pass in flight ends.
+        let at = before.as_ref().map_or(now, |flight| self.end_of(flight).max(now));
+        self.admit(now, summary);
+        self.begin(now, at, summary)?;
+        if let Some(flight) = before {
+            self.collect(now, flight, events, summary)?;
+        }
+        self.draw()
+    }
+
+    /// One more pass while stages are free; where they are not, or nobody can go on, waits for the oldest.
+    fn step_staged(
+        &mut self,
+        now: Instant,
+        most: usize,
+        events: &mut Vec<(RequestId, TokenEvent)>,
+        summary: &mut StepSummary,
+    ) -> Result<(), ModelError> {
+        let before = self.flights.len();
+        if before < most {
+            self.begin(now, now, summary)?;
+            self.draw()?;
+        }
+        let begun = self.flights.len() > before;
+        if begun && self.flights.len() < most {
+            return Ok(());
+        }
+        match self.flights.pop_front() {
+            Some(flight) => self.collect(now, flight, events, summary),
+            None => Ok(()),
+        }
+    }
+
+    /// How passes follow one another now.
+    fn overlap(&self) -> Overlap {
+        self.model.overlap(self.running.iter().filter(|sequence| sequence.decodes()).count())
+    }
+
+    /// Whether a pass that is planned now can do something for it: a pipeline's passes do not know what those before draw.
+    fn is_runnable(&self, sequence: &Sequence) -> bool {
+        sequence.is_runnable() && (!self.is_staged() || !sequence.is_ahead())
+    }
+
+    fn is_staged(&self) -> bool {
+        matches!(self.model.overlap(0), Overlap::Stages { .. })
+    }
+
+    /// Seconds from a row's token to its next one, with so many rows.
+    fn decode_seconds(&self, rows: usize) -> f64 {
+        let groups = self.model.overlap(rows).groups();
+        groups as f64 * self.cost.decode_seconds(rows.div_ceil(groups))
     }
 
     fn begin_of(&self, flight: &Flight) -> Instant {
@@ -526,7 +594,7 @@ impl Engine {
             self.ended.push((sequence.request, TokenEvent::Finished(sequence.finish(failed))));
             self.forget(sequence);
         }
-        self.flight = None;
+        self.flights.clear();
         self.state = State::Failed(error);
     }
 
@@ -539,7 +607,7 @@ impl Engine {
     /// Seconds until the first running sequence will have ended, at the latest.
     fn seconds_to_free_slot(&self) -> f64 {
         let rows = self.running.len().max(1);
-        let step_s = self.cost.decode_seconds(rows);
+        let step_s = self.decode_seconds(rows);
         let left = |sequence: &Sequence| {
             self.cost.slice_seconds(sequence.submitted(), sequence.prefill_left())
                 + step_s * f64::from(sequence.output_left())

@@ -25,7 +25,7 @@ mod shares;
 pub use engine::Engine;
 pub use engine::StepSummary;
 pub use model::{
-    BlockId, DrawnToken, Input, Model, ModelError, ModelLimits, RowSampling, Scoring, SequenceId, Slice,
-    StepOutput,
+    BlockId, DrawnToken, Input, Model, ModelError, ModelLimits, Overlap, RowSampling, Scoring, SequenceId,
+    Slice, StepOutput,
 };
 pub use settings::EngineSettings;

@@ -8,18 +8,19 @@ use types::{BLOCK_TOKENS, NodeLoad};
 const TABLE_ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 
 /// What an engine's load is made of.
-#[derive(Debug)]
 pub(crate) struct LoadView<'a> {
     pub(crate) now: Instant,
     pub(crate) waiting: &'a [Sequence],
     pub(crate) running: &'a [Sequence],
     pub(crate) memory: &'a Memory,
     pub(crate) cost: &'a CostModel,
+    /// Seconds from a row's token to its next one, by rows.
+    pub(crate) decode_s: &'a dyn Fn(usize) -> f64,
     pub(crate) slots: usize,
     pub(crate) ttft_target: Duration,
     /// Passes collected.
     pub(crate) passes: u64,
-    /// Expected of the pass in flight.
+    /// Expected of the passes in flight.
     pub(crate) step_s: f64,
 }
 
@@ -55,7 +56,7 @@ impl LoadView<'_> {
             cache_reuse_s: told_s(reuse_s),
             passes: self.passes,
             step_s: self.step_s as f32,
-            decode_step_s: TABLE_ROWS.map(|rows| self.cost.decode_seconds(rows) as f32),
+            decode_step_s: TABLE_ROWS.map(|rows| (self.decode_s)(rows) as f32),
             rates: self.cost.rates(),
         }
     }
@@ -81,7 +82,7 @@ impl LoadView<'_> {
             let steps = ((target_s - left) / tpot_s).ceil().clamp(0.0, target_s / tpot_s + 1.0);
             steps.min(f64::from(sequence.output_left()))
         });
-        let decode_s = forced.fold(0.0, f64::max) * self.cost.decode_seconds(rows.len());
+        let decode_s = forced.fold(0.0, f64::max) * (self.decode_s)(rows.len());
         let left_s = (target_s - decode_s - prefill_s).max(0.0);
         self.cost.slice_tokens(left_s, 0) as u64
     }

@@ -147,10 +147,42 @@ pub enum ModelError {
     Backend(String),
 }
 
+/// How a model's passes follow one another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlap {
+    /// A device, which computes one pass after another: a second one may be submitted before the first is collected, and
+    /// take in what that draws ([`Input::Drawn`]).
+    Lookahead,
+    /// A pipeline, whose stages compute different passes at a time: up to `flights` passes, none of which takes in what
+    /// another one draws. Rows are divided among them.
+    Stages {
+        /// At least 1.
+        flights: usize,
+    },
+}
+
+impl Overlap {
+    /// Passes that may be in flight.
+    pub fn flights(self) -> usize {
+        match self {
+            Self::Lookahead => 2,
+            Self::Stages { flights } => flights.max(1),
+        }
+    }
+
+    /// Passes into which rows are divided: each row is in one of so many.
+    pub fn groups(self) -> usize {
+        match self {
+            Self::Lookahead => 1,
+            Self::Stages { flights } => flights.max(1),
+        }
+    }
+}
+
 /// A model with the KV of its blocks. All calls come from one thread.
 ///
-/// Contract: steps are collected in the order in which they were submitted, and at most two are in flight: after
-/// `submit` of one, `submit` of the next may come before its `collect`, and then its `collect` must come. Where a step has
+/// Contract: steps are collected in the order in which they were submitted, and at most [`Overlap::flights`] are in
+/// flight. Where a step has
 /// masked rows, its `draw` comes before the next `submit` and before its own `collect`. A step's slices
 /// name different sequences, no two of them append to the same block, and every position before a slice's start was
 /// written by an earlier step. Steps take effect in the order of their submission: what one writes the next one reads,
@@ -161,6 +193,11 @@ pub trait Model: fmt::Debug {
 
     /// What it can hold.
     fn limits(&self) -> ModelLimits;
+
+    /// How its passes follow one another while `rows` rows decode. Whether it is a pipeline never changes.
+    fn overlap(&self, _rows: usize) -> Overlap {
+        Overlap::Lookahead
+    }
 
     /// Starts one forward pass over all slices together.
     ///

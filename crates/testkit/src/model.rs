@@ -2,7 +2,8 @@
 
 use crate::VirtualClock;
 use engine::{
-    BlockId, DrawnToken, Input, Model, ModelError, ModelLimits, RowSampling, SequenceId, Slice, StepOutput,
+    BlockId, DrawnToken, Input, Model, ModelError, ModelLimits, Overlap, RowSampling, SequenceId, Slice,
+    StepOutput,
     grammar::{Matcher, TokenMask, Vocabulary},
 };
 use std::{
@@ -18,8 +19,6 @@ use types::{
 
 /// The token that ends a [`FakeModel`]'s text.
 const EOS: TokenId = 0;
-/// Steps that may be in flight.
-const FLIGHTS_MAX: usize = 2;
 
 /// How long a step takes.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -89,6 +88,8 @@ pub struct FakeSettings {
     pub limits: ModelLimits,
     /// How long it takes.
     pub cost: StepCost,
+    /// Stages that compute different steps at a time, each an equal part; one is a device that looks ahead.
+    pub stages: usize,
     /// Position in the output at which the text ends, drawn from this range by prompt and seed; none: it never does.
     pub eos_at: Option<RangeInclusive<u32>>,
 }
@@ -102,6 +103,7 @@ impl Default for FakeSettings {
             vocab_size: 1000,
             limits: ModelLimits { slots: 4, blocks: 1024, kv_bytes_per_token: 1024 },
             cost: StepCost::mac(),
+            stages: 1,
             eos_at: None,
         }
     }
@@ -349,7 +351,8 @@ impl Row {
 
 /// A model without weights. Its text depends on prompt and seed only; see [`FakeSettings::output`].
 ///
-/// Steps take virtual time, one after another, beginning when they are submitted. It panics when the engine breaks the
+/// Steps take virtual time, one after another, beginning when they are submitted; with several stages each begins when
+/// the one before has left the first of them. It panics when the engine breaks the
 /// contract of [`Model`]: blocks that are not there, that two slices write to, or that do not hold what they should
 /// when a token is drawn after them; more steps in flight than allowed; steps that name a sequence twice; tokens or
 /// sampling state that are not the sequence's; calls after a lost backend.
@@ -361,8 +364,8 @@ pub struct FakeModel {
     handle: FakeHandle,
     blocks: Vec<[Cell; BLOCK_TOKENS]>,
     flights: VecDeque<Flight>,
-    /// When the last step submitted ends.
-    busy_until: Instant,
+    /// When the last step submitted leaves each stage.
+    busy_until: Vec<Instant>,
     lost: bool,
 }
 
@@ -381,7 +384,7 @@ impl FakeModel {
         let handle = FakeHandle::default();
         let model = Self {
             blocks: vec![[None; BLOCK_TOKENS]; settings.limits.blocks],
-            busy_until: clock.now(),
+            busy_until: vec![clock.now(); settings.stages.max(1)],
             settings,
             card,
             clock,
@@ -397,6 +400,7 @@ impl FakeModel {
         match slice.input {
             Input::Tokens(tokens) => tokens.to_vec(),
             Input::Drawn(index) => {
+                assert_eq!(self.settings.stages, 1, "a pipeline does not know what is being drawn");
                 let before = self.flights.back().unwrap_or_else(|| {
                     panic!("{:?} goes on from a step that was collected already", slice.sequence)
                 });
@@ -475,12 +479,21 @@ impl Model for FakeModel {
         self.settings.limits
     }
 
+    fn overlap(&self, rows: usize) -> Overlap {
+        match self.settings.stages {
+            0 | 1 => Overlap::Lookahead,
+            // Without rows, parts of prompts fill the stages.
+            stages => Overlap::Stages { flights: if rows == 0 { stages } else { rows.min(stages) } },
+        }
+    }
+
     fn submit(&mut self, slices: &[Slice<'_>]) -> Result<(), ModelError> {
         assert!(!self.lost, "a step after the backend was lost");
         assert!(!slices.is_empty(), "a step without slices");
         let slots = self.settings.limits.slots;
         assert!(slices.len() <= slots, "{} slices in {slots} slots", slices.len());
-        assert!(self.flights.len() < FLIGHTS_MAX, "more than {FLIGHTS_MAX} steps in flight");
+        let most = self.settings.stages.max(2);
+        assert!(self.flights.len() < most, "more than {most} steps in flight");
         let distinct: BTreeSet<_> = slices.iter().map(|slice| slice.sequence).collect();
         assert_eq!(distinct.len(), slices.len(), "a step names a sequence twice");
         let (number, fault) = {
@@ -517,9 +530,13 @@ impl Model for FakeModel {
         };
         let output = (fault != Some(Fault::Lost)).then_some(output);
         let masked = rows.into_iter().enumerate().filter(|(_, row)| row.masked).collect();
-        let begin = self.busy_until.max(self.clock.now());
-        let end = begin + Duration::from_secs_f64(self.settings.cost.seconds(slices, number));
-        self.busy_until = end;
+        let begin = self.busy_until[0].max(self.clock.now());
+        let stage_s = self.settings.cost.seconds(slices, number) / self.busy_until.len() as f64;
+        let mut end = begin;
+        for busy_until in &mut self.busy_until {
+            end = end.max(*busy_until) + Duration::from_secs_f64(stage_s);
+            *busy_until = end;
+        }
         self.flights.push_back(Flight { output, masked, end });
         let (rows, prompts): (Vec<Slice<'_>>, Vec<Slice<'_>>) = slices.iter().copied().partition(is_row);
         self.handle.lock().record.push(StepRecord {

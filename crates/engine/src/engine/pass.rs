@@ -2,7 +2,7 @@
 
 use super::{CALM_STEP_STRETCH, Engine, Flight, GENTLE_STRETCH, StepSummary};
 use crate::{
-    ModelError, SequenceId, Slice, StepOutput,
+    ModelError, Overlap, SequenceId, Slice, StepOutput,
     cost::StepShape,
     grammar::{MatcherError, TokenMask},
     scheduler::{self, Budgets, Candidate, Part},
@@ -56,7 +56,13 @@ impl Engine {
             submitted.push(part);
         }
         summary.expected_s = expected_s;
-        self.flight = Some(Flight { parts: submitted, shape, submitted: now, expected_s, masked });
+        // Of a device's passes each begins when the one before ends; of a pipeline's, those that wait behind others do.
+        let filling = match self.overlap() {
+            Overlap::Lookahead => false,
+            Overlap::Stages { flights } => self.flights.len() + 1 < flights,
+        };
+        let flight = Flight { parts: submitted, shape, submitted: now, filling, expected_s, masked };
+        self.flights.push_back(flight);
         Ok(())
     }
 
@@ -92,7 +98,9 @@ impl Engine {
     /// Blocks that rows need for the tokens they append next.
     fn blocks_for_rows(&self) -> usize {
         let needs = |sequence: &&Sequence| {
-            sequence.is_runnable() && sequence.decodes() && sequence.submitted() + 1 > sequence.held.room()
+            self.is_runnable(sequence)
+                && sequence.decodes()
+                && sequence.submitted() + 1 > sequence.held.room()
         };
         self.running.iter().filter(needs).count()
     }
@@ -101,7 +109,7 @@ impl Engine {
         let slice_s =
             self.cost.first_slice_seconds() + self.cost.slice_seconds(0, scheduler::SLICE_TOKENS_MIN);
         let slice = Duration::from_secs_f64(slice_s.min(TARGET_MAX.as_secs_f64()));
-        let runnable = self.running.iter().enumerate().filter(|(_, sequence)| sequence.is_runnable());
+        let runnable = self.running.iter().enumerate().filter(|(_, sequence)| self.is_runnable(sequence));
         let candidate = |(index, sequence): (usize, &Sequence)| {
             let candidate = Candidate {
                 decodes: sequence.decodes(),
@@ -114,7 +122,18 @@ impl Engine {
             };
             (candidate, index)
         };
-        runnable.map(candidate).unzip()
+        let mut candidates: Vec<(Candidate, usize)> = runnable.map(candidate).collect();
+        let groups = self.overlap().groups();
+        if groups > 1 {
+            // Rows that are in flight are none of these; of the others the most urgent go now.
+            let rows = self.running.iter().filter(|sequence| sequence.decodes()).count();
+            let mut waiting: Vec<_> = candidates.iter().filter(|(row, _)| row.decodes).copied().collect();
+            waiting.sort_by(|(a, _), (b, _)| a.slack_s.total_cmp(&b.slack_s));
+            let left: Vec<usize> =
+                waiting.iter().skip(rows.div_ceil(groups)).map(|&(_, index)| index).collect();
+            candidates.retain(|(_, index)| !left.contains(index));
+        }
+        candidates.into_iter().unzip()
     }
 
     fn budgets(&self, candidates: &[Candidate]) -> Budgets {
@@ -127,8 +146,10 @@ impl Engine {
         let rows_s = self.cost.seconds(least);
         least.add_slice(0, scheduler::SLICE_TOKENS_MIN);
         let least_s = self.cost.seconds(least);
-        let runnable = self.running.iter().filter(|sequence| sequence.is_runnable() && sequence.decodes());
-        let tpot = runnable.map(|sequence| sequence.targets.tpot).min().unwrap_or(self.settings.tpot_target);
+        let rows = self.running.iter().filter(|row| self.is_runnable(row) && row.decodes());
+        let tpot = rows.map(|row| row.targets.tpot).min().unwrap_or(self.settings.tpot_target);
+        // A row is in one pass of so many.
+        let tpot = tpot / self.overlap().groups() as u32;
         Budgets {
             tpot_s: tpot.as_secs_f64().max(least_s),
             gentle_s: (GENTLE_STRETCH * rows_s).max(least_s),
@@ -211,8 +232,8 @@ impl Engine {
     /// Starts drawing the tokens of the pass in flight that wait for masks: what they may be depends on what the pass before
     /// drew, and the device has computed logits meanwhile.
     pub(super) fn draw(&mut self) -> Result<(), ModelError> {
-        let masked =
-            self.flight.as_mut().map(|flight| std::mem::take(&mut flight.masked)).unwrap_or_default();
+        let newest = self.flights.back_mut();
+        let masked = newest.map(|flight| std::mem::take(&mut flight.masked)).unwrap_or_default();
         if masked.is_empty() {
             return Ok(());
         }

@@ -142,7 +142,9 @@ impl Bench {
     /// Steps until nothing is left to do. Every step must bring something on, so the number is bounded by the work.
     pub(crate) fn run(&mut self) {
         let load = self.engine.load(self.clock.now());
-        let steps_max = 10 + load.prefill_backlog_tokens + load.decode_backlog_tokens;
+        // With a pipeline, passes are begun and collected by different steps.
+        let each = if self.settings.stages > 1 { 2 } else { 1 };
+        let steps_max = 10 + each * (load.prefill_backlog_tokens + load.decode_backlog_tokens);
         for _ in 0..steps_max {
             if self.engine.is_idle() {
                 return;

@@ -4,6 +4,7 @@ mod cache;
 mod fairness;
 mod harness;
 mod life;
+mod pipeline;
 mod random;
 mod rules;
 mod schedule;

@@ -37,6 +37,7 @@ fn settings(random: &mut Random) -> FakeSettings {
         context_tokens: random.pick(&[512, 2000, 4096]),
         limits,
         cost: random.pick(&[StepCost::mac(), StepCost::none()]),
+        stages: random.pick(&[1, 1, 2, 4]),
         eos_at: random.pick(&[None, Some((0, 3)), Some((5, 60))]).map(|(from, to)| from..=to),
         ..FakeSettings::default()
     }
