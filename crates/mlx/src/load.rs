@@ -6,7 +6,8 @@ use crate::{
     checkpoint::{self, Checkpoint, LoadError},
     kernels,
     layers::{Compute, Path},
-    models, native,
+    models::{self, Family, Part, Spec},
+    native,
     products::Products,
     runner::Runner,
     selftest,
@@ -14,7 +15,7 @@ use crate::{
 use engine::{Model, ModelLimits};
 use mlx_rs::{Device, DeviceType, Dtype, transforms::eval};
 use std::path::PathBuf;
-use types::{BLOCK_TOKENS, ModelAssets, ModelCard};
+use types::{BLOCK_TOKENS, BlockHash, ModelAssets, ModelCard, TokenId};
 
 /// Whether quantized weights are turned into dense ones at load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -96,104 +97,175 @@ fn load_with(
     path: Option<Path>,
     progress: &mut dyn FnMut(&str, f32),
 ) -> Result<(Runner, ModelAssets), LoadError> {
-    let mut checkpoint = Checkpoint::open(&settings.model, progress)?;
-    let Placement { on_gpu, activations, dequantize } =
-        Placement::of(&checkpoint, settings.device, settings.dequantize)?;
-    let spec = models::spec(&checkpoint.config)?;
-    let spec = match settings.context_tokens {
-        Some(tokens) => spec.within(tokens),
-        None => spec,
-    };
-    let works = |path| selftest::works(path, activations, &spec);
-    let path = path.unwrap_or_else(|| match on_gpu {
-        true if spec.kernels_rotate() && kernels::fit(spec.heads) && works(Path::Kernel) => Path::Kernel,
-        false if native::works() && works(Path::Native) => Path::Native,
-        _ => Path::Pure,
-    });
-    let on_cuda = on_gpu && cfg!(target_os = "linux");
-    let products = match on_cuda && path == Path::Kernel {
-        true if dequantize || !checkpoint.tensors.quantized() => {
-            let works = selftest::products_work(activations, true);
-            Products { dense: if works { DENSE_PRODUCT_ROWS } else { 0 }, four_bits: 0 }
-        }
-        true => {
-            let works = selftest::products_work(activations, false);
-            Products { four_bits: if works { FOUR_BIT_PRODUCT_ROWS } else { 0 }, dense: 0 }
-        }
-        false if path == Path::Native => Products { dense: native::product_rows(), four_bits: 0 },
-        false => Products::default(),
-    };
-    let dense_rows = if on_cuda { CUDA_DENSE_ROWS } else { i32::MAX };
-    let compute = Compute { path, activations, dequantize, products, dense_rows };
-    let family = models::load(&mut checkpoint, spec, compute)?;
-    let arrays = family.arrays();
-    let weight_bytes: u64 = arrays.iter().map(|array| array.nbytes() as u64).sum();
-    checkpoint::memory_check(weight_bytes)?;
-    if on_gpu {
-        // What was joined, and freed buffers of odd sizes later, would otherwise be kept up to the whole memory.
-        mlx_rs::memory::set_cache_limit(GPU_CACHE_BYTES)?;
-    }
-    let chunk = arrays.len().div_ceil(EVALUATIONS).max(1);
-    for (index, arrays) in arrays.chunks(chunk).enumerate() {
-        eval(arrays.iter().copied())?;
-        progress("weights", ((index + 1) * chunk) as f32 / (chunk * EVALUATIONS) as f32);
-    }
-    drop(checkpoint.tensors);
+    let opened = Opened::new(settings, path, progress)?;
+    let part = Part::of(&opened.spec, &(0..opened.spec.layers.len()))?;
+    let loaded = opened.load(part, settings, progress)?;
+    let blocks = loaded.blocks;
+    loaded.runner(settings, blocks)
+}
 
-    let dims = family.dims();
-    let wanted_context = dims.context;
-    let kv_bytes_per_token = dims.kv.bytes_per_token();
-    if on_gpu {
-        // Parts of what was joined are of no more use.
-        mlx_rs::memory::clear_cache()?;
-        // macOS unmaps what a GPU has not used for a second, and the next step would wait for the weights. KV stays out
-        // of it: its pools are larger than what is used of them. Elsewhere this does nothing.
-        if let Err(error) = mlx_rs::memory::set_wired_limit(weight_bytes as usize) {
-            tracing::warn!(%error, weight_bytes, "the weights are not kept in the GPU's memory");
-        }
-    }
-    let available = kv_memory(on_gpu, weight_bytes);
-    let kv_bytes = settings.kv_bytes.unwrap_or((available as f64 * KV_SHARE) as u64);
-    let blocks = (kv_bytes / (kv_bytes_per_token * BLOCK_TOKENS as u64)).min(u64::from(u32::MAX)) as usize;
-    // As the engine counts, so that every request that fits the context fits the memory alone.
-    let least = wanted_context.min(CONTEXT_MIN).div_ceil(BLOCK_TOKENS);
-    if blocks < least {
-        return Err(LoadError::TooLittleMemory {
-            needed: weight_bytes + (least * BLOCK_TOKENS) as u64 * kv_bytes_per_token,
-            available: weight_bytes + kv_bytes,
+/// A model's files, and how it is to be computed; no weight was read yet.
+pub(crate) struct Opened {
+    checkpoint: Checkpoint,
+    pub(crate) spec: Spec,
+    pub(crate) compute: Compute,
+    on_gpu: bool,
+}
+
+/// The weights of a model, or of a part of it, and the memory that they leave.
+pub(crate) struct Loaded {
+    family: Box<dyn Family>,
+    assets: ModelAssets,
+    eos_tokens: Vec<TokenId>,
+    created_s: u64,
+    root: BlockHash,
+    path: Path,
+    /// Blocks of KV that there is room for.
+    pub(crate) blocks: usize,
+}
+
+impl Opened {
+    pub(crate) fn new(
+        settings: &LoadSettings,
+        path: Option<Path>,
+        progress: &mut dyn FnMut(&str, f32),
+    ) -> Result<Self, LoadError> {
+        let checkpoint = Checkpoint::open(&settings.model, progress)?;
+        let Placement { on_gpu, activations, dequantize } =
+            Placement::of(&checkpoint, settings.device, settings.dequantize)?;
+        let spec = models::spec(&checkpoint.config)?;
+        let spec = match settings.context_tokens {
+            Some(tokens) => spec.within(tokens),
+            None => spec,
+        };
+        let works = |path| selftest::works(path, activations, &spec);
+        let path = path.unwrap_or_else(|| match on_gpu {
+            true if spec.kernels_rotate() && kernels::fit(spec.heads) && works(Path::Kernel) => Path::Kernel,
+            false if native::works() && works(Path::Native) => Path::Native,
+            _ => Path::Pure,
         });
+        let on_cuda = on_gpu && cfg!(target_os = "linux");
+        let products = match on_cuda && path == Path::Kernel {
+            true if dequantize || !checkpoint.tensors.quantized() => {
+                let works = selftest::products_work(activations, true);
+                Products { dense: if works { DENSE_PRODUCT_ROWS } else { 0 }, four_bits: 0 }
+            }
+            true => {
+                let works = selftest::products_work(activations, false);
+                Products { four_bits: if works { FOUR_BIT_PRODUCT_ROWS } else { 0 }, dense: 0 }
+            }
+            false if path == Path::Native => Products { dense: native::product_rows(), four_bits: 0 },
+            false => Products::default(),
+        };
+        let dense_rows = if on_cuda { CUDA_DENSE_ROWS } else { i32::MAX };
+        let compute = Compute { path, activations, dequantize, products, dense_rows };
+        Ok(Self { checkpoint, spec, compute, on_gpu })
     }
-    let context = wanted_context.min(blocks * BLOCK_TOKENS);
-    if context < wanted_context {
-        tracing::warn!(
-            context,
-            wanted_context,
-            kv_bytes,
-            "the context is cut to what the memory for KV holds"
+
+    /// Names weights and the form of their KV: equal where both can be shared.
+    pub(crate) fn root(&self) -> BlockHash {
+        self.checkpoint.fingerprint.child(&[self.compute.activations as u32])
+    }
+
+    /// Reads the weights of a part.
+    pub(crate) fn load(
+        mut self,
+        part: Part,
+        settings: &LoadSettings,
+        progress: &mut dyn FnMut(&str, f32),
+    ) -> Result<Loaded, LoadError> {
+        let (root, on_gpu) = (self.root(), self.on_gpu);
+        let family = models::load(&mut self.checkpoint, self.spec, self.compute, part)?;
+        let arrays = family.arrays();
+        let weight_bytes: u64 = arrays.iter().map(|array| array.nbytes() as u64).sum();
+        checkpoint::memory_check(weight_bytes)?;
+        if on_gpu {
+            // What was joined, and freed buffers of odd sizes later, would otherwise be kept up to the whole memory.
+            mlx_rs::memory::set_cache_limit(GPU_CACHE_BYTES)?;
+        }
+        let chunk = arrays.len().div_ceil(EVALUATIONS).max(1);
+        for (index, arrays) in arrays.chunks(chunk).enumerate() {
+            eval(arrays.iter().copied())?;
+            progress("weights", ((index + 1) * chunk) as f32 / (chunk * EVALUATIONS) as f32);
+        }
+        drop(self.checkpoint.tensors);
+
+        let kv_bytes_per_token = family.dims().kv.bytes_per_token();
+        if on_gpu {
+            // Parts of what was joined are of no more use.
+            mlx_rs::memory::clear_cache()?;
+            // macOS unmaps what a GPU has not used for a second, and the next step would wait for the weights. KV stays
+            // out of it: its pools are larger than what is used of them. Elsewhere this does nothing.
+            if let Err(error) = mlx_rs::memory::set_wired_limit(weight_bytes as usize) {
+                tracing::warn!(%error, weight_bytes, "the weights are not kept in the GPU's memory");
+            }
+        }
+        let available = kv_memory(on_gpu, weight_bytes);
+        let kv_bytes = settings.kv_bytes.unwrap_or((available as f64 * KV_SHARE) as u64);
+        let blocks =
+            (kv_bytes / (kv_bytes_per_token * BLOCK_TOKENS as u64)).min(u64::from(u32::MAX)) as usize;
+        // As the engine counts, so that every request that fits the context fits the memory alone.
+        let least = family.dims().context.min(CONTEXT_MIN).div_ceil(BLOCK_TOKENS);
+        if blocks < least {
+            return Err(LoadError::TooLittleMemory {
+                needed: weight_bytes + (least * BLOCK_TOKENS) as u64 * kv_bytes_per_token,
+                available: weight_bytes + kv_bytes,
+            });
+        }
+        tracing::info!(
+            model = settings.name,
+            device = if on_gpu { "gpu" } else { "cpu" },
+            weights_mb = weight_bytes >> 20,
+            kv_tokens = blocks * BLOCK_TOKENS,
+            layers = ?part.layers(),
+            activations = ?self.compute.activations,
+            path = ?self.compute.path,
+            dequantize = self.compute.dequantize,
+            "model loaded"
         );
+        Ok(Loaded {
+            family,
+            assets: self.checkpoint.assets,
+            eos_tokens: self.checkpoint.eos_tokens,
+            created_s: self.checkpoint.created_s,
+            root,
+            path: self.compute.path,
+            blocks,
+        })
     }
-    let assets = checkpoint.assets;
-    let card = ModelCard {
-        name: settings.name.clone(),
-        root: checkpoint.fingerprint.child(&[dims.kv.dtype as u32]),
-        context_tokens: context as u32,
-        vocab_size: dims.vocabulary,
-        eos_tokens: checkpoint.eos_tokens,
-        assets: assets.hash(),
-        created_s: checkpoint.created_s,
-    };
-    tracing::info!(
-        model = settings.name,
-        device = if on_gpu { "gpu" } else { "cpu" },
-        weights_mb = weight_bytes >> 20,
-        kv_tokens = blocks * BLOCK_TOKENS,
-        ?activations,
-        ?path,
-        dequantize,
-        "model loaded"
-    );
-    let limits = ModelLimits { slots: settings.slots, blocks, kv_bytes_per_token };
-    Ok((Runner::new(card, limits, family, path)?, assets))
+}
+
+impl Loaded {
+    /// What computes, with so many blocks of KV: no more than there is room for.
+    pub(crate) fn runner(
+        self,
+        settings: &LoadSettings,
+        blocks: usize,
+    ) -> Result<(Runner, ModelAssets), LoadError> {
+        let dims = self.family.dims();
+        let wanted_context = dims.context;
+        let context = wanted_context.min(blocks * BLOCK_TOKENS);
+        if context < wanted_context {
+            tracing::warn!(
+                context,
+                wanted_context,
+                blocks,
+                "the context is cut to what the memory for KV holds"
+            );
+        }
+        let card = ModelCard {
+            name: settings.name.clone(),
+            root: self.root,
+            context_tokens: context as u32,
+            vocab_size: dims.vocabulary,
+            eos_tokens: self.eos_tokens,
+            assets: self.assets.hash(),
+            created_s: self.created_s,
+        };
+        let kv_bytes_per_token = dims.kv.bytes_per_token();
+        let limits = ModelLimits { slots: settings.slots, blocks, kv_bytes_per_token };
+        Ok((Runner::new(card, limits, self.family, self.path)?, self.assets))
+    }
 }
 
 /// Where a model computes, and with what numbers.

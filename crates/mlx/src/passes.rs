@@ -7,14 +7,15 @@ use crate::{
     kernels::{self, Tile, TileKind},
     kv::KvPool,
     layers::{Path, Wanted},
-    models::{Family, Heads, StepInput},
+    models::{Dims, Family, Heads, StepInput},
     raw::Compiled,
     sampler::{self, Draws},
     step::{BLOCK_BUCKET, Ordered, Places, block_bucket, rows_table},
 };
 use mlx_rs::{
-    Array,
+    Array, Dtype,
     error::{Exception, Result},
+    ops::zeros_dtype,
     transforms::eval,
 };
 use std::{cell::RefCell, collections::VecDeque, rc::Rc};
@@ -41,6 +42,7 @@ pub(crate) struct Passes {
     rows_undrawn: Compiled,
     runs: Option<RunPasses>,
     vocabulary: u32,
+    dims: Dims,
     /// Shapes that are sure to come and were not built yet.
     to_warm: RefCell<VecDeque<Places>>,
 }
@@ -82,7 +84,7 @@ impl Passes {
             }
             None => None,
         };
-        let passes = Self { rows, rows_undrawn, runs, vocabulary, to_warm: RefCell::default() };
+        let passes = Self { rows, rows_undrawn, runs, vocabulary, dims, to_warm: RefCell::default() };
         passes.to_warm.borrow_mut().extend(passes.expected(slots));
         Ok(passes)
     }
@@ -90,8 +92,12 @@ impl Passes {
     /// Builds one of the graphs that are sure to come, so that it is not built while clients wait; false: none is left.
     pub(crate) fn warm(&self, kv: &mut KvPool) -> Result<bool> {
         let Some(places) = self.to_warm.borrow_mut().pop_front() else { return Ok(false) };
-        let tokens = Array::from_slice(&vec![0_i32; places.count], &[places.count as i32]);
-        let drawn = self.run(places, &Ordered::new(&[]), &[], tokens, kv)?;
+        let count = places.count as i32;
+        let entering = match self.dims.part.is_first() {
+            true => zeros_dtype(&[count], Dtype::Int32)?,
+            false => zeros_dtype(&[count, self.dims.hidden], self.dims.kv.dtype)?,
+        };
+        let drawn = self.run(places, &Ordered::new(&[]), &[], entering, kv)?;
         eval(drawn.iter().chain([&kv.fence]))?;
         Ok(true)
     }
@@ -160,7 +166,8 @@ impl Passes {
     }
 
     /// Runs a pass over tokens that are where `placed` says; the drawn ones `[rows]`, if any, or the logits `[rows,
-    /// vocabulary]` of those that are drawn apart: the first ones are those that sample.
+    /// vocabulary]` of those that are drawn apart: the first ones are those that sample. A part of a model draws apart, and
+    /// gives all that entered where another part follows.
     pub(crate) fn run(
         &self,
         places: Places,
@@ -171,7 +178,7 @@ impl Passes {
     ) -> Result<Option<Array>> {
         let room = places.rows;
         let table = || rows_table(&ordered.slices[..ordered.singles], places.rows, places.blocks);
-        let apart = ordered.is_drawn_apart();
+        let apart = ordered.is_drawn_apart() || !self.dims.part.is_whole();
         let draws = || Draws::new(&ordered.sampling, &ordered.late, room, self.vocabulary);
         let outputs = match &self.runs {
             Some(passes) if places.rows == 0 => {
@@ -264,11 +271,10 @@ fn pass_of_runs(inputs: &[Array], family: &dyn Family, kv: &KvPool, tile: Tile) 
     };
     let mut kv = kv.behind(fence);
     let wanted = Wanted::Rows(&[]);
-    family.forward(
-        &StepInput { tokens: tokens.clone(), positions: &[], attention: &attention, wanted },
-        &mut kv,
-    )?;
-    Ok(vec![kv.fence])
+    let entering = tokens.clone();
+    let input = StepInput { entering, positions: &[], attention: &attention, wanted };
+    let hidden = family.forward(&input, &mut kv)?;
+    Ok([kv.fence].into_iter().chain(hidden).collect())
 }
 
 /// The pools of `kv` are constants of the graph: their memory stays where it is.
@@ -280,7 +286,7 @@ fn pass(
     family: &dyn Family,
     mut kv: KvPool,
 ) -> Result<Vec<Array>> {
-    let input = StepInput { tokens: tokens.clone(), positions: &[], attention, wanted };
+    let input = StepInput { entering: tokens.clone(), positions: &[], attention, wanted };
     let logits = family.forward(&input, &mut kv)?.ok_or_else(|| Exception::custom("no logits"))?;
     let Some((rows, changes)) = draws else { return Ok(vec![kv.fence, logits]) };
     let draws = Draws { rows: rows.clone(), changes: changes.clone() };

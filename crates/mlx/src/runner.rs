@@ -6,12 +6,15 @@
 //!
 //! Where rows wait for masks, or more is told of tokens than which they are, a pass ends at the logits and its tokens are
 //! drawn in a graph of their own, at once or with [`Model::draw`].
+//!
+//! Over a part of a model's layers it is one stage of a pipeline: what enters comes from the stage
+//! before, what leaves is what the next one needs, and only the last one draws, apart from its pass.
 
 use crate::{
     kv::{KvPool, backend},
     layers::{Path, Wanted},
     logprobs::{self, Logprobs},
-    models::{Family, StepInput},
+    models::{Family, Part, StepInput},
     passes::Passes,
     sampler::{self, Draws},
     step::Ordered,
@@ -21,7 +24,7 @@ use engine::{
 };
 use mlx_rs::{
     Array,
-    error::Result,
+    error::{Exception, Result},
     ops::{concatenate, lt, select},
     transforms::{async_eval, eval},
 };
@@ -42,19 +45,33 @@ pub(crate) struct Runner {
 
 /// A step in flight.
 #[derive(Debug, Default)]
-struct Flight {
+pub(crate) struct Flight {
+    /// Of a part that is followed by another one: what it made of the step's tokens, `[tokens, hidden]`.
+    #[expect(dead_code, reason = "read by the pipeline that is being built")]
+    pub(crate) hidden: Option<Array>,
+    /// Of the last part, where there are no logits: what its work is done with.
+    #[expect(dead_code, reason = "read by the pipeline that is being built")]
+    pub(crate) written: Vec<Array>,
     /// Drawn tokens as i32; none where no slice samples, and before they are drawn.
-    tokens: Option<Array>,
+    pub(crate) tokens: Option<Array>,
     /// For each slice that samples, in the engine's order, where its token is among them.
-    order: Vec<usize>,
+    pub(crate) order: Vec<usize>,
     /// What its tokens are drawn from.
     undrawn: Option<Undrawn>,
     /// Of drawn tokens: where they are among these, and how many alternatives are told.
-    told: Vec<(usize, u32)>,
-    of_drawn: Option<Logprobs>,
+    pub(crate) told: Vec<(usize, u32)>,
+    pub(crate) of_drawn: Option<Logprobs>,
     /// Of slices that tell of their prompts: tokens and alternatives.
-    scored: Vec<(usize, u32)>,
-    of_prompts: Option<Logprobs>,
+    pub(crate) scored: Vec<(usize, u32)>,
+    pub(crate) of_prompts: Option<Logprobs>,
+}
+
+/// What the part before makes of a step's tokens, in their order, `[tokens, hidden]`.
+pub(crate) struct Entering<'a> {
+    /// Perhaps not there yet.
+    pub(crate) hidden: Array,
+    /// Waits until it is, before anything that needs it is evaluated.
+    pub(crate) arrival: &'a mut dyn FnMut() -> Result<()>,
 }
 
 /// What tokens are drawn from.
@@ -107,45 +124,79 @@ impl Runner {
         self.passes.as_ref().map_or(0, Passes::traced)
     }
 
-    fn forward(&mut self, slices: &[Slice<'_>]) -> Result<Flight> {
+    /// The layers that are here.
+    pub(crate) fn part(&self) -> Part {
+        self.family.dims().part
+    }
+
+    /// One pass over all slices; `entering` where another part comes before.
+    pub(crate) fn forward(&mut self, slices: &[Slice<'_>], entering: Option<Entering<'_>>) -> Result<Flight> {
         let ordered = Ordered::new(slices);
         if self.path == Path::Pure {
-            return self.forward_pure(&ordered);
+            return self.forward_pure(&ordered, entering);
         }
-        let apart = ordered.is_drawn_apart();
+        let part = self.part();
+        let apart = ordered.is_drawn_apart() || !part.is_whole();
         let places = self.passes.as_ref().and_then(|passes| passes.places(&ordered));
-        let (out, tokens) = if let (Some(passes), Some(places)) = (&self.passes, places) {
-            let placed = ordered.placed(&places);
-            let tokens = self.tokens(&ordered, &placed, places.count)?;
-            (passes.run(places, &ordered, &placed, tokens.clone(), &mut self.kv)?, tokens)
+        let real = ordered.slices.iter().map(|slice| slice.input.count()).sum();
+        let (placed, count) = match &places {
+            Some(places) => (ordered.placed(places), places.count),
+            None => ((0..real).collect(), real),
+        };
+        let mut arrival = None;
+        // Rows' last tokens are those that are being drawn, which only a whole model takes in.
+        let (entering, late) = match entering {
+            Some(Entering { hidden, arrival: wait }) => {
+                arrival = Some(wait);
+                (spread(&hidden, &placed, count)?, Array::from_slice(&[0_i32], &[1]))
+            }
+            None => {
+                let tokens = self.tokens(&ordered, &placed, count)?;
+                (tokens.clone(), tokens)
+            }
+        };
+        let out = if let (Some(passes), Some(places)) = (&self.passes, places) {
+            let out = passes.run(places, &ordered, &placed, entering, &mut self.kv)?;
+            match out {
+                Some(hidden) if !part.is_last() => {
+                    let placed: Vec<i32> = placed.iter().map(|&at| at as i32).collect();
+                    Some(Wanted::Rows(&placed).of(&hidden)?)
+                }
+                out => out,
+            }
         } else {
-            let count = ordered.slices.iter().map(|slice| slice.input.count()).sum();
-            let tokens = self.tokens(&ordered, &(0..count).collect::<Vec<_>>(), count)?;
             let attention = ordered.attention(self.path, self.family.dims().scale);
             let positions = ordered.positions(self.path);
             let wanted = Wanted::Rows(&ordered.wanted);
-            let input =
-                StepInput { tokens: tokens.clone(), positions: &positions, attention: &attention, wanted };
+            let input = StepInput { entering, positions: &positions, attention: &attention, wanted };
             let logits = self.family.forward(&input, &mut self.kv)?;
             let count = ordered.sampling.len();
             let draw = |logits: Array| {
                 let draws = Draws::new(&ordered.sampling, &ordered.late, count, self.card.vocab_size);
-                sampler::draw_on_device(&logits, &draws, &tokens, self.path)
+                sampler::draw_on_device(&logits, &draws, &late, self.path)
             };
-            let out = if apart { logits } else { logits.map(draw).transpose()? };
-            (out, tokens)
+            if apart { logits } else { logits.map(draw).transpose()? }
         };
+        if let Some(wait) = arrival {
+            wait()?;
+        }
         let pending = std::mem::take(&mut self.kv.pending);
         async_eval(out.iter().chain(&pending).chain([&self.kv.fence]))?;
+        if !part.is_last() {
+            return Ok(Flight { hidden: out, ..Flight::default() });
+        }
         if !apart {
             return Ok(Flight { tokens: out, order: ordered.order, ..Flight::default() });
         }
-        let late = ordered.late.clone();
-        self.apart(&ordered, out, |count| How::OnDevice {
+        let written =
+            if out.is_none() { [pending, vec![self.kv.fence.clone()]].concat() } else { Vec::new() };
+        let lates = ordered.late.clone();
+        let flight = self.apart(&ordered, out, |count| How::OnDevice {
             // Where a pass was compiled, its logits' rows are filled up.
-            draws: Draws::new(&ordered.sampling, &late, count, self.card.vocab_size),
-            tokens,
-        })
+            draws: Draws::new(&ordered.sampling, &lates, count, self.card.vocab_size),
+            tokens: late,
+        })?;
+        Ok(Flight { written, ..flight })
     }
 
     /// A step whose tokens are drawn from `logits` of all wanted rows, and what it tells of prompts.
@@ -171,16 +222,16 @@ impl Runner {
             let told = Logprobs::new(&Wanted::Rows(&rows).of(&logits)?, &targets, top)?;
             async_eval(told.arrays())?;
             flight.of_prompts = Some(told);
-            flight.scored = ordered.scores.iter().map(|score| (score.targets.len(), score.top)).collect();
+            flight.scored = ordered.scored();
         }
         if ordered.sampling.is_empty() {
             return Ok(flight);
         }
-        let in_order = || ordered.order.iter().map(|&at| (at, &ordered.sampling[at]));
-        flight.told = in_order().filter_map(|(at, row)| row.logprobs.map(|top| (at, top))).collect();
+        flight.told = ordered.told();
         let logits =
             if ordered.scores.is_empty() { logits } else { Wanted::Rows(&ordered.sampled).of(&logits)? };
-        let masked: Vec<usize> = in_order().filter(|(_, row)| row.masked).map(|(at, _)| at).collect();
+        let masked: Vec<usize> =
+            ordered.order.iter().copied().filter(|&at| ordered.sampling[at].masked).collect();
         let how = how(logits.dim(0) as usize);
         flight.undrawn = Some(Undrawn { logits, how, masked });
         if flight.undrawn.as_ref().is_some_and(|undrawn| undrawn.masked.is_empty()) {
@@ -190,12 +241,16 @@ impl Runner {
     }
 
     /// Draws the tokens of a step that waits for it.
-    fn draw_apart(&self, flight: &mut Flight, masks: &[TokenMask]) -> Result<()> {
+    pub(crate) fn draw_apart(&self, flight: &mut Flight, masks: &[TokenMask]) -> Result<()> {
         let Some(Undrawn { logits, how, masked }) = flight.undrawn.take() else { return Ok(()) };
+        if masks.len() != masked.len() {
+            return Err(Exception::custom(format!("{} masks for {} rows", masks.len(), masked.len())));
+        }
         let mut of_rows = vec![None; logits.dim(0) as usize];
         masked.iter().zip(masks).for_each(|(&row, mask)| of_rows[row] = Some(mask));
         let allowed = match masked.is_empty() {
             false => logprobs::masked(&logits, &of_rows)?,
+            true if flight.told.is_empty() && flight.scored.is_empty() => logits.clone(),
             // A GPU draws in place, and there is more to tell of these.
             true => logits.add(Array::from_f32(0.0).as_dtype(logits.dtype())?)?,
         };
@@ -222,7 +277,7 @@ impl Runner {
     }
 
     /// The step in MLX's operations, which write in place only what nothing else holds: everything is evaluated.
-    fn forward_pure(&mut self, ordered: &Ordered<'_>) -> Result<Flight> {
+    fn forward_pure(&mut self, ordered: &Ordered<'_>, entering: Option<Entering<'_>>) -> Result<Flight> {
         let named = ordered.slices.iter().flat_map(|slice| slice.blocks).map(|block| block.0 as usize + 1);
         self.kv.grow(named.max().unwrap_or(0))?;
         let before = match self.flights.back().and_then(|flight| flight.tokens.as_ref()) {
@@ -245,14 +300,23 @@ impl Runner {
                 outputs.push(sampling.output.iter().copied().chain(late).collect::<Vec<_>>());
             }
         }
-        let tokens = Array::from_slice(&tokens, &[tokens.len() as i32]);
+        let entering = match entering {
+            Some(Entering { hidden, arrival }) => {
+                arrival()?;
+                hidden
+            }
+            None => Array::from_slice(&tokens, &[tokens.len() as i32]),
+        };
         let attention = ordered.attention(self.path, self.family.dims().scale);
         let positions = ordered.positions(self.path);
         let wanted = Wanted::Rows(&ordered.wanted);
-        let input = StepInput { tokens, positions: &positions, attention: &attention, wanted };
+        let input = StepInput { entering, positions: &positions, attention: &attention, wanted };
         let logits = self.family.forward(&input, &mut self.kv)?;
         eval(self.kv.arrays().chain(&logits))?;
-        if ordered.is_drawn_apart() {
+        if !self.part().is_last() {
+            return Ok(Flight { hidden: logits, ..Flight::default() });
+        }
+        if ordered.is_drawn_apart() || !self.part().is_whole() {
             let rows = ordered.sampling.iter().zip(outputs).map(|(row, output)| OwnedRow {
                 params: row.params.clone(),
                 position: row.position,
@@ -330,7 +394,7 @@ impl Model for Runner {
     }
 
     fn submit(&mut self, slices: &[Slice<'_>]) -> std::result::Result<(), ModelError> {
-        let flight = self.forward(slices).map_err(backend)?;
+        let flight = self.forward(slices, None).map_err(backend)?;
         self.flights.push_back(flight);
         Ok(())
     }
@@ -339,10 +403,6 @@ impl Model for Runner {
         let Some(mut flight) = self.flights.pop_back() else {
             return Err(ModelError::Backend("no step waits for masks".to_owned()));
         };
-        let waiting = flight.undrawn.as_ref().map_or(0, |undrawn| undrawn.masked.len());
-        if waiting != masks.len() {
-            return Err(ModelError::Backend(format!("{} masks for {waiting} rows", masks.len())));
-        }
         self.draw_apart(&mut flight, masks).map_err(backend)?;
         self.flights.push_back(flight);
         Ok(())
@@ -352,7 +412,7 @@ impl Model for Runner {
         let Some(flight) = self.flights.pop_front() else {
             return Err(ModelError::Backend("no step is in flight".to_owned()));
         };
-        if flight.undrawn.is_some() {
+        if flight.waits_for_masks() {
             return Err(ModelError::Backend("a step is collected before it was drawn".to_owned()));
         }
         if flight.tokens.is_none() {
@@ -371,8 +431,13 @@ impl Model for Runner {
 }
 
 impl Flight {
+    /// Whether its tokens are still to be drawn.
+    pub(crate) fn waits_for_masks(&self) -> bool {
+        self.undrawn.is_some()
+    }
+
     /// What the step brought, on the host.
-    fn read(&self) -> Result<StepOutput> {
+    pub(crate) fn read(&self) -> Result<StepOutput> {
         let tokens = self.tokens.as_ref().map(known).transpose()?.unwrap_or_default();
         let mut drawn: Vec<DrawnToken> =
             self.order.iter().map(|&at| DrawnToken { token: tokens[at], logprobs: None }).collect();
@@ -391,6 +456,16 @@ impl Flight {
         }
         Ok(StepOutput { drawn, scores })
     }
+}
+
+/// Rows `[rows, hidden]`, the i-th at `placed[i]` of `[count, hidden]`, with anything between them.
+fn spread(rows: &Array, placed: &[usize], count: usize) -> Result<Array> {
+    if placed.len() == count && placed.iter().copied().eq(0..count) {
+        return Ok(rows.clone());
+    }
+    let mut from = vec![0; count];
+    placed.iter().enumerate().for_each(|(row, &at)| from[at] = row as i32);
+    rows.take_axis(Array::from_slice(&from, &[count as i32]), 0)
 }
 
 /// Tokens of the device on the host: the one read of a step.

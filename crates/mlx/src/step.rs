@@ -86,6 +86,18 @@ impl<'a> Ordered<'a> {
         !self.scores.is_empty() || self.sampling.iter().any(apart)
     }
 
+    /// Of tokens that are drawn and told more of, in the engine's order: where they are among these, and how many
+    /// alternatives are told.
+    pub(crate) fn told(&self) -> Vec<(usize, u32)> {
+        let of = |&at: &usize| self.sampling[at].logprobs.map(|top| (at, top));
+        self.order.iter().filter_map(of).collect()
+    }
+
+    /// Of slices that tell of their prompts: tokens and alternatives.
+    pub(crate) fn scored(&self) -> Vec<(usize, u32)> {
+        self.scores.iter().map(|score| (score.targets.len(), score.top)).collect()
+    }
+
     pub(crate) fn runs(&self) -> &[&'a Slice<'a>] {
         &self.slices[self.singles..]
     }

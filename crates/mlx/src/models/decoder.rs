@@ -1,7 +1,7 @@
 //! The decoder that a [`Spec`] describes: layers of attention and MLP between an embedding and an output layer.
 
 use super::{
-    Dims, Family, StepInput,
+    Dims, Family, Part, StepInput,
     experts::Experts,
     hand_over,
     latent::Latent,
@@ -12,7 +12,7 @@ use crate::{
     attention::{self, Attention, Look, Qkv},
     checkpoint::{LoadError, Tensors},
     kv::{KvPool, KvShape},
-    layers::{Between, Compute, Embedding, Gate, Linear, RmsNorm},
+    layers::{Between, Compute, Embedding, Gate, Linear, RmsNorm, Wanted},
     raw,
     rope::Rope,
 };
@@ -22,20 +22,28 @@ use mlx_rs::{
     ops::{concatenate, tanh},
 };
 
-/// The weights of one model.
+/// The weights of one model, or of a part of its layers.
 #[derive(Debug)]
 pub(super) struct Decoder {
     compute: Compute,
     dims: Dims,
-    embedding: Embedding,
+    /// Of the part that begins with the first layer.
+    embedding: Option<Embedding>,
     embedding_scale: Option<Array>,
     layers: Vec<Layer>,
+    /// Of the part that ends with the last layer.
+    output: Option<Output>,
+    ropes: Vec<Rope>,
+}
+
+/// What follows the last layer.
+#[derive(Debug)]
+struct Output {
     norm: RmsNorm,
     head: Linear,
-    /// Whether the output layer's arrays are the embedding's.
+    /// Whether the output layer's arrays are the embedding's, and this is here too.
     tied: bool,
     logit_cap: Option<f32>,
-    ropes: Vec<Rope>,
 }
 
 #[derive(Debug)]
@@ -74,10 +82,12 @@ enum Mlp {
 }
 
 impl Decoder {
+    /// The layers of `part`; what others need is not touched.
     pub(super) fn load(
         tensors: &mut Tensors,
         mut spec: Spec,
         compute: Compute,
+        part: Part,
     ) -> std::result::Result<Self, LoadError> {
         // Llama 3 GGUF files carry the scaling as a tensor of factors.
         if let Some(factors) = tensors.take_optional("rope_freqs.weight")? {
@@ -89,23 +99,35 @@ impl Decoder {
             }
         }
         let names = Names::of(tensors);
-        let table = tensors.weight(&format!("{}embed_tokens", names.model))?;
-        let rows = table.shape().first().copied().unwrap_or(0);
-        if i64::from(spec.vocabulary) > i64::from(rows) {
-            let reason = format!("vocab_size is {}, but the embedding has {rows} rows", spec.vocabulary);
-            return Err(LoadError::Config { reason });
-        }
-        let embedding = Embedding::load(&table, compute)?;
-        let layers = (0..spec.layers.len())
-            .map(|index| Layer::load(tensors, &names.layer(index), index, &spec, compute));
-        let mut layers = layers.collect::<std::result::Result<Vec<_>, _>>()?;
-        let norm = RmsNorm::load(tensors, &format!("{}norm", names.model), spec.norms, compute)?;
         let tied = spec.tied.unwrap_or_else(|| !tensors.contains(&format!("{}.weight", names.head)));
-        let head =
-            if tied { embedding.tied_head(compute)? } else { Linear::load(tensors, &[names.head], compute)? };
+        let embedding = if part.is_first() || (part.is_last() && tied) {
+            let table = tensors.weight(&format!("{}embed_tokens", names.model))?;
+            let rows = table.shape().first().copied().unwrap_or(0);
+            if i64::from(spec.vocabulary) > i64::from(rows) {
+                let reason = format!("vocab_size is {}, but the embedding has {rows} rows", spec.vocabulary);
+                return Err(LoadError::Config { reason });
+            }
+            Some(Embedding::load(&table, compute)?)
+        } else {
+            None
+        };
+        let layers = part.layers();
+        let layers = layers.map(|index| Layer::load(tensors, &names.layer(index), index, &spec, compute));
+        let mut layers = layers.collect::<std::result::Result<Vec<_>, _>>()?;
+        let output = if part.is_last() {
+            let norm = RmsNorm::load(tensors, &format!("{}norm", names.model), spec.norms, compute)?;
+            let head = match &embedding {
+                Some(embedding) if tied => embedding.tied_head(compute)?,
+                _ => Linear::load(tensors, &[names.head], compute)?,
+            };
+            Some(Output { norm, head, tied: tied && part.is_first(), logit_cap: spec.logit_cap })
+        } else {
+            None
+        };
+        let embedding = embedding.filter(|_| part.is_first());
         let heads = spec.heads;
         let kv = KvShape {
-            layers: spec.layers.len(),
+            layers: layers.len(),
             heads: heads.keys,
             head_dim: heads.dim,
             dtype: compute.activations,
@@ -117,6 +139,8 @@ impl Decoder {
             context: spec.context,
             scale: spec.scale,
             plain: spec.plain_attention(),
+            hidden: spec.hidden,
+            part,
         };
         let rope = |waves| Rope::new(compute.path, waves, heads.dim, spec.scale);
         let ropes: Vec<_> = spec.ropes.iter().map(rope).collect();
@@ -124,8 +148,7 @@ impl Decoder {
             layer.look.numbers = Some(ropes[layer.rope].numbers_with(&layer.look, heads.queries)?);
         }
         let embedding_scale = spec.embedding_scale.map(|scale| compute.number(scale)).transpose()?;
-        let logit_cap = spec.logit_cap;
-        Ok(Self { compute, dims, embedding, embedding_scale, layers, norm, head, tied, logit_cap, ropes })
+        Ok(Self { compute, dims, embedding, embedding_scale, layers, output, ropes })
     }
 }
 
@@ -301,28 +324,37 @@ impl Family for Decoder {
 
     fn forward(&self, input: &StepInput<'_>, kv: &mut KvPool) -> Result<Option<Array>> {
         let ropes = self.ropes.iter().map(|rope| rope.at(input.positions)).collect::<Result<Vec<_>>>()?;
-        let mut x = self.embedding.forward(&input.tokens, self.compute.activations)?;
-        if let Some(scale) = &self.embedding_scale {
+        let mut x = input.entering.clone();
+        if let Some(embedding) = &self.embedding {
+            x = embedding.forward(&x, self.compute.activations)?;
+        }
+        if let Some(scale) = self.embedding_scale.as_ref().filter(|_| self.embedding.is_some()) {
             x = x.multiply(scale)?;
         }
         let attention: &Attention = input.attention;
+        // What follows another part needs all rows.
+        let wanted_of = if self.output.is_some() { input.wanted } else { Wanted::All };
         for (index, layer) in self.layers.iter().enumerate() {
             let qkv = layer.attention.qkv(&x, &layer.attention_norm, self.dims)?;
             let last = index + 1 == self.layers.len();
             // Nothing after the last layer's keys and values is needed in the middle of a prompt.
-            let wanted = !(last && input.wanted.is_empty());
+            let wanted = !(last && wanted_of.is_empty());
             let at = attention::Layer { index, rope: &ropes[layer.rope], look: &layer.look };
             let Some(attended) = attention.forward(at, qkv, kv, wanted)? else {
                 return Ok(None);
             };
             let (attended, residual) =
-                if last { (input.wanted.of(&attended)?, input.wanted.of(&x)?) } else { (attended, x) };
+                if last { (wanted_of.of(&attended)?, wanted_of.of(&x)?) } else { (attended, x) };
             x = layer.after(&attended, &residual, self.compute)?;
-            hand_over(index, &x, self.compute.path)?;
+            if self.embedding.is_some() {
+                // What enters elsewhere is still on its way: nobody shall wait for it before all is built.
+                hand_over(index, &x, self.compute.path)?;
+            }
         }
-        let normed = Between { norm: Some(&self.norm), ..Between::default() };
-        let logits = self.head.forward(&x, normed)?;
-        match self.logit_cap {
+        let Some(output) = &self.output else { return Ok(Some(x)) };
+        let normed = Between { norm: Some(&output.norm), ..Between::default() };
+        let logits = output.head.forward(&x, normed)?;
+        match output.logit_cap {
             Some(cap) => {
                 let cap = self.compute.number(cap)?;
                 tanh(logits.divide(&cap)?)?.multiply(&cap).map(Some)
@@ -332,8 +364,14 @@ impl Family for Decoder {
     }
 
     fn arrays(&self) -> Vec<&Array> {
-        let head = if self.tied { Vec::new() } else { self.head.arrays() };
-        let layers = self.layers.iter().flat_map(Layer::arrays);
-        layers.chain(head).chain(self.embedding.arrays()).chain([self.norm.array()]).collect()
+        let mut arrays: Vec<&Array> = self.layers.iter().flat_map(Layer::arrays).collect();
+        if let Some(output) = &self.output {
+            arrays.push(output.norm.array());
+            if !output.tied {
+                arrays.extend(output.head.arrays());
+            }
+        }
+        arrays.extend(self.embedding.iter().flat_map(Embedding::arrays));
+        arrays
     }
 }

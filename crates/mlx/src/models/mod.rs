@@ -32,13 +32,14 @@ use crate::{
     layers::{Compute, Path, Wanted},
 };
 use mlx_rs::{Array, error::Result, transforms::async_eval};
-use std::fmt;
+use std::{fmt, ops::Range};
 
 /// One step's tokens and what they attend to.
 #[derive(Debug)]
 pub(crate) struct StepInput<'a> {
-    /// `[tokens]`.
-    pub(crate) tokens: Array,
+    /// The tokens, `[tokens]` of i32; of a part that does not begin with the first layer what the part before made of
+    /// them, `[tokens, hidden]`.
+    pub(crate) entering: Array,
     /// Position of each token in its sequence; empty where our GPU kernels know it by themselves.
     pub(crate) positions: &'a [i32],
     pub(crate) attention: &'a Attention,
@@ -50,7 +51,8 @@ pub(crate) struct StepInput<'a> {
 pub(crate) trait Family: fmt::Debug {
     fn dims(&self) -> Dims;
 
-    /// Appends the step's tokens and returns the logits `[wanted, vocabulary]` that follow the wanted ones, if any.
+    /// Appends the step's tokens and returns the logits `[wanted, vocabulary]` that follow the wanted ones, if any; of a
+    /// part that does not end with the last layer what it made of all of them, `[tokens, hidden]`.
     fn forward(&self, input: &StepInput<'_>, kv: &mut KvPool) -> Result<Option<Array>>;
 
     /// All weights, to be evaluated at load.
@@ -69,6 +71,47 @@ pub(crate) struct Dims {
     pub(crate) scale: f32,
     /// Whether every layer's [`crate::attention::Look`] is plain.
     pub(crate) plain: bool,
+    /// Numbers that a token is between two layers.
+    pub(crate) hidden: i32,
+    /// The layers that are here.
+    pub(crate) part: Part,
+}
+
+/// Consecutive layers of a model: the first part begins with the embedding, the last one ends with the logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Part {
+    first: usize,
+    past: usize,
+    /// Layers of the model.
+    of: usize,
+}
+
+impl Part {
+    /// These layers, at least one.
+    pub(crate) fn of(spec: &Spec, layers: &Range<usize>) -> std::result::Result<Self, LoadError> {
+        let of = spec.layers.len();
+        if layers.is_empty() || layers.end > of {
+            let reason = format!("layers {layers:?} were asked for, of a model with {of}");
+            return Err(LoadError::Config { reason });
+        }
+        Ok(Self { first: layers.start, past: layers.end, of })
+    }
+
+    pub(crate) fn layers(self) -> Range<usize> {
+        self.first..self.past
+    }
+
+    pub(crate) fn is_first(self) -> bool {
+        self.first == 0
+    }
+
+    pub(crate) fn is_last(self) -> bool {
+        self.past == self.of
+    }
+
+    pub(crate) fn is_whole(self) -> bool {
+        self.is_first() && self.is_last()
+    }
 }
 
 /// Layers after which what was built is handed to the device, which computes while the rest is built. Building a layer
@@ -127,11 +170,12 @@ pub(crate) fn spec(config: &serde_json::Value) -> std::result::Result<Spec, Load
     }
 }
 
-/// Builds the decoder of a checkpoint.
+/// Builds the decoder of a checkpoint, or a part of it.
 pub(crate) fn load(
     checkpoint: &mut Checkpoint,
     spec: Spec,
     compute: Compute,
+    part: Part,
 ) -> std::result::Result<Box<dyn Family>, LoadError> {
-    Ok(Box::new(decoder::Decoder::load(&mut checkpoint.tensors, spec, compute)?))
+    Ok(Box::new(decoder::Decoder::load(&mut checkpoint.tensors, spec, compute, part)?))
 }

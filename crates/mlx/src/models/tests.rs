@@ -12,7 +12,7 @@ use engine::{BlockId, Input, SequenceId, Slice};
 use mlx_rs::{Array, Dtype, transforms::eval};
 use serde::Deserialize;
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range};
 use types::TokenId;
 
 #[derive(Deserialize)]
@@ -95,10 +95,9 @@ impl Case {
 /// Blocks of a test's KV.
 const BLOCKS: u32 = 32;
 
-/// A decoder and its KV, a step at a time.
+/// A decoder in one or more parts and their KV, a step at a time.
 pub(super) struct Model {
-    family: Box<dyn Family>,
-    kv: KvPool,
+    parts: Vec<(Box<dyn Family>, KvPool)>,
     path: Path,
 }
 
@@ -107,16 +106,30 @@ type Part<'a> = (&'a [u32], usize, &'a [TokenId]);
 
 impl Model {
     pub(super) fn new(config: &Value, tensors: &mut Tensors, path: Path, dequantize: bool) -> Self {
+        let whole = 0..spec(config).unwrap().layers.len();
+        Self { parts: vec![Self::part(config, tensors, path, dequantize, &whole)], path }
+    }
+
+    /// Those layers alone.
+    fn part(
+        config: &Value,
+        tensors: &mut Tensors,
+        path: Path,
+        dequantize: bool,
+        layers: &Range<usize>,
+    ) -> (Box<dyn Family>, KvPool) {
         let dense = if path == Path::Native { 4 } else { 0 };
         let products = Products { dense: dense.min(crate::native::product_rows()), four_bits: 0 };
         let compute =
             Compute { path, activations: Dtype::Float32, dequantize, products, dense_rows: i32::MAX };
-        let family = Decoder::load(tensors, spec(config).unwrap(), compute).unwrap();
+        let spec = spec(config).unwrap();
+        let part = super::Part::of(&spec, layers).unwrap();
+        let family = Decoder::load(tensors, spec, compute, part).unwrap();
         let mut kv = KvPool::new(family.dims().kv, BLOCKS as usize, path).unwrap();
         if path == Path::Pure {
             kv.grow(BLOCKS as usize).unwrap();
         }
-        Self { family: Box::new(family), kv, path }
+        (Box::new(family), kv)
     }
 
     /// One step; the logits of each token of each part.
@@ -140,15 +153,18 @@ impl Model {
         let order: Vec<usize> = ordered.slices.iter().map(|slice| slice.sequence.0 as usize).collect();
         let tokens: Vec<i32> =
             order.iter().flat_map(|&index| parts[index].2).map(|&token| token as i32).collect();
-        let attention = ordered.attention(self.path, self.family.dims().scale);
-        let input = StepInput {
-            tokens: Array::from_slice(&tokens, &[tokens.len() as i32]),
-            positions: &ordered.positions(self.path),
-            attention: &attention,
-            wanted: Wanted::All,
-        };
-        let logits = self.family.forward(&input, &mut self.kv).unwrap().unwrap();
-        eval(self.kv.arrays().chain([&logits])).unwrap();
+        let mut logits = Array::from_slice(&tokens, &[tokens.len() as i32]);
+        for (family, kv) in &mut self.parts {
+            let attention = ordered.attention(self.path, family.dims().scale);
+            let input = StepInput {
+                entering: logits,
+                positions: &ordered.positions(self.path),
+                attention: &attention,
+                wanted: Wanted::All,
+            };
+            logits = family.forward(&input, kv).unwrap().unwrap();
+            eval(kv.arrays().chain([&logits])).unwrap();
+        }
         let width = logits.dim(1) as usize;
         let mut rows = logits.as_slice::<f32>().chunks(width).map(<[f32]>::to_vec);
         let mut result = vec![Vec::new(); parts.len()];
@@ -264,6 +280,57 @@ fn quantized_families_compute_what_mlx_lm_computes() {
 #[test]
 fn dequantized_families_compute_what_mlx_lm_computes() {
     check_all(true, Path::Native, true);
+}
+
+/// Each part by itself, with weights that hold all layers and gives up only its own, computes together what the whole does.
+fn check_parts(path: Path) {
+    let goldens = goldens();
+    for case in goldens.cases.iter().filter(|case| case.packed.is_empty()) {
+        let layers = spec(&case.config).unwrap().layers.len();
+        let expected = case.model(path, false).read(&[1, 2, 3], &goldens.tokens, &[33, 1, 46]);
+        let every: Vec<_> = (0..layers).map(|layer| layer..layer + 1).collect();
+        for ranges in [every, vec![0..1, 1..layers]] {
+            let mut left: BTreeMap<String, usize> = BTreeMap::new();
+            let part = |range: &Range<usize>| {
+                let mut tensors = case.tensors();
+                let part = Model::part(&case.config, &mut tensors, path, false, range);
+                tensors.leftovers().for_each(|name| *left.entry(name.to_owned()).or_default() += 1);
+                part
+            };
+            let mut parts = Model { parts: ranges.iter().map(part).collect(), path };
+            // Each tensor was left by all parts but one, or, of what two of them need, but two.
+            let shared = |name: &str| name.contains("embed_tokens") || name.contains("rope_freqs");
+            for (name, count) in left {
+                assert!(count < ranges.len(), "{}: nobody took {name}", case.name);
+                assert!(count + 1 == ranges.len() || shared(&name), "{}: {name} left by {count}", case.name);
+            }
+            let got = parts.read(&[1, 2, 3], &goldens.tokens, &[33, 1, 46]);
+            for (at, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                assert_close(got, expected, 1e-6, &format!("{} in {ranges:?} at {at}", case.name));
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_compute_what_the_whole_computes() {
+    check_parts(Path::Pure);
+}
+
+#[cfg(native_cpu)]
+#[test]
+fn parts_compute_what_the_whole_computes_by_our_operations() {
+    check_parts(Path::Native);
+}
+
+#[test]
+fn a_part_that_is_not_there_is_told() {
+    let spec = spec(&goldens().cases[0].config).unwrap();
+    let layers = spec.layers.len();
+    for range in [0..0, 1..layers + 1] {
+        let error = super::Part::of(&spec, &range).unwrap_err().to_string();
+        assert!(error.contains(&format!("{range:?}")), "{error}");
+    }
 }
 
 /// Experts of gpt-oss as OpenAI publishes them: bytes of two codes, rows of gate and up in turn.
