@@ -6,7 +6,7 @@
 //! but does not bring the request on, a rival is started elsewhere: whoever has the next token first has the request.
 
 use crate::dispatch::{Ask, Dispatch, Place, Silence, Tried};
-use crate::health::START_DEADLINE_MIN;
+use crate::health::{START_DEADLINE_MIN, Stage};
 use crate::settings::{ENGINE_FAILURES_MAX, RESUMES_MAX, ROUTER_WAIT_MAX, TRIES_MAX};
 use futures_util::{StreamExt, future::BoxFuture, stream};
 use router::Outcome;
@@ -99,6 +99,14 @@ struct Won {
 impl Course {
     fn has_begun(&self) -> bool {
         self.output.len() > self.request.output.len()
+    }
+
+    fn stage(&self) -> Stage {
+        match (self.has_begun(), &self.request.rules.grammar) {
+            (true, _) => Stage::Writes,
+            (false, Some(_)) => Stage::Compiles,
+            (false, None) => Stage::Waits,
+        }
     }
 
     /// What another node is to be given: the request with the answer so far.
@@ -197,7 +205,8 @@ impl Course {
                 if let Ok(answer) = timeout(wait, &mut accepting).await {
                     return Ok((place, answer));
                 }
-                match self.dispatch.silence(&place, &self.request.model, false, since) {
+                // No grammar is waited for: a node accepts before it compiles.
+                match self.dispatch.silence(&place, &self.request.model, Stage::Waits, since) {
                     Silence::Normal(more) => wait = more,
                     Silence::Stalled => match self.elsewhere(&place) {
                         Some(elsewhere) => break elsewhere,
@@ -433,9 +442,9 @@ impl Running {
     fn look(&mut self) {
         let Some(current) = &self.current else { return };
         let since = self.watch.since.into_std();
-        let started = self.course.has_begun();
+        let stage = self.course.stage();
         let dispatch = &self.course.dispatch;
-        let wait = match dispatch.silence(&current.place, &self.course.request.model, started, since) {
+        let wait = match dispatch.silence(&current.place, &self.course.request.model, stage, since) {
             Silence::Normal(wait) => wait,
             Silence::Stalled => {
                 self.rival = self.course.rival(&current.place);

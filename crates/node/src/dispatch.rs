@@ -14,7 +14,7 @@ pub(crate) use ask::{Ask, Tried};
 pub(crate) use state::State;
 
 use crate::connected::Connected;
-use crate::health::{Pulse, RetryBudget, start_deadline, step_deadline};
+use crate::health::{Pulse, RetryBudget, Stage, start_deadline, step_deadline};
 use crate::settings::RETRY_AFTER_MIN;
 use crate::target::Target;
 use ask::busy;
@@ -54,10 +54,13 @@ impl Place {
     }
 
     pub(crate) fn first_token(&self) {
-        let (mut state, now) = (self.dispatch.lock(), now());
-        state.router.first_token(self.booking, now);
-        state.hanging.remove(&self.info.node);
-        state.outcome(self.info.node, Outcome::Answered, now);
+        let now = now();
+        // Its prompt is read: that is room for another one.
+        self.dispatch.free(|state| {
+            state.router.first_token(self.booking, now);
+            state.hanging.remove(&self.info.node);
+            state.outcome(self.info.node, Outcome::Answered, now);
+        });
     }
 
     /// The node said that it is full: it is left alone until it reports again.
@@ -250,18 +253,22 @@ impl Dispatch {
     }
 
     /// Whether a request is to be tried elsewhere that has brought nothing since `since`. One that waits for its first token
-    /// is brought on by whatever its node does, and is given less time where that does nothing at all.
-    pub(crate) fn silence(&self, place: &Place, model: &str, started: bool, since: Instant) -> Silence {
+    /// is brought on by whatever its node does, and is given less time where that does nothing at all, unless there is a
+    /// grammar to be compiled, which takes as long on another node.
+    pub(crate) fn silence(&self, place: &Place, model: &str, stage: Stage, since: Instant) -> Silence {
         let mut state = self.lock();
         let (node, now) = (place.info.node, now());
         let pass_s = state.router.node(node).and_then(|known| Some(known.load()?.step_s));
         let working = place.pulse.last().max(since);
-        let (deadline, last) = if started {
-            (step_deadline(pass_s), since)
-        } else {
-            (start_deadline(pass_s, place.expected), working)
+        let (deadline, last) = match stage {
+            Stage::Waits => (start_deadline(pass_s, place.expected), working),
+            Stage::Compiles => (step_deadline(pass_s), working),
+            Stage::Writes => (step_deadline(pass_s), since),
         };
-        let hanging = start_deadline(pass_s, Duration::ZERO);
+        let hanging = match stage {
+            Stage::Waits | Stage::Writes => start_deadline(pass_s, Duration::ZERO),
+            Stage::Compiles => deadline,
+        };
         let (silent, idle) = (now.saturating_duration_since(last), now.saturating_duration_since(working));
         // Where everybody has stopped, it is this process, or the network, that hangs.
         if idle >= hanging && state.others_work(node, model, hanging, now) {

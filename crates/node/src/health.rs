@@ -29,6 +29,17 @@ const RETRIES_PER_S: f64 = 5.0;
 /// Hedges are tries that may turn out needless: they are not made once less than this part of the tries is left.
 const HEDGE_SHARE: f64 = 0.5;
 
+/// How far a request has come at its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Its first token is due.
+    Waits,
+    /// The same, and its grammar may have to be compiled before: no pass of a node that does nothing else shows that.
+    Compiles,
+    /// Tokens came.
+    Writes,
+}
+
 /// How long a request, or a whole node, may bring nothing before it counts as stalled.
 pub(crate) fn step_deadline(pass_s: Option<f32>) -> Duration {
     passes(pass_s).clamp(STEP_DEADLINE_MIN, STEP_DEADLINE_MAX)

@@ -4,7 +4,7 @@
 //! same prefix finds it there, or waits for it there. So it counts as cached while the request is open, and for a while
 //! after, until the node's own word must have come.
 
-use crate::index::{Matches, Slot, SlotSet, key};
+use crate::index::{Matches, Slot, key};
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -98,21 +98,21 @@ impl Speculation {
 
     /// Raises what slots hold of a chain by what they were sent.
     pub(crate) fn matches(&self, hashes: &[BlockHash], matches: &mut Matches) {
-        // Whole prompts are noted, so whoever is to have a block is to have those before it.
+        // Whole prompts are noted, so whoever is to have a block is to have those before it: holders are nested sets, and
+        // where as many have one block as another, nobody drops out between them.
         let noted = hashes.partition_point(|&hash| self.blocks.contains_key(&key(hash)));
-        let mut left = hashes.first().map_or(0, |&hash| self.blocks.get(&key(hash)).map_or(0, Vec::len));
-        let mut found = SlotSet::EMPTY;
-        for (index, &hash) in hashes[..noted].iter().enumerate().rev() {
-            for &(slot, _) in self.blocks.get(&key(hash)).into_iter().flatten() {
-                if found.insert(slot) {
-                    matches.raise(slot, index + 1);
-                    left -= 1;
-                }
-            }
-            if left == 0 {
-                return;
-            }
+        let mut blocks = 0;
+        while blocks < noted {
+            let holders = self.holders(hashes[blocks]);
+            blocks +=
+                hashes[blocks..noted].partition_point(|&hash| self.holders(hash).len() == holders.len());
+            // Those that have more are raised again.
+            holders.iter().for_each(|&(slot, _)| matches.raise(slot, blocks));
         }
+    }
+
+    fn holders(&self, hash: BlockHash) -> &[(Slot, u32)] {
+        self.blocks.get(&key(hash)).map_or(&[], Vec::as_slice)
     }
 
     /// Leading blocks of a chain that several requests have or had a moment ago.
@@ -133,5 +133,58 @@ impl Speculation {
         let Some((_, guess)) = oldest.and_then(VecDeque::pop_front) else { return false };
         self.dropped(guess);
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::CacheIndex;
+    use proptest::{collection::vec, prelude::*};
+
+    const NODES: usize = 5;
+    const BLOCKS: usize = 12;
+
+    /// A prompt whose first blocks are those of all, the next those of its kind, and the last its own.
+    fn prompt(kind: u8, blocks: usize, number: usize) -> Vec<BlockHash> {
+        let block = |at: usize| match at {
+            0..4 => at,
+            4..8 => 100 * (usize::from(kind) + 1) + at,
+            _ => 10_000 * (number + 1) + 1000 * usize::from(kind) + at,
+        };
+        (0..blocks).map(|at| BlockHash(block(at) as u128)).collect()
+    }
+
+    proptest! {
+        /// Whatever was sent and given up: each node is taken to have of a chain what the best of its requests has.
+        #[test]
+        fn matches_are_those_of_the_requests(
+            sent in vec((0..NODES, 0..3u8, 0..=BLOCKS, any::<bool>()), 0..40),
+            asked in (0..3u8, 0..=BLOCKS, 0..40usize),
+        ) {
+            let mut index = CacheIndex::default();
+            let slots: Vec<Slot> = (0..NODES).map(|_| index.open().expect("few")).collect();
+            let (mut known, mut held) = (Speculation::default(), Vec::new());
+            for (number, (node, kind, blocks, stays)) in sent.into_iter().enumerate() {
+                let prompt = prompt(kind, blocks, number);
+                let guess = known.sent(slots[node], &prompt);
+                if stays {
+                    held.push((node, prompt));
+                } else {
+                    known.dropped(guess);
+                }
+            }
+            let asked = prompt(asked.0, asked.1, asked.2);
+            let mut matches = Matches::none();
+            known.matches(&asked, &mut matches);
+            for (node, &slot) in slots.iter().enumerate() {
+                let common = |prompt: &Vec<BlockHash>| {
+                    prompt.iter().zip(&asked).take_while(|(one, other)| one == other).count()
+                };
+                let of_node = held.iter().filter(|(at, _)| *at == node);
+                let best = of_node.map(|(_, prompt)| common(prompt)).max().unwrap_or(0);
+                prop_assert_eq!(matches.blocks(slot), best);
+            }
+        }
     }
 }

@@ -130,9 +130,14 @@ impl Cache {
     }
 
     /// Seconds since the next one to be evicted was used; 0 where there is none.
-    pub(crate) fn tail_age_s(&self, now_s: f64) -> f64 {
-        let tail = self.queue.iter().find(|(tick, hash)| self.is_unused(*tick, *hash));
-        tail.map_or(0.0, |(_, hash)| now_s - self.entries[hash].used_at_s)
+    pub(crate) fn tail_age_s(&mut self, now_s: f64) -> f64 {
+        while let Some(&(tick, hash)) = self.queue.front() {
+            if self.is_unused(tick, hash) {
+                return now_s - self.entries[&hash].used_at_s;
+            }
+            self.queue.pop_front();
+        }
+        0.0
     }
 
     /// Mean seconds until unused blocks were used again; 0 where none was.

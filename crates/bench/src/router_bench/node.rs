@@ -240,7 +240,8 @@ impl SimNode {
         self.run.is_none()
     }
 
-    pub(crate) fn load(&self, now_s: f64, all: &[Request]) -> NodeLoad {
+    pub(crate) fn load(&mut self, now_s: f64, all: &[Request]) -> NodeLoad {
+        let cache_tail_age_s = self.cache.tail_age_s(now_s) as f32;
         let left = |sequence: &Sequence, from: usize| {
             let tokens = all[sequence.request].prompt_tokens as usize - from;
             (tokens, self.spec.read_s(from, tokens))
@@ -269,7 +270,7 @@ impl SimNode {
             prefill_backlog_s: seconds as f32,
             prefill_budget_tokens: 0,
             decode_step_s: TABLE_ROWS.map(|rows| (STEP_S + self.spec.step_s(rows as usize)) as f32),
-            cache_tail_age_s: self.cache.tail_age_s(now_s) as f32,
+            cache_tail_age_s,
             cache_reuse_s: self.cache.reuse_s() as f32,
             passes: self.version,
             step_s: self.run.map_or(0.0, |run| run.step_s as f32),

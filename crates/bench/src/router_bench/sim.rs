@@ -21,6 +21,8 @@ const WAY_S: f64 = 0.001;
 const CONTEXT_TOKENS: u32 = 1 << 24;
 /// Requests that find no node at one time, after which those behind them are not looked at: as `node::dispatch` does.
 const PASSED_MAX: usize = 32;
+/// Reports of many nodes do not serve the queue more often than this; a place that becomes free does: as there.
+const SERVE_INTERVAL_S: f64 = 0.005;
 
 /// How it went for one request.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -93,6 +95,8 @@ struct Sim<'a> {
     /// When each node reported last, and whether a report is due.
     reports: Vec<(f64, bool)>,
     queue: Queue<usize>,
+    /// When that was served last.
+    served_s: f64,
     bookings: Vec<Option<BookingId>>,
     outcomes: Vec<Option<Outcome>>,
     first_token: Vec<f64>,
@@ -135,6 +139,7 @@ pub(crate) fn simulate(
         nodes: nodes.iter().map(|&spec| SimNode::new(spec, node_blocks)).collect(),
         reports: vec![(f64::NEG_INFINITY, false); nodes.len()],
         queue: Queue::new(limits::ROUTER_WAITING_MAX),
+        served_s: f64::NEG_INFINITY,
         bookings: vec![None; all.len()],
         outcomes: vec![None; all.len()],
         first_token: vec![0.0; all.len()],
@@ -244,7 +249,9 @@ impl Sim<'_> {
                 self.router.load(node_id(node), *load, now);
                 let known = self.router.cache_events(node_id(node), 0, first_seq, &events, now);
                 known.expect("no event is lost");
-                self.serve();
+                if self.now_s - self.served_s >= SERVE_INTERVAL_S {
+                    self.serve();
+                }
             }
         }
     }
@@ -290,6 +297,7 @@ impl Sim<'_> {
     /// Sends what can be sent, in the queue's order.
     fn serve(&mut self) {
         let now = self.now();
+        self.served_s = self.now_s;
         if self.queue.is_empty() || !self.router.has_room(MODEL, now) {
             return;
         }

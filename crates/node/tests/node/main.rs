@@ -1,5 +1,6 @@
 //! Whole nodes in one process: real engine children, real sockets on loopback, made-up models.
 
+mod compiling;
 mod failover;
 mod knowledge;
 mod queue;
@@ -304,8 +305,12 @@ async fn a_cancelled_request_leaves_the_engine_within_two_steps() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_are_spread_over_two_nodes() {
     let mut cluster = Cluster::new();
-    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
-    cluster.add(&ENGINE, &[Role::Node, Role::Router]).await;
+    for _ in 0..2 {
+        let mut settings = cluster.settings(&ENGINE, &[Role::Node, Role::Router]);
+        // How fast they write is measured, on a machine that may do other things meanwhile; it counts for nothing here.
+        settings.dispatch.router.cost.decode = 0.0;
+        cluster.nodes.push(start(settings).await.expect("the node starts"));
+    }
     cluster.ready(2).await;
     let mut served = BTreeMap::<String, u32>::new();
     let mut running = Vec::new();
@@ -318,7 +323,8 @@ async fn requests_are_spread_over_two_nodes() {
     for (request, events) in running {
         check_text(&request, &events.await.expect("no panic"));
     }
-    assert_eq!(served, BTreeMap::from([("node-0".to_owned(), 4), ("node-1".to_owned(), 4)]));
+    // Half of them each; one more or less where one was slower to read.
+    assert!(served.len() == 2 && served.values().all(|count| (3..=5).contains(count)), "{served:?}");
     let hash = cluster.nodes[0].models()[0].assets;
     assert!(cluster.nodes[0].assets(hash).await.is_ok());
     cluster.shutdown().await;
