@@ -177,6 +177,7 @@ impl ApiError {
             GenerateRequestError::MinTokens { .. } => "min_tokens",
             GenerateRequestError::PromptLogprobs { .. } => "prompt_logprobs",
             GenerateRequestError::CacheSaltTooLong { .. } => "cache_salt",
+            GenerateRequestError::PredictionTooLong { .. } => "prediction",
         };
         Self::parameter(param, error.to_string())
     }

@@ -17,7 +17,7 @@ use std::{
 };
 use types::{
     CacheScope, GenerateDraft, GenerateRequest, Grammar, OutputRules, RequestId, SamplingDraft, Service,
-    TokenEvent, TokenId, TokenReport,
+    Speculation, TokenEvent, TokenId, TokenReport,
 };
 
 /// Tokens of the made-up vocabulary.
@@ -195,6 +195,7 @@ fn rows(model: PathBuf) -> Result<(), Box<dyn Error>> {
                     output: Vec::new(),
                     rules: OutputRules { grammar: grammar.clone(), min_tokens: 0 },
                     report: TokenReport::default(),
+                    speculation: Speculation::default(),
                 };
                 let request = GenerateRequest::try_from(draft)?;
                 match grammar {

@@ -9,7 +9,7 @@ use std::{
 };
 use types::{
     BLOCK_TOKENS, CacheScope, GenerateDraft, GenerateError, GenerateRequest, OutputRules, RequestId,
-    SamplingParams, Service, TokenEvent, TokenId, TokenReport,
+    SamplingParams, Service, Speculation, TokenEvent, TokenId, TokenReport,
 };
 
 /// Steps before a measurement, for shapes and estimates to settle.
@@ -166,6 +166,7 @@ impl Drive {
             output: Vec::new(),
             rules: OutputRules::default(),
             report: TokenReport::default(),
+            speculation: Speculation::default(),
         };
         let request = GenerateRequest::try_from(draft)
             .map_err(|error| GenerateError::Invalid { message: error.to_string(), param: None })?;

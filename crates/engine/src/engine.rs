@@ -20,8 +20,9 @@ use std::{
     time::{Duration, Instant},
 };
 use types::{
-    BLOCK_TOKENS, CacheEvent, ClientId, Finish, FinishReason, GenerateError, GenerateRequest, NodeLoad,
-    NodeRates, Priority, RequestId, SessionId, SessionInfo, TokenEvent, Usage, limits,
+    BLOCK_TOKENS, CacheEvent, ClientId, DraftCount, DraftOrigin, Finish, FinishReason, GenerateError,
+    GenerateRequest, NodeLoad, NodeRates, Priority, RequestId, SessionId, SessionInfo, TokenEvent, Usage,
+    limits,
 };
 
 /// A prompt's first token is due after the TTFT target plus this many times the seconds that reading it alone takes: long
@@ -94,6 +95,8 @@ pub struct Engine {
     admissions: u64,
     /// Passes that were collected.
     passes: u64,
+    /// Tokens guessed ahead, by [`DraftOrigin::ALL`].
+    drafts: [DraftCount; DraftOrigin::ALL.len()],
     state: State,
 }
 
@@ -137,6 +140,7 @@ impl Engine {
             next_id: 0,
             admissions: 0,
             passes: 0,
+            drafts: Default::default(),
             state: State::Serving,
             model,
             settings,
@@ -200,8 +204,8 @@ impl Engine {
             // All that was lost with the node that it comes from is the word that this is the end.
             let usage = Usage {
                 prompt_tokens: request.prompt.len() as u32,
-                cached_tokens: 0,
                 completion_tokens: request.output.len() as u32,
+                ..Usage::default()
             };
             let finish = Finish { reason: FinishReason::Stop, usage };
             self.ended.push((request.id, TokenEvent::Finished(finish)));
@@ -342,6 +346,7 @@ impl Engine {
             ttft_target: self.settings.ttft_target,
             passes: self.passes,
             step_s: self.flights.iter().map(|flight| flight.expected_s).sum(),
+            drafts: self.drafts,
         };
         view.load()
     }

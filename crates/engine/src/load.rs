@@ -2,7 +2,7 @@
 
 use crate::{cost::CostModel, memory::Memory, sequence::Sequence};
 use std::time::{Duration, Instant};
-use types::{BLOCK_TOKENS, NodeLoad};
+use types::{BLOCK_TOKENS, DraftCount, DraftOrigin, NodeLoad};
 
 /// Rows of [`NodeLoad::decode_step_s`].
 const TABLE_ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
@@ -22,6 +22,8 @@ pub(crate) struct LoadView<'a> {
     pub(crate) passes: u64,
     /// Expected of the passes in flight.
     pub(crate) step_s: f64,
+    /// Tokens guessed ahead so far.
+    pub(crate) drafts: [DraftCount; DraftOrigin::ALL.len()],
 }
 
 /// An age to within a fifth: what grows every moment would else be news every moment.
@@ -56,6 +58,7 @@ impl LoadView<'_> {
             cache_reuse_s: told_s(reuse_s),
             passes: self.passes,
             step_s: self.step_s as f32,
+            drafts: self.drafts,
             decode_step_s: TABLE_ROWS.map(|rows| (self.decode_s)(rows) as f32),
             rates: self.cost.rates(),
         }

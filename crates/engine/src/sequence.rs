@@ -415,6 +415,7 @@ impl Sequence {
             prompt_tokens: self.prompt_tokens as u32,
             cached_tokens: self.cached.unwrap_or(0),
             completion_tokens: self.known_output(),
+            ..Usage::default()
         };
         Finish { reason, usage }
     }

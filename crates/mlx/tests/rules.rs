@@ -13,7 +13,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Instant};
 use tokenizers::Tokenizer;
 use types::{
     CacheScope, Finish, FinishReason, GenerateDraft, Grammar, OutputRules, RequestId, SamplingDraft,
-    SamplingParams, Service, TokenEvent, TokenId, TokenLogprobs, TokenReport,
+    SamplingParams, Service, Speculation, TokenEvent, TokenId, TokenLogprobs, TokenReport,
 };
 
 /// How far our log-probabilities may be from mlx-lm's; on the CPU device, since a GPU computes in half precision.
@@ -96,6 +96,7 @@ impl Bench {
             output: Vec::new(),
             rules: OutputRules::default(),
             report: TokenReport::default(),
+            speculation: Speculation::default(),
         }
     }
 

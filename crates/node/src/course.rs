@@ -261,6 +261,7 @@ impl Course {
             prompt_tokens: self.request.prompt.len() as u32,
             cached_tokens: self.cached_tokens.unwrap_or(0),
             completion_tokens: self.output.len() as u32,
+            ..Usage::default()
         }
     }
 }

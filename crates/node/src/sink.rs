@@ -154,7 +154,8 @@ impl TokenSink {
     /// Ends the request, unless it has ended, with an error that may name the tokens sent so far.
     pub(crate) fn fail(&self, error: impl FnOnce(u32) -> GenerateError) {
         let tokens = self.shared.lock().next;
-        let usage = Usage { prompt_tokens: self.prompt_tokens, cached_tokens: 0, completion_tokens: tokens };
+        let usage =
+            Usage { prompt_tokens: self.prompt_tokens, completion_tokens: tokens, ..Usage::default() };
         let finish = Finish { reason: FinishReason::Failed(error(tokens)), usage };
         // An ended one has its last event already.
         let _ = self.push(TokenEvent::Finished(finish));

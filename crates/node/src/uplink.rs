@@ -361,7 +361,7 @@ mod tests {
     use transport::{ClusterKey, Peer};
     use types::{
         CacheScope, Finish, FinishReason, GenerateDraft, ModelAssets, ModelCard, OutputRules, RequestId,
-        SamplingParams, Service, TokenReport, Usage,
+        SamplingParams, Service, Speculation, TokenReport, Usage,
     };
     use wire::EngineCommand;
 
@@ -436,6 +436,7 @@ mod tests {
             output: Vec::new(),
             rules: OutputRules::default(),
             report: TokenReport::default(),
+            speculation: Speculation::default(),
         };
         let answer = peer.generate(draft.try_into().expect("valid")).await.expect("accepted");
         assert!(matches!(commands.recv().await, Some(EngineCommand::Submit(_))));

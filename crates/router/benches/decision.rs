@@ -45,6 +45,7 @@ fn load(index: u32) -> NodeLoad {
         cache_reuse_s: 60.0,
         passes: 0,
         step_s: 0.0,
+        drafts: Default::default(),
         rates: NodeRates { prefill_tokens_per_s: rate, decode_step_s: 0.01, decode_row_s: 0.001 },
     }
 }

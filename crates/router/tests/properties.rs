@@ -63,6 +63,7 @@ fn load(running: u8, tokens: u16) -> NodeLoad {
         cache_reuse_s: 0.0,
         passes: 0,
         step_s: 0.0,
+        drafts: Default::default(),
         rates: NodeRates { prefill_tokens_per_s: 100.0, decode_step_s: 0.1, decode_row_s: 0.01 },
     }
 }

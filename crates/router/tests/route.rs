@@ -40,6 +40,7 @@ fn load(prefill_rate: f32, running: u32, prefill_backlog_tokens: u64) -> NodeLoa
         cache_reuse_s: 0.0,
         passes: 0,
         step_s: 0.0,
+        drafts: Default::default(),
         rates: NodeRates {
             prefill_tokens_per_s: prefill_rate,
             decode_step_s: 40.0 / prefill_rate,

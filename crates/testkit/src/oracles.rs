@@ -219,7 +219,7 @@ mod tests {
             logprobs: Vec::new(),
         };
         let end = |completion_tokens| {
-            let usage = Usage { prompt_tokens: 1, cached_tokens: 0, completion_tokens };
+            let usage = Usage { prompt_tokens: 1, completion_tokens, ..Usage::default() };
             TokenEvent::Finished(Finish { reason: FinishReason::Stop, usage })
         };
         let check = |events: &[TokenEvent], expected: &str| {

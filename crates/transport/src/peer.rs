@@ -297,7 +297,7 @@ impl Tokens {
         let (prompt_tokens, completion_tokens) = (self.prompt_tokens, self.next_index);
         let finish = Finish {
             reason: FinishReason::Failed(GenerateError::NodeLost { tokens: completion_tokens, reason }),
-            usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens },
+            usage: Usage { prompt_tokens, completion_tokens, ..Usage::default() },
         };
         Some((TokenEvent::Finished(finish), self))
     }

@@ -15,7 +15,13 @@ use types::{
 };
 use wire::{Control, Reply};
 
-const USAGE: Usage = Usage { prompt_tokens: 3, cached_tokens: 0, completion_tokens: 4 };
+const USAGE: Usage = Usage {
+    prompt_tokens: 3,
+    cached_tokens: 0,
+    completion_tokens: 4,
+    accepted_drafts: 0,
+    rejected_drafts: 0,
+};
 
 fn done() -> Finish {
     Finish { reason: FinishReason::Stop, usage: USAGE }
@@ -447,6 +453,7 @@ async fn reports_arrive_in_order_and_the_link_tells_why_it_ended() {
             cache_reuse_s: 0.0,
             passes: 0,
             step_s: 0.0,
+            drafts: Default::default(),
             rates,
         })
     };

@@ -84,6 +84,10 @@ pub struct Usage {
     pub cached_tokens: u32,
     /// Tokens generated, an end-of-text token included.
     pub completion_tokens: u32,
+    /// Tokens that were guessed ahead and came true; all of them are among the generated ones.
+    pub accepted_drafts: u32,
+    /// Tokens that were guessed ahead and did not come true.
+    pub rejected_drafts: u32,
 }
 
 /// Where a request went and why.

@@ -29,10 +29,12 @@ pub use generate::{
 pub use id::{NodeId, ParseIdError, RequestId};
 pub use model::{AssetsHash, ModelAssets, ModelCard};
 pub use node::{
-    ClusterView, EngineState, MoveCounts, MoveKind, NodeLoad, NodePrediction, NodeRates, NodeView,
-    RequestMove, Role,
+    ClusterView, DraftCount, DraftOrigin, EngineState, MoveCounts, MoveKind, NodeLoad, NodePrediction,
+    NodeRates, NodeView, RequestMove, Role,
 };
-pub use request::{GenerateDraft, GenerateRequest, GenerateRequestError, Grammar, OutputRules, TokenReport};
+pub use request::{
+    GenerateDraft, GenerateRequest, GenerateRequestError, Grammar, OutputRules, Speculation, TokenReport,
+};
 pub use sampling::{SamplingDraft, SamplingError, SamplingParams};
 pub use sessions::{NodeSession, SessionAnswers, SessionRequest, Sessions};
 

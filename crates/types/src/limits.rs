@@ -6,6 +6,8 @@ use std::time::Duration;
 pub const HTTP_BODY_BYTES_MAX: usize = 16 << 20;
 /// Tokens of a prompt, whatever the model's context: bounds one frame on the wire (4 bytes each).
 pub const PROMPT_TOKENS_MAX: usize = 1 << 20;
+/// Tokens of what an answer is expected to be like: a long file; it is kept beside the prompt.
+pub const PREDICTION_TOKENS_MAX: usize = 1 << 17;
 /// Tokens one request may generate.
 pub const NEW_TOKENS_MAX: u32 = 1 << 20;
 /// Entries of a request's `logit_bias`: OpenAI's bound.

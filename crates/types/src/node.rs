@@ -38,6 +38,44 @@ pub struct NodeRates {
     pub decode_row_s: f32,
 }
 
+/// Where tokens that are guessed ahead come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DraftOrigin {
+    /// The request's own prompt and output.
+    Context,
+    /// What its client expects the answer to be like.
+    Prediction,
+    /// Answers to earlier requests.
+    Answers,
+    /// A smaller model, or another source that the engine was given.
+    Model,
+}
+
+impl DraftOrigin {
+    /// All of them, in the order of [`NodeLoad::drafts`].
+    pub const ALL: [Self; 4] = [Self::Context, Self::Prediction, Self::Answers, Self::Model];
+
+    /// Its name in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Context => "context",
+            Self::Prediction => "prediction",
+            Self::Answers => "answers",
+            Self::Model => "model",
+        }
+    }
+}
+
+/// Tokens that were guessed ahead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DraftCount {
+    /// Those that came true.
+    pub accepted: u64,
+    /// Those that did not.
+    pub rejected: u64,
+}
+
 /// How much an engine has to do.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct NodeLoad {
@@ -70,6 +108,8 @@ pub struct NodeLoad {
     pub passes: u64,
     /// Seconds that the pass in flight is expected to take; 0 where there is none.
     pub step_s: f32,
+    /// Tokens guessed ahead since the engine started, by [`DraftOrigin::ALL`].
+    pub drafts: [DraftCount; DraftOrigin::ALL.len()],
     /// Speed.
     pub rates: NodeRates,
 }

@@ -31,6 +31,8 @@ pub struct GenerateDraft {
     pub rules: OutputRules,
     /// What is told of tokens beside the tokens themselves.
     pub report: TokenReport,
+    /// How its tokens may be guessed ahead; never changes which they are.
+    pub speculation: Speculation,
 }
 
 /// What an answer must be like.
@@ -71,6 +73,23 @@ pub struct TokenReport {
     pub logprobs: Option<u32>,
     /// Of the tokens of the prompt, which is read without a cache then.
     pub prompt_logprobs: Option<u32>,
+}
+
+/// How the tokens of an answer may be guessed ahead: guesses that come true save time, and no guess changes the answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Speculation {
+    /// Whether they are guessed at all.
+    pub enabled: bool,
+    /// What the answer is expected to be like, at most [`limits::PREDICTION_TOKENS_MAX`] tokens; empty where nothing is
+    /// known.
+    pub prediction: Vec<TokenId>,
+}
+
+impl Default for Speculation {
+    /// Guessed wherever it pays.
+    fn default() -> Self {
+        Self { enabled: true, prediction: Vec::new() }
+    }
 }
 
 /// A request that is valid by itself; whether it fits a model's context is the engine's to say.
@@ -149,6 +168,12 @@ pub enum GenerateRequestError {
         /// Tokens given.
         tokens: usize,
     },
+    /// A prediction longer than any frame may be.
+    #[error("the prediction has {tokens} tokens; at most {} are allowed", limits::PREDICTION_TOKENS_MAX)]
+    PredictionTooLong {
+        /// Tokens given.
+        tokens: usize,
+    },
     /// Too many stop tokens.
     #[error("{count} stop tokens; at most {} are allowed", limits::STOP_TOKENS_MAX)]
     StopTokens {
@@ -181,6 +206,11 @@ impl TryFrom<GenerateDraft> for GenerateRequest {
             && grammar.text().len() > limits::GRAMMAR_BYTES_MAX
         {
             return Err(GenerateRequestError::GrammarTooLong { bytes: grammar.text().len() });
+        }
+        if draft.speculation.prediction.len() > limits::PREDICTION_TOKENS_MAX {
+            return Err(GenerateRequestError::PredictionTooLong {
+                tokens: draft.speculation.prediction.len(),
+            });
         }
         if draft.rules.min_tokens > draft.max_tokens {
             let (value, max_tokens) = (draft.rules.min_tokens, draft.max_tokens);
@@ -246,6 +276,7 @@ mod tests {
                 output: Vec::new(),
                 rules: OutputRules::default(),
                 report: TokenReport::default(),
+                speculation: Speculation::default(),
             };
             assert!(GenerateRequest::try_from(draft.clone()).is_ok());
             change(&mut draft);
@@ -264,6 +295,8 @@ mod tests {
         check(|d| d.cache.salt = Some("x".repeat(257)), expected);
         let expected = "the grammar has 262145 bytes; at most 262144 are allowed";
         check(|d| d.rules.grammar = Some(Grammar::Regex("x".repeat(262_145))), expected);
+        let expected = "the prediction has 131073 tokens; at most 131072 are allowed";
+        check(|d| d.speculation.prediction = vec![1; 131_073], expected);
         let expected = "min_tokens is 2; it must be at most max_tokens, which is 1";
         check(|d| d.rules.min_tokens = 2, expected);
         check(|d| d.report.logprobs = Some(21), "logprobs is 21; it must be at most 20");

@@ -4,10 +4,10 @@
 use bytes::BytesMut;
 use serde::Serialize;
 use types::{
-    AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, EngineState, Finish, FinishReason,
-    GenerateDraft, GenerateError, GenerateRequest, Grammar, ModelAssets, ModelCard, NodeId, NodeLoad,
-    NodeRates, OutputRules, Priority, RequestId, Role, SamplingDraft, Service, SessionId, SessionInfo,
-    SessionRequest, TokenEvent, TokenLogprobs, TokenReport, Usage,
+    AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, DraftCount, EngineState, Finish,
+    FinishReason, GenerateDraft, GenerateError, GenerateRequest, Grammar, ModelAssets, ModelCard, NodeId,
+    NodeLoad, NodeRates, OutputRules, Priority, RequestId, Role, SamplingDraft, Service, SessionId,
+    SessionInfo, SessionRequest, Speculation, TokenEvent, TokenLogprobs, TokenReport, Usage,
 };
 use wire::{Control, EngineCommand, EngineReport, FrameClass, Hello, Reply, Request, encode};
 
@@ -89,12 +89,13 @@ fn request(full: bool) -> GenerateRequest {
         output: vec![5, 70_001],
         rules: OutputRules { grammar: Some(Grammar::JsonSchema("{}".to_owned())), min_tokens: 3 },
         report: TokenReport { logprobs: Some(20), prompt_logprobs: Some(0) },
+        speculation: Speculation { enabled: false, prediction: vec![8, 70_002] },
     };
     let draft = if full {
         draft
     } else {
-        let (service, cache, rules, report) = Default::default();
-        GenerateDraft { service, cache, output: Vec::new(), rules, report, ..draft }
+        let (service, cache, rules, report, speculation) = Default::default();
+        GenerateDraft { service, cache, output: Vec::new(), rules, report, speculation, ..draft }
     };
     draft.try_into().expect("valid")
 }
@@ -104,7 +105,14 @@ fn logprobs() -> TokenLogprobs {
 }
 
 fn finish(reason: FinishReason) -> Finish {
-    Finish { reason, usage: Usage { prompt_tokens: 3, cached_tokens: 2, completion_tokens: 1 } }
+    let usage = Usage {
+        prompt_tokens: 3,
+        cached_tokens: 2,
+        completion_tokens: 1,
+        accepted_drafts: 4,
+        rejected_drafts: 5,
+    };
+    Finish { reason, usage }
 }
 
 fn assets() -> ModelAssets {
@@ -133,6 +141,7 @@ fn load() -> NodeLoad {
         cache_reuse_s: 8.0,
         passes: 300,
         step_s: 0.25,
+        drafts: std::array::from_fn(|at| DraftCount { accepted: at as u64, rejected: 7 }),
         rates,
     }
 }

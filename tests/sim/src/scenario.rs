@@ -6,7 +6,7 @@ use std::time::Duration;
 use testkit::{FakeSettings, StepCost};
 use types::{
     CacheScope, GenerateDraft, GenerateRequest, OutputRules, Priority, RequestId, SamplingDraft, Service,
-    TokenId, TokenReport,
+    Speculation, TokenId, TokenReport,
 };
 
 /// Everything runs before anything is done to it.
@@ -58,6 +58,7 @@ impl Job {
             output: Vec::new(),
             rules: OutputRules::default(),
             report: TokenReport::default(),
+            speculation: Speculation::default(),
         };
         draft.try_into().expect("a valid request")
     }

@@ -29,7 +29,7 @@ pub(crate) async fn plan(
         Some(_) => chat::job(&state, &caller, body).await?,
         None => completions::job(&state, &caller, body).await?.job,
     };
-    let plans = requests(&state, job)?.into_iter().map(|request| state.directory.plan(&request));
+    let plans = requests(&state, job, Vec::new())?.into_iter().map(|request| state.directory.plan(&request));
     let data = plans.collect::<Result<Vec<_>, _>>()?;
     Ok(Json(json!({"object": "cluster.route", "data": data})).into_response())
 }

@@ -13,7 +13,7 @@ use futures_util::future::try_join_all;
 use std::{sync::Arc, time::Duration};
 use types::{
     ClusterView, EngineState, GenerateDraft, GenerateError, GenerateRequest, ModelCard, RequestId, RouteInfo,
-    SamplingParams, TokenId, limits,
+    SamplingParams, Speculation, TokenId, limits,
 };
 
 /// How long a grammar is given to turn out to be none, before an answer begins with a status that says all is well. Nodes
@@ -108,7 +108,8 @@ pub(crate) async fn start(state: &AppState, job: Job) -> Result<Started, ApiErro
     };
     let shown = if job.parameters.show_special { Shown::All } else { settings.format.shown(&text) };
     let continues = job.continues;
-    let starting = requests(state, job)?.into_iter().map(|request| {
+    let prediction = prediction(state, &job).await?;
+    let starting = requests(state, job, prediction)?.into_iter().map(|request| {
         let (id, max_tokens, has_grammar) = (request.id, request.max_tokens, request.rules.grammar.is_some());
         let prompt: Arc<[TokenId]> = request.prompt.as_slice().into();
         let detokenizer = if continues {
@@ -146,8 +147,22 @@ pub(crate) fn in_client_words(error: GenerateError, grammar_param: &str) -> ApiE
     }
 }
 
-/// The requests of a job, so many for each prompt as the parameters say.
-pub(crate) fn requests(state: &AppState, job: Job) -> Result<Vec<GenerateRequest>, ApiError> {
+/// The tokens of what the answer is expected to be like: where they are cut otherwise than the answer's are, fewer come true.
+async fn prediction(state: &AppState, job: &Job) -> Result<Vec<TokenId>, ApiError> {
+    let prediction = job.parameters.prediction.clone();
+    let encode = move |text: &ModelText| {
+        let tokens = text.encode(&prediction, false);
+        tokens.map_err(|message| ApiError::Tokenizer { message })
+    };
+    state.texts.run(&job.text, job.parameters.prediction.len(), encode).await
+}
+
+/// The requests of a job, so many for each prompt as the parameters say, with the tokens of what is expected.
+pub(crate) fn requests(
+    state: &AppState,
+    job: Job,
+    prediction: Vec<TokenId>,
+) -> Result<Vec<GenerateRequest>, ApiError> {
     let Job { id, card, prompts, prompt_param, max_tokens_default, grammar_param, parameters, .. } = job;
     let drawn = parameters.drawn();
     if prompts.len() * drawn > CHOICES_MAX {
@@ -179,6 +194,7 @@ pub(crate) fn requests(state: &AppState, job: Job) -> Result<Vec<GenerateRequest
             output: Vec::new(),
             rules: parameters.rules.clone(),
             report: parameters.report,
+            speculation: Speculation { enabled: parameters.speculates, prediction: prediction.clone() },
         };
         GenerateRequest::try_from(draft)
             .map_err(|error| ApiError::from_request(&error, prompt_param, grammar_param))

@@ -13,7 +13,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use types::{ClusterView, EngineState, NodeLoad, NodeView};
+use types::{ClusterView, DraftOrigin, EngineState, NodeLoad, NodeView};
 
 /// Rows of the decode steps that [`NodeLoad::decode_step_s`] tells of.
 const STEP_ROWS: [&str; 8] = ["1", "2", "4", "8", "16", "32", "64", "128"];
@@ -249,5 +249,22 @@ fn loads(out: &mut Exposition, view: &ClusterView) {
     out.counter("mlx_engine_passes_total", "Passes of a node's engine since it started.");
     for (node, id, _, load) in &loads {
         out.value(&[("node", node), ("node_id", id)], load.passes as f64);
+    }
+    out.counter(
+        "mlx_draft_tokens_total",
+        "Tokens guessed ahead, by where they came from and what came of them.",
+    );
+    for (node, id, _, load) in &loads {
+        for (origin, count) in DraftOrigin::ALL.into_iter().zip(load.drafts) {
+            for (outcome, tokens) in [("accepted", count.accepted), ("rejected", count.rejected)] {
+                let labels = [
+                    ("node", node.as_str()),
+                    ("node_id", id),
+                    ("source", origin.name()),
+                    ("outcome", outcome),
+                ];
+                out.value(&labels, tokens as f64);
+            }
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The parameters that both completion requests share, checked.
 
-use super::values::{LogitBias, PriorityValue, Seed, Strings};
+use super::values::{LogitBias, PriorityValue, Seed, SpeculationValue, Strings};
 use crate::{
     caller::{Caller, SESSION_HEADER},
     error::ApiError,
@@ -46,6 +46,9 @@ pub(crate) struct RawParameters {
     /// What the client calls the former.
     pub(crate) logprobs_param: &'static str,
     pub(crate) min_tokens: Option<i64>,
+    /// What the answer is expected to be like.
+    pub(crate) prediction: String,
+    pub(crate) speculation: SpeculationValue,
     /// The text ends after the stop string that ends it.
     pub(crate) include_stop: bool,
     /// Special tokens show as text.
@@ -72,6 +75,10 @@ pub(crate) struct Parameters {
     pub(crate) report: TokenReport,
     /// Whether the client asks for log-probabilities of the answer.
     pub(crate) logprobs_told: bool,
+    /// What the answer is expected to be like.
+    pub(crate) prediction: String,
+    /// Whether its tokens may be guessed ahead.
+    pub(crate) speculates: bool,
     pub(crate) include_stop: bool,
     pub(crate) show_special: bool,
     pub(crate) stop_strings: Vec<String>,
@@ -164,6 +171,8 @@ impl RawParameters {
             rules: OutputRules { grammar: None, min_tokens },
             report,
             logprobs_told: self.logprobs.is_some(),
+            prediction: self.prediction,
+            speculates: matches!(self.speculation, SpeculationValue::Auto),
             include_stop: self.include_stop,
             show_special: self.show_special,
             stop_strings,

@@ -8,7 +8,7 @@ use super::{
     parameters::RawParameters,
     shape::{ResponseFormat, ShapeFields, StructuredOutputs},
     tools::{ToolCallJson, ToolChoiceJson, ToolJson},
-    values::{Content, LogitBias, Object, PriorityValue, Prompts, Seed, Strings},
+    values::{Content, LogitBias, Object, PriorityValue, Prompts, Seed, SpeculationValue, Strings},
 };
 use crate::{
     error::ApiError,
@@ -83,6 +83,21 @@ pub(crate) enum Role {
 pub(crate) struct StreamOptions {
     #[serde(default)]
     pub(crate) include_usage: Option<bool>,
+}
+
+/// `prediction`: what the answer is expected to be like.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct Prediction {
+    #[serde(rename = "type")]
+    _type: PredictionType,
+    content: Content,
+}
+
+/// The only kind of a prediction.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum PredictionType {
+    Content,
 }
 
 macro_rules! generation_request {
@@ -161,6 +176,10 @@ macro_rules! generation_request {
             #[schemars(range(min = 0))]
             min_tokens: Option<i64>,
             #[serde(default)]
+            prediction: Option<Object<Prediction>>,
+            #[serde(default)]
+            speculation: Option<SpeculationValue>,
+            #[serde(default)]
             include_stop_str_in_output: Option<bool>,
             #[serde(default)]
             skip_special_tokens: Option<bool>,
@@ -223,6 +242,8 @@ macro_rules! generation_request {
                     n: self.n,
                     prompt_logprobs: self.prompt_logprobs,
                     min_tokens: self.min_tokens,
+                    prediction: self.prediction.take().map(|given| given.0.content.0).unwrap_or_default(),
+                    speculation: self.speculation.unwrap_or_default(),
                     include_stop: self.include_stop_str_in_output.unwrap_or(false),
                     show_special: !self.skip_special_tokens.unwrap_or(true),
                     stream: self.stream.unwrap_or(false),

@@ -177,7 +177,7 @@ pub(crate) struct UsageJson {
     /// Absent where nobody said.
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_tokens_details: Option<PromptTokensDetails>,
-    /// Absent where reasoning is not told apart.
+    /// Absent where reasoning is not told apart and nothing was guessed ahead.
     #[serde(skip_serializing_if = "Option::is_none")]
     completion_tokens_details: Option<CompletionTokensDetails>,
 }
@@ -191,12 +191,25 @@ struct PromptTokensDetails {
 /// `usage.completion_tokens_details`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 struct CompletionTokensDetails {
-    reasoning_tokens: u32,
+    /// Absent where reasoning is not told apart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_tokens: Option<u32>,
+    /// Tokens guessed ahead, by a `prediction` or otherwise, that came true.
+    accepted_prediction_tokens: u32,
+    /// Tokens guessed ahead that did not come true.
+    rejected_prediction_tokens: u32,
 }
 
 impl UsageJson {
     pub(crate) fn of(usage: TextUsage) -> Self {
-        let reasoning = usage.reasoning_tokens;
+        let reasoning_tokens = usage.reasoning_tokens;
+        let (accepted_prediction_tokens, rejected_prediction_tokens) = usage.drafts.unwrap_or((0, 0));
+        let details = CompletionTokensDetails {
+            reasoning_tokens,
+            accepted_prediction_tokens,
+            rejected_prediction_tokens,
+        };
+        let guessed = accepted_prediction_tokens > 0 || rejected_prediction_tokens > 0;
         Self {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
@@ -204,8 +217,7 @@ impl UsageJson {
             prompt_tokens_details: usage
                 .cached_tokens
                 .map(|cached_tokens| PromptTokensDetails { cached_tokens }),
-            completion_tokens_details: reasoning
-                .map(|reasoning_tokens| CompletionTokensDetails { reasoning_tokens }),
+            completion_tokens_details: (reasoning_tokens.is_some() || guessed).then_some(details),
         }
     }
 }

@@ -287,6 +287,16 @@ impl<'de> Deserialize<'de> for PriorityValue {
     }
 }
 
+/// Whether tokens are guessed ahead.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum SpeculationValue {
+    /// Where it pays.
+    #[default]
+    Auto,
+    Off,
+}
+
 /// A message's content as one text. Text parts are joined with a line break, which keeps what were separate blocks apart.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Content(pub(crate) String);

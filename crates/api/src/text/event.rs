@@ -76,6 +76,8 @@ pub(crate) struct TextUsage {
     pub(crate) cached_tokens: Option<u32>,
     /// Of the completion, tokens of reasoning; none where this model's reasoning is not told apart.
     pub(crate) reasoning_tokens: Option<u32>,
+    /// Tokens that were guessed ahead and came true, and those that did not, if the node said so.
+    pub(crate) drafts: Option<(u32, u32)>,
 }
 
 impl TextUsage {
@@ -93,6 +95,10 @@ impl TextUsage {
         Self {
             completion_tokens: self.completion_tokens.saturating_add(other.completion_tokens),
             reasoning_tokens: sum(self.reasoning_tokens, other.reasoning_tokens),
+            drafts: self
+                .drafts
+                .zip(other.drafts)
+                .map(|(a, b)| (a.0.saturating_add(b.0), a.1.saturating_add(b.1))),
             ..self
         }
     }

@@ -203,6 +203,7 @@ impl Output {
                 let mut ending = self.ending(reason, stop);
                 ending.usage.prompt_tokens = finish.usage.prompt_tokens;
                 ending.usage.cached_tokens = Some(finish.usage.cached_tokens);
+                ending.usage.drafts = Some((finish.usage.accepted_drafts, finish.usage.rejected_drafts));
                 if !self.settings.prompt_only {
                     ending.usage.completion_tokens = finish.usage.completion_tokens;
                 }
@@ -289,6 +290,7 @@ impl Output {
             completion_tokens: self.tokens,
             cached_tokens: self.cached_tokens,
             reasoning_tokens: self.settings.format.tells_reasoning().then_some(self.reasoning_tokens),
+            drafts: None,
         };
         Ending { reason, stop_string, usage }
     }

@@ -41,7 +41,12 @@ fn tell(
         events.push(TokenEvent::Tokens { index: index as u32, tokens, logprobs });
         index = end;
     }
-    let usage = Usage { prompt_tokens: 1, cached_tokens: 1, completion_tokens: tokens.len() as u32 };
+    let usage = Usage {
+        prompt_tokens: 1,
+        cached_tokens: 1,
+        completion_tokens: tokens.len() as u32,
+        ..Usage::default()
+    };
     events.push(TokenEvent::Finished(Finish { reason, usage }));
     let text = TEXT.with(Clone::clone);
     let settings = OutputSettings {

@@ -274,6 +274,7 @@ impl SimNode {
             cache_reuse_s: self.cache.reuse_s() as f32,
             passes: self.version,
             step_s: self.run.map_or(0.0, |run| run.step_s as f32),
+            drafts: Default::default(),
             rates: NodeRates {
                 prefill_tokens_per_s: self.spec.prefill_tokens_per_s as f32,
                 decode_step_s: (STEP_S + self.spec.decode_step_s) as f32,

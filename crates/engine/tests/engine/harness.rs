@@ -12,7 +12,7 @@ use std::{
 use testkit::{FakeHandle, FakeModel, FakeSettings, Streams, VirtualClock};
 use types::{
     CacheScope, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, NodeRates, OutputRules,
-    RequestId, SamplingDraft, SamplingParams, Service, TokenEvent, TokenReport,
+    RequestId, SamplingDraft, SamplingParams, Service, Speculation, TokenEvent, TokenReport,
 };
 
 /// What [`testkit::StepCost::mac`] comes to.
@@ -34,6 +34,7 @@ pub(crate) fn draft(id: u128, prompt_tokens: usize, max_tokens: u32) -> Generate
         output: Vec::new(),
         rules: OutputRules::default(),
         report: TokenReport::default(),
+        speculation: Speculation::default(),
     }
 }
 

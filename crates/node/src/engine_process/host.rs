@@ -248,8 +248,8 @@ impl EngineHost {
 fn cancelled(request: &GenerateRequest) -> EngineReport {
     let usage = Usage {
         prompt_tokens: request.prompt.len() as u32,
-        cached_tokens: 0,
         completion_tokens: request.output.len() as u32,
+        ..Usage::default()
     };
     let finish = Finish { reason: FinishReason::Cancelled, usage };
     EngineReport::Event { id: request.id, event: TokenEvent::Finished(finish) }
@@ -260,7 +260,10 @@ mod tests {
     use super::*;
     use engine::grammar::Grammars;
     use testkit::{FakeModel, FakeSettings, VirtualClock};
-    use types::{CacheScope, GenerateDraft, ModelAssets, OutputRules, SamplingParams, Service, TokenReport};
+    use types::{
+        CacheScope, GenerateDraft, ModelAssets, OutputRules, SamplingParams, Service, Speculation,
+        TokenReport,
+    };
 
     struct Bench {
         host: EngineHost,
@@ -308,6 +311,7 @@ mod tests {
                     min_tokens: 0,
                 },
                 report: TokenReport::default(),
+                speculation: Speculation::default(),
             };
             let request = GenerateRequest::try_from(draft).expect("valid");
             self.take(EngineCommand::Submit(request.into()));

@@ -82,7 +82,7 @@ async fn answers_go_on_on_other_nodes_unbroken() {
         check_text(&request, &events);
         assert_eq!(
             usage(&events),
-            types::Usage { prompt_tokens: 40, cached_tokens: 0, completion_tokens: 150 }
+            types::Usage { prompt_tokens: 40, completion_tokens: 150, ..types::Usage::default() }
         );
         moved += u32::from(node != "node-3");
     }

@@ -16,8 +16,8 @@ use testkit::{FakeSettings, check_stream};
 use transport::ClusterKey;
 use types::{
     CacheScope, Directory, EngineState, FinishReason, Generate, GenerateDraft, GenerateError,
-    GenerateRequest, Generation, NodeId, OutputRules, RequestId, Role, SamplingParams, Service, TokenEvent,
-    TokenReport, limits,
+    GenerateRequest, Generation, NodeId, OutputRules, RequestId, Role, SamplingParams, Service, Speculation,
+    TokenEvent, TokenReport, limits,
 };
 
 const MODEL: &str = "fake";
@@ -143,6 +143,7 @@ fn request(id: u128, max_tokens: u32) -> GenerateRequest {
         output: Vec::new(),
         rules: OutputRules::default(),
         report: TokenReport::default(),
+        speculation: Speculation::default(),
     };
     GenerateRequest::try_from(draft).expect("a valid request")
 }

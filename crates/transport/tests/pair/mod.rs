@@ -4,7 +4,7 @@ use std::{future::Future, net::SocketAddr, time::Duration};
 use transport::{ClusterKey, ControlReceiver, Endpoint, IncomingRequest, Peer, ReplySender, RouterLink};
 use types::{
     CacheScope, GenerateDraft, GenerateRequest, NodeId, OutputRules, RequestId, Role, SamplingParams,
-    Service, TokenReport,
+    Service, Speculation, TokenReport,
 };
 use wire::Hello;
 
@@ -64,6 +64,7 @@ pub(crate) fn request(id: u128) -> GenerateRequest {
         output: Vec::new(),
         rules: OutputRules::default(),
         report: TokenReport::default(),
+        speculation: Speculation::default(),
     };
     draft.try_into().expect("valid")
 }

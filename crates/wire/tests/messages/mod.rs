@@ -5,7 +5,7 @@ use types::{
     AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, EngineState, Finish, FinishReason,
     GenerateDraft, GenerateError, GenerateRequest, Grammar, ModelAssets, ModelCard, NodeId, NodeLoad,
     NodeRates, OutputRules, Priority, RequestId, Role, SamplingDraft, SamplingParams, Service, SessionId,
-    SessionInfo, SessionRequest, TokenEvent, TokenLogprobs, TokenReport, Usage, limits,
+    SessionInfo, SessionRequest, Speculation, TokenEvent, TokenLogprobs, TokenReport, Usage, limits,
 };
 use wire::{Control, EngineCommand, EngineReport, Hello, Reply, Request};
 
@@ -119,6 +119,7 @@ pub(crate) fn draft(prompt: Vec<u32>) -> GenerateDraft {
         output: Vec::new(),
         rules: OutputRules::default(),
         report: TokenReport::default(),
+        speculation: Speculation::default(),
     }
 }
 
@@ -209,6 +210,11 @@ fn report() -> impl Strategy<Value = TokenReport> {
     (count(), count()).prop_map(|(logprobs, prompt_logprobs)| TokenReport { logprobs, prompt_logprobs })
 }
 
+fn speculation() -> impl Strategy<Value = Speculation> {
+    (any::<bool>(), vec(any::<u32>(), 0..8))
+        .prop_map(|(enabled, prediction)| Speculation { enabled, prediction })
+}
+
 fn generate_request() -> impl Strategy<Value = GenerateRequest> {
     let sampling = (0f32..=2.0, 0.01f32..=1.0, any::<u32>(), 0f32..=1.0, any::<u64>());
     let bias = vec((any::<u32>(), -100f32..=100.0), 0..5);
@@ -220,7 +226,7 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
         1u32..=1 << 20,
         vec(any::<u32>(), 0..8),
         any::<bool>(),
-        (service(), cache_scope(), vec(any::<u32>(), 0..8), rules(), report()),
+        (service(), cache_scope(), vec(any::<u32>(), 0..8), rules(), report(), speculation()),
     )
         .prop_map(
             |(id, model, prompt, (sampling, logit_bias), max_tokens, stop_tokens, ignore_eos, how)| {
@@ -238,7 +244,7 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
                 };
                 let sampling = sampling.try_into().expect("in range");
                 let id = RequestId(id);
-                let (service, cache, mut output, (grammar, min_tokens), report) = how;
+                let (service, cache, mut output, (grammar, min_tokens), report, speculation) = how;
                 let rules = OutputRules { grammar, min_tokens: min_tokens % (max_tokens + 1) };
                 output.truncate(max_tokens as usize - 1);
                 let draft = GenerateDraft {
@@ -254,6 +260,7 @@ fn generate_request() -> impl Strategy<Value = GenerateRequest> {
                     output,
                     rules,
                     report,
+                    speculation,
                 };
                 draft.try_into().expect("valid")
             },
@@ -281,12 +288,12 @@ fn finish() -> impl Strategy<Value = Finish> {
         Just(FinishReason::Cancelled),
         error().prop_map(FinishReason::Failed),
     ];
-    (reason, any::<(u32, u32, u32)>()).prop_map(
-        |(reason, (prompt_tokens, cached_tokens, completion_tokens))| Finish {
-            reason,
-            usage: Usage { prompt_tokens, cached_tokens, completion_tokens },
-        },
-    )
+    (reason, any::<[u32; 5]>()).prop_map(|(reason, counts)| {
+        let [prompt_tokens, cached_tokens, completion_tokens, accepted_drafts, rejected_drafts] = counts;
+        let usage =
+            Usage { prompt_tokens, cached_tokens, completion_tokens, accepted_drafts, rejected_drafts };
+        Finish { reason, usage }
+    })
 }
 
 fn card() -> impl Strategy<Value = ModelCard> {
@@ -340,6 +347,7 @@ fn load() -> impl Strategy<Value = NodeLoad> {
             cache_reuse_s: seconds.1,
             passes: backlog.1,
             step_s: seconds.0,
+            drafts: Default::default(),
             rates,
         },
     )

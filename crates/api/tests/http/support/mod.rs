@@ -274,7 +274,7 @@ pub(crate) fn says_with(text: &str, logprob: f32) -> Vec<TokenEvent> {
 }
 
 pub(crate) fn finished(reason: FinishReason, completion_tokens: u32) -> TokenEvent {
-    let usage = Usage { prompt_tokens: 20, cached_tokens: 8, completion_tokens };
+    let usage = Usage { prompt_tokens: 20, cached_tokens: 8, completion_tokens, ..Usage::default() };
     TokenEvent::Finished(Finish { reason, usage })
 }
 
