@@ -10,6 +10,7 @@
 mod admission;
 mod block_pool;
 mod cost;
+mod embedder;
 mod engine;
 pub mod grammar;
 mod load;
@@ -22,6 +23,7 @@ mod sessions;
 mod settings;
 mod shares;
 
+pub use embedder::Embedder;
 pub use engine::Engine;
 pub use engine::StepSummary;
 pub use model::{

@@ -261,6 +261,7 @@ impl Loaded {
             eos_tokens: self.eos_tokens,
             assets: self.assets.hash(),
             created_s: self.created_s,
+            kind: types::ModelKind::Generator,
         };
         let kv_bytes_per_token = dims.kv.bytes_per_token();
         let limits = ModelLimits { slots: settings.slots, blocks, kv_bytes_per_token };

@@ -1,5 +1,6 @@
 //! An engine child without a model, for this crate's tests: real pipes, real time, made-up text.
 //!
+//! A name that begins with `embed` is of an embedder, each pass of which takes a step's time.
 //! Arguments: `NAME LOAD_MS STEP_MS SLOTS PID_FILE [FAILURE]`. With a failure, loading ends with it. A prompt that starts
 //! with 990 makes the engine panic, one that starts with 991 makes its backend fail.
 #![expect(
@@ -8,11 +9,13 @@
     reason = "a program, which shows that printing does no harm"
 )]
 
-use engine::{EngineSettings, Input, Model, ModelError, ModelLimits, Slice, StepOutput, grammar::TokenMask};
-use node::engine_process::{self, LoadedModel};
+use engine::{
+    Embedder, EngineSettings, Input, Model, ModelError, ModelLimits, Slice, StepOutput, grammar::TokenMask,
+};
+use node::engine_process::{self, Loaded, LoadedEmbedder, LoadedModel};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use testkit::{FakeModel, FakeSettings, StepCost, VirtualClock};
+use testkit::{FakeEmbedder, FakeModel, FakeSettings, StepCost, VirtualClock};
 use types::{ModelAssets, ModelCard, TokenId};
 
 const PANIC_TOKEN: TokenId = 990;
@@ -68,6 +71,22 @@ impl Model for PacedModel {
     }
 }
 
+/// A [`FakeEmbedder`] whose passes take time.
+#[derive(Debug)]
+struct PacedEmbedder(FakeEmbedder, Duration);
+
+impl Embedder for PacedEmbedder {
+    fn card(&self) -> &ModelCard {
+        self.0.card()
+    }
+
+    fn embed(&mut self, texts: &[&[TokenId]]) -> Result<Vec<Vec<f32>>, ModelError> {
+        std::thread::sleep(self.1);
+        assert!(!texts.iter().any(|text| text[0] == PANIC_TOKEN), "as asked");
+        self.0.embed(texts)
+    }
+}
+
 fn main() -> ExitCode {
     let stdout = engine_process::private_stdout().expect("a file descriptor is left");
     // Whoever prints must not disturb the frames.
@@ -85,7 +104,12 @@ fn main() -> ExitCode {
             std::thread::sleep(Duration::from_millis(number(load_ms) / 3));
         }
         match failure {
-            [] => Ok(load(name, Duration::from_millis(number(step_ms)), number(slots) as usize)),
+            [] if name.starts_with("embed") => {
+                let model = FakeEmbedder::new(name, Duration::ZERO, VirtualClock::new());
+                let model = Box::new(PacedEmbedder(model, Duration::from_millis(number(step_ms))));
+                Ok(Loaded::Embedder(LoadedEmbedder { model, assets: FakeEmbedder::assets() }))
+            }
+            [] => Ok(load(name, Duration::from_millis(number(step_ms)), number(slots) as usize).into()),
             [message, ..] if message == "panic" => panic!("as asked"),
             [message, ..] => Err(message.clone()),
         }

@@ -295,7 +295,7 @@ async fn race(place: Place, request: GenerateRequest) -> Result<Won, NodeId> {
 }
 
 /// What an error says of the node that it comes from.
-fn outcome_of(error: &GenerateError) -> Outcome {
+pub(crate) fn outcome_of(error: &GenerateError) -> Outcome {
     match error {
         GenerateError::NodeLost { .. } | GenerateError::Engine { .. } => Outcome::Failed,
         GenerateError::Busy { .. } | GenerateError::Unavailable { .. } => Outcome::Refused,

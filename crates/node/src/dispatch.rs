@@ -27,7 +27,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-use types::{GenerateError, GenerateRequest, RequestMove, RouteInfo, limits};
+use types::{EmbedRequest, GenerateError, GenerateRequest, RequestMove, RouteInfo, limits};
 use wire::Hello;
 
 /// Reports of many nodes do not serve the queue more often than this: a place that becomes free always does.
@@ -182,6 +182,11 @@ impl Dispatch {
     pub(crate) fn ask(&self, request: &GenerateRequest) -> Ask {
         let root = self.lock().router.card(&request.model).map(|card| card.root);
         Ask::new(request, root)
+    }
+
+    /// The same of texts that become vectors.
+    pub(crate) fn ask_embed(&self, request: &EmbedRequest) -> Ask {
+        Ask::of_embed(request)
     }
 
     /// A place for the request on none of the nodes that were tried: at once, or after a bounded wait in the queue. A

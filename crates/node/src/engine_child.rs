@@ -149,12 +149,14 @@ impl Life<'_> {
             | EngineReport::Load(_)
             | EngineReport::Cache(_)
             | EngineReport::Sessions { .. }
+            | EngineReport::Embedded { .. }
                 if self.ready.is_none() =>
             {
                 return error("a report before it was ready");
             }
             EngineReport::Rejected { id, error } => self.engine.child_rejected(id, error)?,
             EngineReport::Event { id, event } => self.engine.child_event(id, event)?,
+            EngineReport::Embedded { id, vectors } => self.engine.child_embedded(id, vectors)?,
             EngineReport::Load(load) => self.engine.child_load(load),
             EngineReport::Cache(events) => self.engine.child_cache(events),
             EngineReport::Sessions { call, sessions } => self.engine.child_sessions(call, sessions)?,

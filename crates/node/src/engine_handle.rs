@@ -4,9 +4,12 @@
 //! table is the admission permit: it is made before anything is sent to the child and goes when the child reported the
 //! request's end, or died. There are never more entries than the engine has slots and waiting places.
 
+mod embeds;
+
 use crate::cache_mirror::{CacheCursor, CacheMirror, CacheNews};
 use crate::settings::{ENGINE_SLOTS_MAX, NODE_RETRY_AFTER, SESSION_CALLS_MAX};
 use crate::sink::{TokenSink, TokenSource, token_channel};
+use embeds::OpenEmbed;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -50,6 +53,7 @@ struct Table {
     /// How the last child ended.
     failure: Option<String>,
     requests: BTreeMap<RequestId, Open>,
+    embeds: BTreeMap<RequestId, OpenEmbed>,
     submitted: u64,
     /// Questions about sessions that the child has not answered, by their number.
     calls: BTreeMap<u64, oneshot::Sender<Vec<SessionInfo>>>,
@@ -88,6 +92,7 @@ impl EngineHandle {
             load: None,
             failure: None,
             requests: BTreeMap::new(),
+            embeds: BTreeMap::new(),
             submitted: 0,
             calls: BTreeMap::new(),
             called: 0,
@@ -194,7 +199,7 @@ impl EngineHandle {
     /// Requests that have not ended, and answers that have not arrived where they were asked for.
     pub(crate) fn open_requests(&self) -> usize {
         let table = self.lock();
-        table.requests.len().max(table.deliveries)
+        (table.requests.len() + table.embeds.len()).max(table.deliveries)
     }
 
     /// Told of every change.
@@ -279,6 +284,12 @@ impl EngineHandle {
 
     pub(crate) fn child_rejected(&self, id: RequestId, error: GenerateError) -> Result<(), ProtocolError> {
         let mut table = self.lock();
+        if let Some(open) = table.embeds.remove(&id) {
+            drop(table);
+            open.end(Err(error));
+            self.changed.send_replace(());
+            return Ok(());
+        }
         let open = table.requests.remove(&id);
         if open.is_none() && table.abandoned {
             return Ok(());
@@ -313,10 +324,10 @@ impl EngineHandle {
         table.load = None;
         table.failure = Some(reason.to_owned());
         table.calls.clear();
-        let open = std::mem::take(&mut table.requests);
+        let (open, embeds) = (std::mem::take(&mut table.requests), std::mem::take(&mut table.embeds));
         drop(table);
         self.lock_cache().restart();
-        end_all(open, |_| GenerateError::Engine { message: reason.to_owned() });
+        end_all(open, embeds, |_| GenerateError::Engine { message: reason.to_owned() });
         self.changed.send_replace(());
     }
 
@@ -326,16 +337,17 @@ impl EngineHandle {
         table.draining = true;
         table.abandoned = true;
         table.calls.clear();
-        let open = std::mem::take(&mut table.requests);
+        let (open, embeds) = (std::mem::take(&mut table.requests), std::mem::take(&mut table.embeds));
         if let Some(commands) = table.commands.take() {
-            for &id in open.keys() {
+            for &id in open.keys().chain(embeds.keys()) {
                 let _ = commands.try_send(EngineCommand::Cancel(id));
             }
             // Where even this finds no room, the end of the pipe means the same.
             let _ = commands.try_send(EngineCommand::Shutdown);
         }
         drop(table);
-        end_all(open, |tokens| GenerateError::NodeLost { tokens, reason: "the node has left".to_owned() });
+        let left = |tokens| GenerateError::NodeLost { tokens, reason: "the node has left".to_owned() };
+        end_all(open, embeds, left);
         self.changed.send_replace(());
     }
 }
@@ -352,16 +364,23 @@ impl Drop for Delivery {
 }
 
 /// The last event of requests whose engine is gone.
-fn end_all(requests: BTreeMap<RequestId, Open>, error: impl Fn(u32) -> GenerateError) {
+fn end_all(
+    requests: BTreeMap<RequestId, Open>,
+    embeds: BTreeMap<RequestId, OpenEmbed>,
+    error: impl Fn(u32) -> GenerateError,
+) {
     for open in requests.into_values() {
         open.sink.fail(&error);
+    }
+    for open in embeds.into_values() {
+        open.end(Err(error(0)));
     }
 }
 
 impl Table {
-    fn admit(&self, request: &GenerateRequest) -> Result<(), GenerateError> {
-        let unavailable =
-            |reason: String| GenerateError::Unavailable { model: request.model.clone(), reason };
+    /// The card of the model that a request names, where it can be taken.
+    fn card_for(&self, model: &str, id: RequestId) -> Result<&ModelCard, GenerateError> {
+        let unavailable = |reason: String| GenerateError::Unavailable { model: model.to_owned(), reason };
         if self.draining {
             return Err(unavailable("the node is leaving".to_owned()));
         }
@@ -372,14 +391,20 @@ impl Table {
             }
             _ => return Err(unavailable("the node is loading its model".to_owned())),
         };
-        if card.name != request.model {
+        if card.name != model {
             let served = vec![card.name.clone()];
-            return Err(GenerateError::UnknownModel { model: request.model.clone(), served });
+            return Err(GenerateError::UnknownModel { model: model.to_owned(), served });
         }
-        if self.requests.contains_key(&request.id) {
+        if self.requests.contains_key(&id) || self.embeds.contains_key(&id) {
             // As where it comes back before its cancellation has arrived.
-            return Err(unavailable(format!("a request with the id {} is running already", request.id)));
+            return Err(unavailable(format!("a request with the id {id} is running already")));
         }
+        Ok(card)
+    }
+
+    fn admit(&self, request: &GenerateRequest) -> Result<(), GenerateError> {
+        let card = self.card_for(&request.model, request.id)?;
+        card.must_generate()?;
         // The engine checks these too, but by then the request has been accepted and its status sent.
         let (prompt_tokens, max_tokens) = (request.prompt.len() as u32, request.max_tokens);
         let kv_tokens = self.load.map_or(0, |load| load.kv_tokens.1);

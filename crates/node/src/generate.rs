@@ -4,12 +4,14 @@
 use crate::assets::AssetsCache;
 use crate::course;
 use crate::dispatch::Dispatch;
+use crate::embedding;
 use futures_util::future::join_all;
 use std::sync::Arc;
 use tokio::time::timeout;
 use types::{
-    AssetsHash, BoxFuture, ClusterView, Directory, Generate, GenerateError, GenerateRequest, Generation,
-    ModelAssets, ModelCard, NodeSession, RoutePlan, SessionAnswers, SessionRequest, Sessions, limits,
+    AssetsHash, BoxFuture, ClusterView, Directory, Embed, EmbedRequest, Embeddings, Generate, GenerateError,
+    GenerateRequest, Generation, ModelAssets, ModelCard, NodeSession, RoutePlan, SessionAnswers,
+    SessionRequest, Sessions, limits,
 };
 
 /// The router as its process uses it. Clones share it.
@@ -22,6 +24,12 @@ pub(crate) struct RouterHandle {
 impl Generate for RouterHandle {
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, GenerateError>> {
         Box::pin(course::start(self.dispatch.clone(), request))
+    }
+}
+
+impl Embed for RouterHandle {
+    fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embeddings, GenerateError>> {
+        Box::pin(embedding::embed(self.dispatch.clone(), request))
     }
 }
 

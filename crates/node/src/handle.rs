@@ -20,8 +20,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use transport::Endpoint;
 use types::{
-    AssetsHash, BoxFuture, ClusterView, Directory, Generate, GenerateError, GenerateRequest, Generation,
-    ModelAssets, ModelCard, NodeId, Role, RoutePlan, SessionAnswers, SessionRequest, Sessions,
+    AssetsHash, BoxFuture, ClusterView, Directory, Embed, EmbedRequest, Embeddings, Generate, GenerateError,
+    GenerateRequest, Generation, ModelAssets, ModelCard, NodeId, Role, RoutePlan, SessionAnswers,
+    SessionRequest, Sessions,
 };
 use wire::Hello;
 
@@ -276,6 +277,18 @@ impl Generate for NodeHandle {
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<Generation, GenerateError>> {
         match &self.router {
             Some((router, _)) => router.generate(request),
+            None => Box::pin(std::future::ready(Err(GenerateError::Unavailable {
+                model: request.model.clone(),
+                reason: "this process is not a router".to_owned(),
+            }))),
+        }
+    }
+}
+
+impl Embed for NodeHandle {
+    fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Embeddings, GenerateError>> {
+        match &self.router {
+            Some((router, _)) => router.embed(request),
             None => Box::pin(std::future::ready(Err(GenerateError::Unavailable {
                 model: request.model.clone(),
                 reason: "this process is not a router".to_owned(),

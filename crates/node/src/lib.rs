@@ -19,6 +19,7 @@ mod connected;
 mod course;
 mod discovery_actor;
 mod dispatch;
+mod embedding;
 mod engine_actor;
 mod engine_child;
 mod engine_handle;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use transport::Peer;
 use types::{
-    AssetsHash, BoxFuture, GenerateError, GenerateRequest, ModelAssets, SessionInfo, SessionRequest,
-    TokenStream,
+    AssetsHash, BoxFuture, EmbedRequest, GenerateError, GenerateRequest, ModelAssets, SessionInfo,
+    SessionRequest, TokenStream,
 };
 
 #[derive(Clone)]
@@ -37,6 +37,14 @@ impl Target {
                 reason: "the node does not have these assets any more".to_owned(),
             }),
             Self::Remote(peer) => peer.assets(hash).await.map(Arc::new),
+        }
+    }
+
+    /// The vector of each text.
+    pub(crate) fn embed(&self, request: EmbedRequest) -> BoxFuture<'_, Result<Vec<Vec<f32>>, GenerateError>> {
+        match self {
+            Self::Local(engine) => engine.embed(request).boxed(),
+            Self::Remote(peer) => peer.embed(request).boxed(),
         }
     }
 

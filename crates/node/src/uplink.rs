@@ -15,7 +15,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 use transport::{Endpoint, IncomingRequest, JoinError, LinkClosed, ReplySender, RouterLink};
-use types::{GenerateError, GenerateRequest, NodeId, TokenEvent};
+use types::{EmbedRequest, GenerateError, GenerateRequest, NodeId, TokenEvent};
 use wire::{Hello, Reply};
 
 /// What all uplinks of a node share.
@@ -282,6 +282,9 @@ async fn serve_requests(link: &RouterLink, engine: &EngineHandle, resync: &Notif
                     engine.sessions(request).await.map_or_else(Reply::Rejected, Reply::Sessions)
                 }));
             }
+            IncomingRequest::Embed { request, replies } => {
+                running.spawn(serve_embed(engine.clone(), *request, replies));
+            }
             IncomingRequest::Resync { replies } => {
                 resync.notify_one();
                 running.spawn(serve_once(replies, std::future::ready(Reply::Resyncing)));
@@ -301,6 +304,15 @@ async fn serve_once(mut replies: ReplySender, reply: impl Future<Output = Reply>
         () = answer => {}
         () = cancelled => {}
     }
+}
+
+async fn serve_embed(engine: EngineHandle, request: EmbedRequest, replies: ReplySender) {
+    let _delivery = engine.delivery();
+    let arrived = replies.cancelled();
+    serve_once(replies, async { engine.embed(request).await.map_or_else(Reply::Rejected, Reply::Embedded) })
+        .await;
+    // Bounded by the silence after which a connection ends.
+    arrived.await;
 }
 
 async fn serve_generate(engine: EngineHandle, request: GenerateRequest, mut replies: ReplySender) {
@@ -421,6 +433,7 @@ mod tests {
             eos_tokens: Vec::new(),
             assets: assets.hash(),
             created_s: 0,
+            kind: types::ModelKind::Generator,
         };
         engine.child_ready(card, assets, 1);
         let draft = GenerateDraft {

@@ -25,6 +25,7 @@ fn card() -> ModelCard {
         eos_tokens: vec![0],
         assets: AssetsHash([0; 32]),
         created_s: 0,
+        kind: types::ModelKind::Generator,
     }
 }
 

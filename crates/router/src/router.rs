@@ -250,7 +250,10 @@ impl Router {
             BookingStage::Reported => known.ended = known.ended.saturating_add(1),
         }
         if let Some(first) = booking.first_token {
-            self.answer_tokens += (f64::from(booking.tokens) - self.answer_tokens) * ANSWER_WEIGHT;
+            // One that may have a token only says nothing of how long answers are.
+            if booking.decode_tokens > 1 {
+                self.answer_tokens += (f64::from(booking.tokens) - self.answer_tokens) * ANSWER_WEIGHT;
+            }
             if booking.tokens >= STEP_TOKENS_MIN {
                 let seconds = now.saturating_duration_since(first).as_secs_f64();
                 known.predictor.observe_step(booking.step_s, seconds / f64::from(booking.tokens - 1));

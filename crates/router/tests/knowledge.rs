@@ -35,6 +35,7 @@ impl Case {
             eos_tokens: Vec::new(),
             assets: AssetsHash([0; 32]),
             created_s: 0,
+            kind: types::ModelKind::Generator,
         };
         router.state(NODE, EngineState::Ready, vec![card]);
     }

@@ -44,6 +44,7 @@ fn card() -> ModelCard {
         eos_tokens: vec![],
         assets: AssetsHash([0; 32]),
         created_s: 0,
+        kind: types::ModelKind::Generator,
     }
 }
 

@@ -21,6 +21,7 @@ fn card(name: &str) -> ModelCard {
         eos_tokens: vec![0],
         assets: AssetsHash([0; 32]),
         created_s: 0,
+        kind: types::ModelKind::Generator,
     }
 }
 

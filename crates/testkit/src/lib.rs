@@ -6,9 +6,11 @@
 #![warn(missing_docs)]
 
 mod clock;
+mod embedder;
 mod model;
 mod oracles;
 
 pub use clock::VirtualClock;
+pub use embedder::FakeEmbedder;
 pub use model::{FakeHandle, FakeModel, FakeSettings, Fault, Output, StepCost, StepRecord};
 pub use oracles::{StreamFault, Streams, check_stream};

@@ -380,6 +380,7 @@ impl FakeModel {
             eos_tokens: vec![EOS],
             assets: AssetsHash([0; 32]),
             created_s: 0,
+            kind: types::ModelKind::Generator,
         };
         let handle = FakeHandle::default();
         let model = Self {

@@ -11,9 +11,9 @@ use quinn::Connection;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::time::timeout;
 use types::{
-    AssetsHash, Finish, FinishReason, GenerateError, GenerateRequest, ModelAssets, SessionInfo,
+    AssetsHash, EmbedRequest, Finish, FinishReason, GenerateError, GenerateRequest, ModelAssets, SessionInfo,
     SessionRequest, TokenEvent, TokenStream, Usage,
-    limits::{NODE_MODELS_MAX, SESSIONS_TIME_MAX},
+    limits::{EMBED_TIME_MAX, NODE_MODELS_MAX, SESSIONS_TIME_MAX},
 };
 use wire::{Control, FrameClass, Hello, Reply, Request};
 
@@ -71,6 +71,20 @@ impl Peer {
                 actual if actual == hash => Ok(assets),
                 actual => Err(unavailable(&model, format!("the node sent assets with hash {actual}"))),
             },
+            Reply::Rejected(error) => Err(stream.finished(error)),
+            reply => Err(unavailable(&model, stream.out_of_turn(&reply))),
+        }
+    }
+
+    /// Has the node make vectors of texts, within [`EMBED_TIME_MAX`]; there is one for each. Dropping the future cancels.
+    pub async fn embed(&self, request: EmbedRequest) -> Result<Vec<Vec<f32>>, GenerateError> {
+        let (model, count) = (request.model.clone(), request.inputs.len());
+        let exchange = self.ask(Request::Embed(request.into()), FrameClass::Embedded);
+        let answer = self.answer(EMBED_TIME_MAX, exchange).await;
+        let lost = |error: NoAnswer| GenerateError::NodeLost { tokens: 0, reason: error.to_string() };
+        let (stream, reply) = answer.map_err(lost)?;
+        match reply {
+            Reply::Embedded(vectors) if vectors.len() == count => Ok(stream.finished(vectors)),
             Reply::Rejected(error) => Err(stream.finished(error)),
             reply => Err(unavailable(&model, stream.out_of_turn(&reply))),
         }
@@ -230,6 +244,7 @@ fn name(reply: &Reply) -> &'static str {
         Reply::Started { .. } => "`Started`",
         Reply::Resyncing => "`Resyncing`",
         Reply::Prompt { .. } => "`Prompt`",
+        Reply::Embedded(_) => "`Embedded`",
     }
 }
 

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use quinn::{Connection, RecvStream, SendStream};
 use std::{net::SocketAddr, sync::Arc};
 use tokio::{sync::Mutex, task::JoinSet, time::timeout};
-use types::{AssetsHash, GenerateRequest, SessionRequest};
+use types::{AssetsHash, EmbedRequest, GenerateRequest, SessionRequest};
 use wire::{Control, FrameClass, FrameError, Hello, Reply, Request};
 
 /// A joined router. Clones share the connection, which ends when the last clone and the last [`ReplySender`] are
@@ -57,6 +57,13 @@ pub enum IncomingRequest {
     Sessions {
         /// What is asked.
         request: SessionRequest,
+        /// For the answer.
+        replies: ReplySender,
+    },
+    /// Vectors of texts are wanted.
+    Embed {
+        /// What.
+        request: Box<EmbedRequest>,
         /// For the answer.
         replies: ReplySender,
     },
@@ -180,6 +187,9 @@ async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr)
         Ok(Ok((Some(Request::Sessions(request)), true))) => {
             return Some(IncomingRequest::Sessions { request, replies });
         }
+        Ok(Ok((Some(Request::Embed(request)), true))) => {
+            return Some(IncomingRequest::Embed { request, replies });
+        }
         Ok(Ok((Some(Request::Resync), true))) => return Some(IncomingRequest::Resync { replies }),
         Ok(Ok((None, _))) => "no request on its stream".to_owned(),
         Ok(Ok((Some(_), false))) => "more than one request on a stream".to_owned(),
@@ -203,7 +213,11 @@ impl ReplySender {
             self.finish();
             return Err(ReplyError::Finished);
         }
-        let class = if matches!(reply, Reply::Assets(_)) { FrameClass::Assets } else { FrameClass::Reply };
+        let class = match reply {
+            Reply::Assets(_) => FrameClass::Assets,
+            Reply::Embedded(_) => FrameClass::Embedded,
+            _ => FrameClass::Reply,
+        };
         let last = !matches!(
             reply,
             Reply::Accepted | Reply::Prompt { .. } | Reply::Started { .. } | Reply::Tokens { .. }

@@ -10,8 +10,9 @@ use std::{
 };
 use transport::{ClusterKey, Endpoint, IncomingRequest, JoinError, ReplyError, ReplySender, limits};
 use types::{
-    AssetsHash, ClientId, EngineState, Finish, FinishReason, GenerateError, ModelAssets, NodeLoad, NodeRates,
-    SessionInfo, SessionRequest, TokenEvent, TokenLogprobs, TokenStream, Usage,
+    AssetsHash, ClientId, EmbedDraft, EmbedRequest, EngineState, Finish, FinishReason, GenerateError,
+    ModelAssets, NodeLoad, NodeRates, RequestId, Service, SessionInfo, SessionRequest, TokenEvent,
+    TokenLogprobs, TokenStream, Usage,
 };
 use wire::{Control, Reply};
 
@@ -417,6 +418,43 @@ async fn sessions_are_asked_for_and_told() {
     let error = asked(list, None).await.expect_err("silent").to_string();
     assert_eq!(error, "node \"node\": no answer within 2 s");
     assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn vectors_arrive_whole_and_one_for_each_text() {
+    let pair = pair().await;
+    let draft = |count: usize| EmbedDraft {
+        id: RequestId(1),
+        model: "m".to_owned(),
+        inputs: vec![vec![1, 2]; count],
+        service: Service::default(),
+    };
+    let asked = async |count: usize, answer: Option<Reply>| {
+        let request = EmbedRequest::try_from(draft(count)).expect("valid");
+        let served = async {
+            let (request, mut replies) = match within(pair.link.next_request()).await {
+                Some(IncomingRequest::Embed { request, replies }) => (request, replies),
+                other => panic!("expected a request for vectors, got {other:?}"),
+            };
+            assert_eq!(request.inputs.len(), count);
+            if let Some(answer) = answer {
+                replies.send(answer).await.expect("read");
+                replies.cancelled().await;
+            }
+        };
+        within(async { tokio::join!(pair.peer.embed(request), served).0 }).await
+    };
+    // The largest answer that there is.
+    let vectors = vec![vec![0.5_f32; types::limits::EMBED_DIMENSIONS_MAX]; types::limits::EMBED_INPUTS_MAX];
+    let told = asked(vectors.len(), Some(Reply::Embedded(vectors.clone()))).await;
+    assert_eq!(told, Ok(vectors));
+    let wrong = GenerateError::Invalid { message: "too long".to_owned(), param: Some("input".to_owned()) };
+    assert_eq!(asked(1, Some(Reply::Rejected(wrong.clone()))).await, Err(wrong));
+    let said = async |count, answer| asked(count, answer).await.expect_err("no vectors").to_string();
+    let fewer = said(2, Some(Reply::Embedded(vec![vec![1.0]]))).await;
+    assert_eq!(fewer, "no node can serve \"m\" now: the node sent `Embedded` out of turn");
+    let lost = said(1, None).await;
+    assert!(lost.starts_with("the node serving this request was lost after 0 tokens"), "{lost}");
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@
 
 mod block;
 mod cache;
+mod embed;
 mod error;
 mod generate;
 mod id;
@@ -21,13 +22,14 @@ pub use cache::{
     AffinityKey, CacheEvent, CacheScope, CacheSnapshot, ClientId, Priority, Service, SessionId,
     SessionIdError, SessionInfo,
 };
+pub use embed::{Embed, EmbedDraft, EmbedRequest, EmbedRequestError, Embeddings};
 pub use error::GenerateError;
 pub use generate::{
     BoxFuture, Directory, Finish, FinishReason, Generate, Generation, RouteInfo, RouteNode, RoutePlan,
     TokenEvent, TokenLogprobs, TokenStream, Usage,
 };
 pub use id::{NodeId, ParseIdError, RequestId};
-pub use model::{AssetsHash, ModelAssets, ModelCard};
+pub use model::{AssetsHash, ModelAssets, ModelCard, ModelKind};
 pub use node::{
     ClusterView, DraftCount, DraftOrigin, EngineState, MoveCounts, MoveKind, NodeLoad, NodePrediction,
     NodeRates, NodeView, RequestMove, Role,

@@ -20,6 +20,13 @@ pub const LOGPROBS_MAX: u32 = 20;
 pub const LOGPROB_TOKENS_MAX: usize = 1024;
 /// Tokens of a prompt whose own log-probabilities are asked for: they wait in memory until they are read, 168 bytes each.
 pub const PROMPT_LOGPROB_TOKENS_MAX: usize = 1 << 15;
+/// Texts of one question for vectors between a router and a node: their vectors fit one frame, and several nodes share
+/// what one client asks.
+pub const EMBED_INPUTS_MAX: usize = 32;
+/// Numbers of one vector; the largest models have 4096.
+pub const EMBED_DIMENSIONS_MAX: usize = 8192;
+/// How long a node may take for one question for vectors: the longest texts on a slow machine, behind all that may wait there.
+pub const EMBED_TIME_MAX: Duration = Duration::from_secs(600);
 /// Extra stop tokens of a request.
 pub const STOP_TOKENS_MAX: usize = 64;
 /// Stop strings of a request. OpenAI allows 4; agents use more.

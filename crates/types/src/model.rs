@@ -1,6 +1,6 @@
 //! What a cluster knows of a model without having its weights.
 
-use crate::{BlockHash, TokenId, limits};
+use crate::{BlockHash, GenerateError, TokenId, limits};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -37,6 +37,55 @@ pub struct ModelCard {
     pub assets: AssetsHash,
     /// Seconds since 1970 when its files were last changed, for `/v1/models`.
     pub created_s: u64,
+    /// What it does.
+    pub kind: ModelKind,
+}
+
+/// What a model does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelKind {
+    /// It goes on with texts.
+    #[default]
+    Generator,
+    /// It makes one vector of a text.
+    Embedder {
+        /// Numbers of a vector, at most [`limits::EMBED_DIMENSIONS_MAX`].
+        dimensions: u32,
+    },
+}
+
+impl ModelCard {
+    /// Nothing for a generator, an error that names the mistake for any other model.
+    ///
+    /// # Errors
+    /// [`GenerateError::Invalid`].
+    pub fn must_generate(&self) -> Result<(), GenerateError> {
+        match self.kind {
+            ModelKind::Generator => Ok(()),
+            ModelKind::Embedder { .. } => {
+                Err(self.wrong("makes vectors of texts (/v1/embeddings); it does not generate"))
+            }
+        }
+    }
+
+    /// Numbers of a vector of an embedder; an error that names the mistake for any other model.
+    ///
+    /// # Errors
+    /// [`GenerateError::Invalid`].
+    pub fn must_embed(&self) -> Result<u32, GenerateError> {
+        match self.kind {
+            ModelKind::Embedder { dimensions } => Ok(dimensions),
+            ModelKind::Generator => {
+                Err(self.wrong("generates texts (/v1/chat/completions); it makes no vectors of them"))
+            }
+        }
+    }
+
+    fn wrong(&self, what: &str) -> GenerateError {
+        let message = format!("the model {:?} {what}", self.name);
+        GenerateError::Invalid { message, param: Some("model".to_owned()) }
+    }
 }
 
 /// What turns text into tokens and back.

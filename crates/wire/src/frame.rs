@@ -21,6 +21,8 @@ const REQUEST_BYTES_MAX: usize = 11 << 20;
 /// Bytes of an answer to `Generate` or `Sessions`: one step's tokens, some log-probabilities, an error with its text, or the
 /// sessions of an engine.
 const REPLY_BYTES_MAX: usize = 256 << 10;
+/// Bytes of an answer to `Embed`: vectors of 4 bytes a number, and some lengths.
+const EMBEDDED_BYTES_MAX: usize = limits::EMBED_INPUTS_MAX * limits::EMBED_DIMENSIONS_MAX * 4 + (64 << 10);
 /// Bytes of an answer to `Assets`: the assets and some lengths.
 const ASSETS_BYTES_MAX: usize = limits::ASSETS_BYTES_MAX + (64 << 10);
 /// Bytes of a message to or from an engine child, whose `Ready` holds assets and a model card.
@@ -37,6 +39,11 @@ const _: () = assert!(
 // A token, its log-probability, and the alternatives with their count.
 const _: () = assert!(
     REPLY_BYTES_MAX > limits::LOGPROB_TOKENS_MAX * (5 + 4 + 2 + limits::LOGPROBS_MAX as usize * (5 + 4)) + 64
+);
+// A text's length takes up to 5.
+const _: () = assert!(
+    REQUEST_BYTES_MAX > limits::PROMPT_TOKENS_MAX * 5 + limits::EMBED_INPUTS_MAX * 5 + (64 << 10)
+        && ENGINE_BYTES_MAX > EMBEDDED_BYTES_MAX
 );
 // A hash takes 17 bytes; an event of one block has its parent and a few numbers besides.
 const _: () = assert!(CONTROL_BYTES_MAX > limits::CACHE_BLOCKS_SENT_MAX * (2 * 17 + 4));
@@ -56,6 +63,8 @@ pub enum FrameClass {
     Request,
     /// Answers to `Generate` and `Sessions`.
     Reply,
+    /// Answers to `Embed`.
+    Embedded,
     /// Answers to `Assets`.
     Assets,
     /// To and from an engine child.
@@ -70,6 +79,7 @@ impl FrameClass {
             Self::Control => CONTROL_BYTES_MAX,
             Self::Request => REQUEST_BYTES_MAX,
             Self::Reply => REPLY_BYTES_MAX,
+            Self::Embedded => EMBEDDED_BYTES_MAX,
             Self::Assets => ASSETS_BYTES_MAX,
             Self::Engine => ENGINE_BYTES_MAX,
         }

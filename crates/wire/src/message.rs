@@ -3,9 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 use types::{
-    AssetsHash, BlockHash, CacheEvent, EngineState, Finish, GenerateError, GenerateRequest, ModelAssets,
-    ModelCard, NodeId, NodeLoad, NodeRates, RequestId, Role, SessionInfo, SessionRequest, TokenEvent,
-    TokenId, TokenLogprobs,
+    AssetsHash, BlockHash, CacheEvent, EmbedRequest, EngineState, Finish, GenerateError, GenerateRequest,
+    ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, RequestId, Role, SessionInfo, SessionRequest,
+    TokenEvent, TokenId, TokenLogprobs,
 };
 
 /// Who one end of a connection is.
@@ -80,12 +80,15 @@ pub enum Request {
     Sessions(SessionRequest),
     /// Send a snapshot of the cache on the control stream: something that came does not fit what came before.
     Resync,
+    /// Make vectors of texts.
+    Embed(Box<EmbedRequest>),
 }
 
 /// A node's frames on a request's stream.
 ///
 /// `Generate`: `Rejected`, or `Accepted`, where asked for `Prompt`…, `Started`, `Tokens`…, `Done`; without tokens, without
 /// `Started`. `Assets`: `Rejected` or `Assets`. `Sessions`: `Rejected` or `Sessions`. `Resync`: `Resyncing`.
+/// `Embed`: `Rejected` or `Embedded`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
     /// The engine has the request.
@@ -121,6 +124,8 @@ pub enum Reply {
         /// Of each token, at least one.
         logprobs: Vec<Option<TokenLogprobs>>,
     },
+    /// The vector of each text; the last frame.
+    Embedded(Vec<Vec<f32>>),
 }
 
 /// To an engine child, over its standard input. The end of the input means `Shutdown`.
@@ -139,6 +144,8 @@ pub enum EngineCommand {
         /// What is asked.
         request: SessionRequest,
     },
+    /// Take a request of an embedder, as `Submit` for any other model; `Cancel` names it, too.
+    Embed(Box<EmbedRequest>),
 }
 
 /// From an engine child, over its standard output.
@@ -192,6 +199,13 @@ pub enum EngineReport {
     },
     /// What changed in its cache, in order; at its start there is nothing in it.
     Cache(Vec<CacheEvent>),
+    /// The vectors of a request of an embedder.
+    Embedded {
+        /// Which.
+        id: RequestId,
+        /// Of each of its texts.
+        vectors: Vec<Vec<f32>>,
+    },
 }
 
 /// [`EngineState`] is tagged for JSON, which bincode cannot read back; here it is an ordinary enum.

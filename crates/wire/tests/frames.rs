@@ -148,6 +148,7 @@ fn oversize_is_refused_in_both_directions_before_any_byte_of_it_is_kept() {
         FrameClass::Control,
         FrameClass::Request,
         FrameClass::Reply,
+        FrameClass::Embedded,
         FrameClass::Assets,
         FrameClass::Engine,
     ] {

@@ -4,10 +4,11 @@
 use bytes::BytesMut;
 use serde::Serialize;
 use types::{
-    AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, DraftCount, EngineState, Finish,
-    FinishReason, GenerateDraft, GenerateError, GenerateRequest, Grammar, ModelAssets, ModelCard, NodeId,
-    NodeLoad, NodeRates, OutputRules, Priority, RequestId, Role, SamplingDraft, Service, SessionId,
-    SessionInfo, SessionRequest, Speculation, TokenEvent, TokenLogprobs, TokenReport, Usage,
+    AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, DraftCount, EmbedDraft,
+    EmbedRequest, EngineState, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, Grammar,
+    ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, OutputRules, Priority, RequestId, Role,
+    SamplingDraft, Service, SessionId, SessionInfo, SessionRequest, Speculation, TokenEvent, TokenLogprobs,
+    TokenReport, Usage,
 };
 use wire::{Control, EngineCommand, EngineReport, FrameClass, Hello, Reply, Request, encode};
 
@@ -34,6 +35,7 @@ fn card() -> ModelCard {
         eos_tokens: vec![2],
         assets: AssetsHash([0xab; 32]),
         created_s: 1_700_000_000,
+        kind: types::ModelKind::Generator,
     }
 }
 
@@ -96,6 +98,16 @@ fn request(full: bool) -> GenerateRequest {
     } else {
         let (service, cache, rules, report, speculation) = Default::default();
         GenerateDraft { service, cache, output: Vec::new(), rules, report, speculation, ..draft }
+    };
+    draft.try_into().expect("valid")
+}
+
+fn embed_request() -> EmbedRequest {
+    let draft = EmbedDraft {
+        id: RequestId(0xfeed),
+        model: "bge".to_owned(),
+        inputs: vec![vec![101, 70_000, 102], vec![1]],
+        service: Service { client: ClientId(0xc11e), ..Service::default() },
     };
     draft.try_into().expect("valid")
 }
@@ -197,7 +209,7 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
         Control::CacheSnapshot { epoch: 3, seq: 300, blocks: blocks(), last: true },
         Control::CacheEvents { epoch: 3, first_seq: 300, events: cache_events() });
     add!(Request: Request::Generate(request(true).into()), Request::Generate(request(false).into()),
-        Request::Assets(AssetsHash([0xab; 32])), Request::Resync);
+        Request::Assets(AssetsHash([0xab; 32])), Request::Resync, Request::Embed(embed_request().into()));
     for request in session_requests() {
         add!(Request: Request::Sessions(request.clone()));
         add!(Engine: EngineCommand::Sessions { call: 7, request: request.clone() });
@@ -211,7 +223,13 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
     }
     add!(Reply: Reply::Sessions(sessions()));
     add!(Assets: Reply::Assets(assets()));
-    add!(Engine: EngineCommand::Submit(request(true).into()), EngineCommand::Cancel(RequestId(0xfeed)), EngineCommand::Shutdown);
+    let vectors = || vec![vec![0.5, -0.5], vec![1.0, 0.0]];
+    add!(Embedded: Reply::Embedded(vectors()));
+    let card_of =
+        |kind| Control::State { state: EngineState::Ready, models: vec![ModelCard { kind, ..card() }] };
+    add!(Control: card_of(types::ModelKind::Embedder { dimensions: 384 }));
+    add!(Engine: EngineCommand::Submit(request(true).into()), EngineCommand::Cancel(RequestId(0xfeed)), EngineCommand::Shutdown,
+        EngineCommand::Embed(embed_request().into()), EngineReport::Embedded { id: RequestId(0xfeed), vectors: vectors() });
     let event = |event| EngineReport::Event { id: RequestId(0xfeed), event };
     add!(Engine: EngineReport::Loading { what: "weights".to_owned(), fraction: 0.5 },
         EngineReport::Ready { card: card(), assets: assets(), rates: load().rates, slots: 8 },

@@ -140,6 +140,7 @@ impl ResponseJson {
             eos_tokens: Vec::new(),
             assets: types::AssetsHash([0; 32]),
             created_s: 0,
+            kind: types::ModelKind::Generator,
         };
         Self { id, ..Self::begun(RequestId(0), &card, Echo::default()) }
     }

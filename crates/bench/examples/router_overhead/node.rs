@@ -77,6 +77,7 @@ pub(crate) fn engine(model: &Path) -> io::Result<ExitCode> {
             eos_tokens: checkpoint.eos_tokens,
             assets: checkpoint.assets.hash(),
             created_s: checkpoint.created_s,
+            kind: types::ModelKind::Generator,
         };
         Ok(LoadedModel {
             model: Box::new(Instant { card, steps: VecDeque::new() }),

@@ -163,6 +163,7 @@ impl Sim<'_> {
             eos_tokens: Vec::new(),
             assets: AssetsHash([0; 32]),
             created_s: 0,
+            kind: types::ModelKind::Generator,
         };
         let now = self.now();
         for index in 0..self.nodes.len() {

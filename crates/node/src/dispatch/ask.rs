@@ -3,7 +3,9 @@
 use crate::settings::RETRY_AFTER_MIN;
 use router::{RouteError, RouteQuery};
 use std::time::Duration;
-use types::{BlockHash, GenerateError, GenerateRequest, NodeId, RequestId, Service, block_hashes};
+use types::{
+    BlockHash, EmbedRequest, GenerateError, GenerateRequest, NodeId, RequestId, Service, block_hashes,
+};
 
 /// What is asked for, prepared once for all tries until it has more of its answer.
 pub(crate) struct Ask {
@@ -47,6 +49,19 @@ impl Ask {
             max_tokens: request.max_tokens - output,
             service: request.service,
             has_begun: output > 0,
+        }
+    }
+
+    /// Of texts that become vectors: read, with nothing of them in any cache.
+    pub(super) fn of_embed(request: &EmbedRequest) -> Self {
+        Self {
+            id: request.id,
+            model: request.model.clone(),
+            hashes: Vec::new(),
+            tokens: u32::try_from(request.tokens()).unwrap_or(u32::MAX),
+            max_tokens: 1,
+            service: request.service,
+            has_begun: false,
         }
     }
 

@@ -6,8 +6,8 @@ use super::probe;
 use engine::{Engine, EngineSettings, ModelError, grammar::Matcher};
 use std::time::{Duration, Instant};
 use types::{
-    Finish, FinishReason, GenerateError, GenerateRequest, Grammar, NodeLoad, RequestId, SessionInfo,
-    SessionRequest, TokenEvent, Usage, limits,
+    Finish, FinishReason, GenerateError, GenerateRequest, Grammar, ModelCard, NodeLoad, RequestId,
+    SessionInfo, SessionRequest, TokenEvent, Usage, limits,
 };
 use wire::{EngineCommand, EngineReport};
 
@@ -28,6 +28,7 @@ const COMPILE_TIME_MAX: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct EngineHost {
     engine: Engine,
+    card: ModelCard,
     load_told: (NodeLoad, Instant),
     cache_told: Instant,
     /// Requests whose grammars are being compiled, in order of arrival.
@@ -64,9 +65,10 @@ impl EngineHost {
         let engine = Engine::new(loaded.model, settings);
         let now = clock();
         let load = engine.load(now);
-        let ready = EngineReport::Ready { card, assets: loaded.assets, rates, slots };
+        let ready = EngineReport::Ready { card: card.clone(), assets: loaded.assets, rates, slots };
         let host = Self {
             engine,
+            card,
             load_told: (load, now),
             cache_told: now,
             compiling: Vec::new(),
@@ -126,6 +128,11 @@ impl EngineHost {
             EngineCommand::Sessions { call, request } => {
                 let sessions = self.sessions(now, &request);
                 reports.push(EngineReport::Sessions { call, sessions });
+            }
+            // A node checks what it sends; this is for one that does not.
+            EngineCommand::Embed(request) => {
+                let error = self.card.must_embed().expect_err("this model generates");
+                reports.push(EngineReport::Rejected { id: request.id, error });
             }
             EngineCommand::Shutdown => {
                 self.leaving = true;

@@ -6,14 +6,16 @@
 //! at the latest, even out of a long step. The clock is read here and nowhere further in.
 
 mod compiler;
+mod embed_host;
 mod host;
 mod probe;
 
+pub use embed_host::EmbedHost;
 pub use host::EngineHost;
 
 use bytes::BytesMut;
 use compiler::Compiler;
-use engine::{EngineSettings, Model, grammar::Matcher};
+use engine::{Embedder, EngineSettings, Model, grammar::Matcher};
 use std::io::{Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -43,14 +45,38 @@ pub struct LoadedModel {
     pub assets: ModelAssets,
 }
 
+/// What the loading of an embedder gives.
+#[derive(Debug)]
+pub struct LoadedEmbedder {
+    /// The model.
+    pub model: Box<dyn Embedder>,
+    /// Its tokenizer; the hash must be that of the model's card.
+    pub assets: ModelAssets,
+}
+
+/// A model of either kind.
+#[derive(Debug)]
+pub enum Loaded {
+    /// One that generates.
+    Generator(LoadedModel),
+    /// One that makes vectors.
+    Embedder(LoadedEmbedder),
+}
+
+impl From<LoadedModel> for Loaded {
+    fn from(loaded: LoadedModel) -> Self {
+        Self::Generator(loaded)
+    }
+}
+
 /// Loads a model and runs its engine on the calling thread, until told to shut down or until the parent is gone.
 ///
 /// `load` is given a function to tell its progress (what, and a fraction from 0 to 1). What it fails with reaches the
 /// parent as the reason. `stdout` must be used by nobody else: see [`private_stdout`].
 ///
 /// Returns success after a shutdown, and failure where the model could not be loaded or its backend failed.
-pub fn run(
-    load: impl FnOnce(&mut dyn FnMut(&str, f32)) -> Result<LoadedModel, String>,
+pub fn run<L: Into<Loaded>>(
+    load: impl FnOnce(&mut dyn FnMut(&str, f32)) -> Result<L, String>,
     settings: EngineSettings,
     stdin: impl Read + Send + 'static,
     stdout: impl Write + Send + 'static,
@@ -115,10 +141,24 @@ impl Link {
     fn send(&self, reports: Vec<EngineReport>) -> Result<(), ParentGone> {
         if reports.is_empty() { Ok(()) } else { self.reports.send(reports).map_err(|_| ParentGone) }
     }
+
+    /// Passes on all that is there to be told; waits for one if told so. True: the parent is gone.
+    fn take(&self, mut wait: bool, mut take: impl FnMut(Input)) -> bool {
+        loop {
+            // Without a wait, only what is there already.
+            let wait_time = if wait { limits::LOAD_INTERVAL_MAX } else { Duration::ZERO };
+            match self.inputs.recv_timeout(wait_time) {
+                Ok(Input::End) | Err(RecvTimeoutError::Disconnected) => return true,
+                Err(RecvTimeoutError::Timeout) => return false,
+                Ok(input) => take(input),
+            }
+            wait = false;
+        }
+    }
 }
 
-fn serve(
-    load: impl FnOnce(&mut dyn FnMut(&str, f32)) -> Result<LoadedModel, String>,
+fn serve<L: Into<Loaded>>(
+    load: impl FnOnce(&mut dyn FnMut(&str, f32)) -> Result<L, String>,
     settings: EngineSettings,
     link: &mut Link,
 ) -> Result<(), Failure> {
@@ -132,9 +172,44 @@ fn serve(
             let _ = link.send(vec![EngineReport::Loading { what: what.to_owned(), fraction }]);
         }
     };
-    let loaded = load(&mut progress).map_err(Failure)?;
-    let (tokenizer_json, card) = (loaded.assets.tokenizer_json.clone(), loaded.model.card().clone());
+    let loaded = load(&mut progress).map_err(Failure)?.into();
     progress("measuring", 0.0);
+    match loaded {
+        Loaded::Generator(loaded) => generate(loaded, settings, link),
+        Loaded::Embedder(loaded) => embed(loaded, link),
+    }
+}
+
+/// Runs an embedder.
+fn embed(loaded: LoadedEmbedder, link: &mut Link) -> Result<(), Failure> {
+    let (mut host, ready) =
+        EmbedHost::new(loaded, Instant::now).map_err(|error| Failure(error.to_string()))?;
+    if link.send(ready).is_err() {
+        return Ok(());
+    }
+    loop {
+        let mut reports = Vec::new();
+        let parent_gone = link.take(host.is_idle(), |input| {
+            if let Input::Command(command) = input {
+                host.take(command, &mut reports);
+            }
+        });
+        if parent_gone || host.is_over() {
+            let _ = link.send(reports);
+            return Ok(());
+        }
+        let stepped = host.step(Instant::now(), &mut reports);
+        host.stepped(Instant::now(), &mut reports);
+        if link.send(reports).is_err() {
+            return Ok(());
+        }
+        stepped.map_err(|error| Failure(error.to_string()))?;
+    }
+}
+
+/// Runs the engine of a model that generates.
+fn generate(loaded: LoadedModel, settings: EngineSettings, link: &mut Link) -> Result<(), Failure> {
+    let (tokenizer_json, card) = (loaded.assets.tokenizer_json.clone(), loaded.model.card().clone());
     let (mut host, ready) =
         EngineHost::new(loaded, settings, Instant::now).map_err(|error| Failure(error.to_string()))?;
     if link.send(ready).is_err() {
@@ -148,7 +223,11 @@ fn serve(
     loop {
         let mut reports = Vec::new();
         let wait = host.is_idle() && !unprepared;
-        let parent_gone = take_inputs(&mut host, link, wait, &mut reports);
+        let parent_gone = link.take(wait, |input| match input {
+            Input::Command(command) => host.take(Instant::now(), command, &mut reports),
+            Input::Compiled(id, matcher) => host.compiled(Instant::now(), id, *matcher, &mut reports),
+            Input::End => {}
+        });
         for (id, grammar) in host.take_uncompiled() {
             if let Err(error) = compiler.compile(id, grammar) {
                 host.compiled(Instant::now(), id, Err(error), &mut reports);
@@ -167,21 +246,6 @@ fn serve(
         if unprepared && host.is_idle() {
             unprepared = host.prepare().map_err(|error| Failure(error.to_string()))?;
         }
-    }
-}
-
-/// Takes all that is there to be told; waits for one if told so. True: the parent is gone.
-fn take_inputs(host: &mut EngineHost, link: &Link, mut wait: bool, reports: &mut Vec<EngineReport>) -> bool {
-    loop {
-        // Without a wait, only what is there already.
-        let wait_time = if wait { limits::LOAD_INTERVAL_MAX } else { Duration::ZERO };
-        match link.inputs.recv_timeout(wait_time) {
-            Ok(Input::Command(command)) => host.take(Instant::now(), command, reports),
-            Ok(Input::Compiled(id, matcher)) => host.compiled(Instant::now(), id, *matcher, reports),
-            Err(RecvTimeoutError::Timeout) => return false,
-            Ok(Input::End) | Err(RecvTimeoutError::Disconnected) => return true,
-        }
-        wait = false;
     }
 }
 

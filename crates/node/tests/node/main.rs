@@ -1,6 +1,7 @@
 //! Whole nodes in one process: real engine children, real sockets on loopback, made-up models.
 
 mod compiling;
+mod embeddings;
 mod failover;
 mod knowledge;
 mod queue;

@@ -2,10 +2,11 @@
 
 use proptest::{collection::vec, option, prelude::*};
 use types::{
-    AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, EngineState, Finish, FinishReason,
-    GenerateDraft, GenerateError, GenerateRequest, Grammar, ModelAssets, ModelCard, NodeId, NodeLoad,
-    NodeRates, OutputRules, Priority, RequestId, Role, SamplingDraft, SamplingParams, Service, SessionId,
-    SessionInfo, SessionRequest, Speculation, TokenEvent, TokenLogprobs, TokenReport, Usage, limits,
+    AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, EmbedDraft, EmbedRequest,
+    EngineState, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, Grammar, ModelAssets,
+    ModelCard, NodeId, NodeLoad, NodeRates, OutputRules, Priority, RequestId, Role, SamplingDraft,
+    SamplingParams, Service, SessionId, SessionInfo, SessionRequest, Speculation, TokenEvent, TokenLogprobs,
+    TokenReport, Usage, limits,
 };
 use wire::{Control, EngineCommand, EngineReport, Hello, Reply, Request};
 
@@ -43,6 +44,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
         any::<[u8; 32]>().prop_map(|hash| Request::Assets(AssetsHash(hash))),
         session_request().prop_map(Request::Sessions),
         Just(Request::Resync),
+        embed_request().prop_map(|request| Request::Embed(request.into())),
     ]
 }
 
@@ -58,6 +60,7 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
         (any::<u32>(), vec(option::of(token_logprobs()), 1..20))
             .prop_map(|(index, logprobs)| Reply::Prompt { index, logprobs }),
         finish().prop_map(Reply::Done),
+        vectors().prop_map(Reply::Embedded),
         sessions().prop_map(Reply::Sessions),
         any::<u32>().prop_map(|cached_tokens| Reply::Started { cached_tokens }),
         Just(Reply::Resyncing),
@@ -73,6 +76,7 @@ pub(crate) fn engine_command() -> impl Strategy<Value = EngineCommand> {
         generate_request().prop_map(|request| EngineCommand::Submit(request.into())),
         any::<u128>().prop_map(|id| EngineCommand::Cancel(RequestId(id))),
         Just(EngineCommand::Shutdown),
+        embed_request().prop_map(|request| EngineCommand::Embed(request.into())),
         (any::<u64>(), session_request())
             .prop_map(|(call, request)| EngineCommand::Sessions { call, request }),
     ]
@@ -101,6 +105,7 @@ pub(crate) fn engine_report() -> impl Strategy<Value = EngineReport> {
         text().prop_map(|message| EngineReport::Failed { message }),
         (any::<u64>(), sessions()).prop_map(|(call, sessions)| EngineReport::Sessions { call, sessions }),
         vec(cache_event(), 1..5).prop_map(EngineReport::Cache),
+        (id(), vectors()).prop_map(|(id, vectors)| EngineReport::Embedded { id, vectors }),
     ]
 }
 
@@ -296,18 +301,36 @@ fn finish() -> impl Strategy<Value = Finish> {
     })
 }
 
+fn kind() -> impl Strategy<Value = types::ModelKind> {
+    let embedder = any::<u32>().prop_map(|dimensions| types::ModelKind::Embedder { dimensions });
+    prop_oneof![Just(types::ModelKind::Generator), embedder]
+}
+
+fn embed_request() -> impl Strategy<Value = EmbedRequest> {
+    (any::<u128>(), text(), vec(vec(any::<u32>(), 1..9), 1..5)).prop_map(|(id, model, inputs)| {
+        let draft = EmbedDraft { id: RequestId(id), model, inputs, service: Service::default() };
+        draft.try_into().expect("valid")
+    })
+}
+
+fn vectors() -> impl Strategy<Value = Vec<Vec<f32>>> {
+    vec(vec(-1.0f32..1.0, 1..9), 1..5)
+}
+
 fn card() -> impl Strategy<Value = ModelCard> {
-    (text(), any::<u128>(), any::<(u32, u32, u64)>(), vec(any::<u32>(), 0..4), any::<[u8; 32]>()).prop_map(
-        |(name, root, (context_tokens, vocab_size, created_s), eos_tokens, assets)| ModelCard {
-            name,
-            root: BlockHash(root),
-            context_tokens,
-            vocab_size,
-            eos_tokens,
-            assets: AssetsHash(assets),
-            created_s,
-        },
-    )
+    (text(), any::<u128>(), any::<(u32, u32, u64)>(), vec(any::<u32>(), 0..4), any::<[u8; 32]>(), kind())
+        .prop_map(|(name, root, (context_tokens, vocab_size, created_s), eos_tokens, assets, kind)| {
+            ModelCard {
+                name,
+                root: BlockHash(root),
+                context_tokens,
+                vocab_size,
+                eos_tokens,
+                assets: AssetsHash(assets),
+                created_s,
+                kind,
+            }
+        })
 }
 
 fn model_assets() -> impl Strategy<Value = ModelAssets> {

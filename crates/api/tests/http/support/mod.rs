@@ -86,6 +86,7 @@ impl Cluster {
             eos_tokens: vec![257],
             assets: assets.hash(),
             created_s: 1_700_000_000,
+            kind: ModelKind::Generator,
         };
         let models: Vec<ModelCard> = models.iter().map(card).collect();
         let node = NodeView {
