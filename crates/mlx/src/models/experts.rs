@@ -7,6 +7,7 @@ use super::{
 use crate::{
     checkpoint::{LoadError, Mode, Packed, Packing, Tensors, Weight},
     layers::{Between, Compute, Gate, Linear},
+    products::{self, Weights},
     raw,
 };
 use mlx_rs::{
@@ -22,6 +23,11 @@ use mlx_rs::{
 /// From how many pairs of token and expert on they are sorted by expert: then each expert's weights are read once, which
 /// fewer pairs do not win back.
 const SORTED_PAIRS: i32 = 64;
+
+/// From how many rows of each expert on its weights are made dense first, in multiples of those from which a single
+/// matrix's are: MLX's gathered products on CUDA take as long for each pair, however many there are of one expert (H100,
+/// 128 experts: the same at 13 rows of each for gate and up, at 20 for down).
+const DENSE_EXPERT_ROWS: i32 = 2;
 
 /// The weights of one layer's experts.
 #[derive(Debug)]
@@ -109,7 +115,7 @@ impl Experts {
 
     /// `x [.., 1, hidden]` through the expert of each.
     fn products(&self, x: &Array, experts: &Array, sorted: bool, compute: Compute) -> Result<Array> {
-        let gate_up = self.gate_up.product(x, experts, sorted)?;
+        let gate_up = self.gate_up.product(x, experts, sorted, compute)?;
         let width = gate_up.dim(-1);
         let mut shape = gate_up.shape().to_vec();
         let rows = gate_up.reshape(&[-1, width])?;
@@ -117,7 +123,7 @@ impl Experts {
         if let Some(last) = shape.last_mut() {
             *last = width / 2;
         }
-        self.down.product(&gated.reshape(&shape)?, experts, sorted)
+        self.down.product(&gated.reshape(&shape)?, experts, sorted, compute)
     }
 
     /// Experts `[tokens, each]` and their weights.
@@ -176,6 +182,21 @@ fn best_groups(ranked: &Array, groups: Groups, by_two: bool) -> Result<Array> {
     let border = take_along_axis(&of_group, &border, 1)?;
     let zero = Array::from_f32(0.0).as_dtype(ranked.dtype())?;
     select(gt(&of_group, &border)?, &split, zero)?.reshape(&[tokens, experts])
+}
+
+/// All experts of a stack, `[experts, out, in]`.
+fn unpacked(packed: &Packed, dtype: Dtype, compute: Compute) -> Result<Array> {
+    let rows = |array: &Array| array.reshape(&[-1, array.dim(-1)]);
+    let shape = packed.shape();
+    let Packed { words, scales, biases: Some(biases), packing } = packed else { return packed.dense(dtype) };
+    let (words, scales, biases) = (rows(words)?, rows(scales)?, rows(biases)?);
+    let weights =
+        Weights::FourBits { words: &words, scales: &scales, biases: &biases, group_size: packing.group_size };
+    let four_bits = packing.mode == Mode::Affine && packing.bits == 4;
+    if four_bits && compute.products.four_bits > 0 && products::fits(1, weights, dtype) {
+        return products::dequantize(&words, &scales, &biases)?.reshape(&shape);
+    }
+    packed.dense(dtype)
 }
 
 impl Stack {
@@ -263,9 +284,13 @@ impl Stack {
         Ok(Self { weight: compute.apply(self.weight)?, bias })
     }
 
-    fn product(&self, x: &Array, experts: &Array, sorted: bool) -> Result<Array> {
+    fn product(&self, x: &Array, experts: &Array, sorted: bool, compute: Compute) -> Result<Array> {
+        let dense = |weight: &Array| gather_mm(x, weight.swap_axes(1, 2)?, None, experts, sorted);
         let product = match &self.weight {
-            Weight::Dense(weight) => gather_mm(x, weight.swap_axes(1, 2)?, None, experts, sorted)?,
+            Weight::Dense(weight) => dense(weight)?,
+            Weight::Packed(packed) if sorted && self.dense_pays(experts.dim(0), compute) => {
+                dense(&unpacked(packed, x.dtype(), compute)?)?
+            }
             Weight::Packed(packed) => packed.gathered_product(x, experts, sorted)?,
         };
         match &self.bias {
@@ -274,11 +299,52 @@ impl Stack {
         }
     }
 
+    /// Whether so many pairs are worth turning all experts into dense ones first.
+    fn dense_pays(&self, pairs: i32, compute: Compute) -> bool {
+        let experts = self.weight.shape().first().copied().unwrap_or(1);
+        pairs >= compute.dense_rows.saturating_mul(DENSE_EXPERT_ROWS).saturating_mul(experts)
+    }
+
     fn arrays(&self) -> Vec<&Array> {
         let weight: Vec<_> = match &self.weight {
             Weight::Dense(array) => vec![array],
             Weight::Packed(packed) => packed.arrays().collect(),
         };
         weight.into_iter().chain(&self.bias).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{layers::Path, products::Products};
+    use mlx_rs::ops::all_close;
+
+    #[test]
+    fn experts_made_dense_first_give_the_same_products() {
+        let key = mlx_rs::random::key(3).unwrap();
+        let dense = mlx_rs::random::normal::<f32>(&[4, 32, 64], None, None, &key).unwrap();
+        let x = mlx_rs::random::normal::<f32>(&[12, 1, 64], None, None, &key).unwrap();
+        let experts = Array::from_slice(&[0_u32, 0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3], &[12]);
+        let compute = |dense_rows| Compute {
+            path: Path::Pure,
+            activations: Dtype::Float32,
+            dequantize: false,
+            products: Products::default(),
+            dense_rows,
+        };
+        for packing in [
+            Packing { group_size: 32, bits: 4, mode: Mode::Affine },
+            Packing { group_size: 32, bits: 8, mode: Mode::Affine },
+            Packing { group_size: 32, bits: 4, mode: Mode::Mxfp4 },
+        ] {
+            let weight = Weight::Packed(Packed::of(&dense, packing).unwrap());
+            let stack = Stack { weight, bias: None };
+            // Two rows of each of four experts are eight pairs, of which there are more.
+            assert!(stack.dense_pays(12, compute(1)) && !stack.dense_pays(12, compute(2)), "{packing}");
+            assert!(!stack.dense_pays(i32::MAX - 1, compute(i32::MAX)), "{packing}");
+            let product = |dense_rows| stack.product(&x, &experts, true, compute(dense_rows)).unwrap();
+            assert!(all_close(product(1), product(i32::MAX), 1e-4, 1e-4, false).unwrap(), "{packing}");
+        }
     }
 }
