@@ -45,20 +45,22 @@ use axum::{
 };
 use dashboard::Readers;
 use error::ApiError;
-use handlers::{chat, completions, models, route, sessions, status, tokenize};
+use handlers::{chat, completions, embeddings, models, route, sessions, status, tokenize};
 use metrics::{Board, Watched};
 use prompt::TextCache;
 use rates::{Metered, Rates};
 use responses::ResponseStore;
 use std::{collections::BTreeMap, fmt, sync::Arc};
 use tag::RequestTag;
-use types::{Directory, Generate, Sessions};
+use types::{Directory, Embed, Generate, Sessions};
 
 /// What the endpoint serves, and with what.
 #[derive(Clone)]
 pub struct ApiState {
     /// Who generates.
     pub generate: Arc<dyn Generate>,
+    /// Who makes vectors of texts.
+    pub embed: Arc<dyn Embed>,
     /// Who knows the models and nodes.
     pub directory: Arc<dyn Directory>,
     /// Who reaches the sessions.
@@ -113,12 +115,14 @@ pub fn app(state: ApiState) -> Router {
         board: board.clone(),
         readers: Readers::new(),
         directory: state.directory,
+        embed: state.embed,
         sessions: state.sessions,
         settings: state.settings,
     });
     Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/embeddings", post(embeddings::create))
         .route("/v1/models", get(models::list))
         // Names of models may have slashes.
         .route("/v1/models/{*id}", get(models::get))
@@ -136,6 +140,7 @@ pub fn app(state: ApiState) -> Router {
         .route("/detokenize", post(tokenize::detokenize))
         .route("/api/chat", post(ollama::chat))
         .route("/api/generate", post(ollama::generate))
+        .route("/api/embed", post(ollama::embed::embed))
         .route("/api/tags", get(ollama::models::tags))
         .route("/api/show", post(ollama::models::show))
         .route("/api/version", get(ollama::models::version))
@@ -161,6 +166,7 @@ type AppState = Arc<App>;
 
 struct App {
     generate: Arc<dyn Generate>,
+    embed: Arc<dyn Embed>,
     directory: Arc<dyn Directory>,
     sessions: Arc<dyn Sessions>,
     settings: ApiSettings,

@@ -16,6 +16,8 @@ pub(crate) const URI_BYTES_MAX: usize = 8 << 10;
 pub(crate) const BODY_TIME_MAX: Duration = Duration::from_secs(30);
 /// Bytes of a refused body that are read and dropped, so that a client that sends before it reads gets the refusal.
 pub(crate) const DRAINED_BYTES_MAX: usize = 64 << 20;
+/// Texts of which one request wants vectors: OpenAI's bound.
+pub(crate) const INPUTS_MAX: usize = 2048;
 /// Prompts of one request; each takes a place in the queue.
 pub(crate) const PROMPTS_MAX: usize = 64;
 /// Answers to one request: each is a request of its own to the cluster, and takes a place in its queue.

@@ -4,7 +4,7 @@
 
 use crate::{
     anthropic, error,
-    handlers::tokenize,
+    handlers::{embeddings, tokenize},
     ollama,
     openai::{request, response},
     responses, shape,
@@ -183,6 +183,20 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
             "Answers or goes on with a text, in Ollama's words",
             schemas.sent::<ollama::TextRequest>(),
             schemas.streamed::<ollama::Line>(LINES),
+        ),
+        operation(
+            "post",
+            "/v1/embeddings",
+            "Vectors of texts",
+            schemas.sent::<embeddings::EmbeddingsRequest>(),
+            schemas.got::<embeddings::EmbeddingList>(),
+        ),
+        operation(
+            "post",
+            "/api/embed",
+            "Vectors of texts, in Ollama's words",
+            schemas.sent::<ollama::embed::EmbedBody>(),
+            schemas.got::<ollama::embed::Embeddings>(),
         ),
         operation("get", "/api/tags", "What is served", None, schemas.got::<ollama::models::Tags>()),
         operation(

@@ -131,6 +131,7 @@ fn listen(
     let listener: TcpListener = socket.listen(BACKLOG)?;
     let app = api::app(ApiState {
         generate: Arc::new(node.clone()),
+        embed: Arc::new(node.clone()),
         directory: Arc::new(node.clone()),
         sessions: Arc::new(node.clone()),
         settings,

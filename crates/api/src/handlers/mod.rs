@@ -8,6 +8,7 @@ pub(crate) mod chat;
 mod chat_format;
 pub(crate) mod completions;
 mod completions_format;
+pub(crate) mod embeddings;
 pub(crate) mod models;
 pub(crate) mod route;
 pub(crate) mod sessions;

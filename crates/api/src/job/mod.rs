@@ -21,11 +21,13 @@
 
 mod collect;
 mod conversation;
+mod embed;
 mod grammar;
 mod render;
 mod start;
 
 pub(crate) use collect::{Events, Whole, best, collect, merge, total_usage};
 pub(crate) use conversation::{Conversation, Message, Shape, Tool, ToolCall, ToolChoice};
+pub(crate) use embed::{dimensions, embed, read_inputs};
 pub(crate) use grammar::of_shape;
 pub(crate) use start::{Job, Started, in_client_words, requests, resolve, start, why_not_ready};

@@ -4,6 +4,7 @@
 //! written by [`crate::shape`].
 
 mod answer;
+pub(crate) mod embed;
 pub(crate) mod models;
 mod request;
 

@@ -101,7 +101,13 @@ pub(crate) async fn show(State(state): State<AppState>, body: Body) -> Result<Re
             ("mlx.context_length", card.context_tokens.into()),
             ("mlx.vocab_size", card.vocab_size.into()),
         ]),
-        capabilities: if chats { vec!["completion", "tools"] } else { vec!["completion"] },
+        capabilities: if card.must_embed().is_ok() {
+            vec!["embedding"]
+        } else if chats {
+            vec!["completion", "tools"]
+        } else {
+            vec!["completion"]
+        },
     };
     Ok(Json(shown).into_response())
 }

@@ -93,6 +93,7 @@ pub(crate) struct Parameters {
 impl RawParameters {
     /// Checks every range. Temperature is 1 unless given, as at OpenAI; a session in the body counts before one in a header.
     pub(crate) fn check(self, card: &ModelCard, caller: &Caller) -> Result<Parameters, ApiError> {
+        card.must_generate()?;
         let stop_strings = check_stop_strings(self.stop.0)?;
         if self.stop_token_ids.len() > limits::STOP_TOKENS_MAX {
             let (count, max) = (self.stop_token_ids.len(), limits::STOP_TOKENS_MAX);

@@ -56,37 +56,37 @@ impl<'de> Deserialize<'de> for Strings {
     }
 }
 
-/// What `/v1/completions` may be asked to continue.
+/// What `/v1/completions` may be asked to continue, or what is to become vectors: `MAX` texts at most.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Prompts {
+pub(crate) enum Prompts<const MAX: usize = PROMPTS_MAX> {
     Texts(Vec<String>),
     Tokens(Vec<Vec<TokenId>>),
 }
 
-impl<'de> Deserialize<'de> for Prompts {
+impl<'de, const MAX: usize> Deserialize<'de> for Prompts<MAX> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct PromptsVisitor;
-        impl<'de> Visitor<'de> for PromptsVisitor {
-            type Value = Prompts;
+        struct PromptsVisitor<const MAX: usize>;
+        impl<'de, const MAX: usize> Visitor<'de> for PromptsVisitor<MAX> {
+            type Value = Prompts<MAX>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a string, an array of strings, an array of token ids or an array of such arrays")
             }
 
-            fn visit_str<E>(self, text: &str) -> Result<Prompts, E> {
+            fn visit_str<E>(self, text: &str) -> Result<Prompts<MAX>, E> {
                 Ok(Prompts::Texts(vec![text.to_owned()]))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Prompts, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Prompts<MAX>, A::Error> {
                 let Some(first) = elements.next_element::<Element>()? else {
                     return Err(A::Error::custom("an empty array; at least one prompt is needed"));
                 };
-                let too_many = || A::Error::custom(format!("more than {PROMPTS_MAX} prompts"));
+                let too_many = || A::Error::custom(format!("more than {MAX} prompts"));
                 match first {
                     Element::Text(text) => {
                         let mut texts = vec![text];
                         while let Some(text) = elements.next_element()? {
-                            if texts.len() == PROMPTS_MAX {
+                            if texts.len() == MAX {
                                 return Err(too_many());
                             }
                             texts.push(text);
@@ -96,7 +96,7 @@ impl<'de> Deserialize<'de> for Prompts {
                     Element::Tokens(tokens) => {
                         let mut prompts = vec![tokens];
                         while let Some(Tokens(tokens)) = elements.next_element()? {
-                            if prompts.len() == PROMPTS_MAX {
+                            if prompts.len() == MAX {
                                 return Err(too_many());
                             }
                             prompts.push(tokens);
@@ -110,7 +110,7 @@ impl<'de> Deserialize<'de> for Prompts {
                 }
             }
         }
-        deserializer.deserialize_any(PromptsVisitor)
+        deserializer.deserialize_any(PromptsVisitor::<MAX>)
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod choices;
 mod disconnect;
+mod embeddings;
 mod errors;
 mod latency;
 mod limits;

@@ -55,6 +55,7 @@ pub(crate) fn run(http: SocketAddr, router: &str, key: &Path, model: &str) -> Re
         let node = node::start(settings).await?;
         let app = api::app(ApiState {
             generate: Arc::new(node.clone()),
+            embed: Arc::new(node.clone()),
             directory: Arc::new(node.clone()),
             sessions: Arc::new(node),
             settings: ApiSettings::default(),
