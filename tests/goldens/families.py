@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import QuantizedKVCache
 
 # mlx-lm 0.32.2 names an argument that MLX 0.32.2 does not have yet, as none.
 gather_qmm = mx.gather_qmm
@@ -80,7 +81,7 @@ class Windowed:
         return self.attention(x, create_causal_mask(x.shape[1], window_size=self.window), cache)
 
 
-def case(name, config, windows=(), quantization=None, overrides=None, stacked=None):
+def case(name, config, windows=(), quantization=None, overrides=None, stacked=None, kv=None):
     module = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
     module = importlib.import_module(f"mlx_lm.models.{module}")
     # Nothing of mlx-lm's own may change what is written.
@@ -115,7 +116,14 @@ def case(name, config, windows=(), quantization=None, overrides=None, stacked=No
     layers = model.layers
     for index, window in dict(windows).items():
         layers[index].self_attn = Windowed(layers[index].self_attn, window)
-    logits = model(mx.array([TOKENS]))[0]
+    if kv is not None:
+        bits, group_size = kv
+        # Ours, not mlx-lm's.
+        result["config"]["kv_bits"] = bits
+        caches = [QuantizedKVCache(group_size=group_size, bits=bits) for _ in layers]
+        logits = model(mx.array([TOKENS]), cache=caches)[0]
+    else:
+        logits = model(mx.array([TOKENS]))[0]
     # Not what a wrong formula could give as well: every token has a say.
     assert mx.all(mx.isfinite(logits)).item() and logits.std().item() > 0.1, name
     result["logits"] = [[float(f"{x:.6g}") for x in logits[at].tolist()] for at in POSITIONS]
@@ -271,6 +279,9 @@ def cases():
     yield case("deepseek_v2", V2)
     yield case("deepseek_v3", V3)
     yield case("deepseek_v3 without groups", {**V3, "n_group": 1, "topk_group": 1, "q_lora_rank": None})
+    for bits, head_dim in [(8, 32), (8, 64), (4, 64)]:
+        yield case(f"llama with KV of {head_dim} in {bits} bits", {**LLAMA, "head_dim": head_dim}, kv=(bits, head_dim))
+    yield case("gemma3_text with KV in 8 bits", GEMMA3, kv=(8, 32))
     for bits in [2, 3, 4, 5, 6, 8]:
         yield case(f"llama in {bits} bits", LLAMA, quantization=affine(bits, 64 if bits == 4 else 32))
     for mode, group_size, bits in [("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]:

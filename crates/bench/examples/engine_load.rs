@@ -31,6 +31,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         slots: settings.slots(),
         context_tokens: None,
         kv_bytes: None,
+        kv_bits: None,
+        verify: false,
         dequantize: Dequantize::Auto,
         device: DeviceChoice::Auto,
     };

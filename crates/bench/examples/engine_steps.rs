@@ -29,6 +29,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         slots: settings.batches.iter().copied().max().unwrap_or(1),
         context_tokens: None,
         kv_bytes: None,
+        kv_bits: None,
+        verify: false,
         dequantize: Dequantize::Auto,
         device: DeviceChoice::Auto,
     };

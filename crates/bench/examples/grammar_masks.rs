@@ -162,6 +162,8 @@ fn rows(model: PathBuf) -> Result<(), Box<dyn Error>> {
         slots: ROWS as usize,
         context_tokens: Some(4096),
         kv_bytes: Some(1 << 30),
+        kv_bits: None,
+        verify: false,
         dequantize: Dequantize::Auto,
         device: DeviceChoice::Auto,
     };

@@ -149,6 +149,10 @@ settings! {
     max_context: Auto<u32> = "auto", "TOKENS";
     /// Memory for keys and values of all requests together [auto: what the model leaves]
     kv_memory: Auto<Bytes> = "auto", "SIZE";
+    /// Bits of keys and values: 8 or 4; packed ones take a half or a quarter of the memory, and longer to compute with [auto: as they are computed]
+    kv_bits: Auto<u32> = "auto", "N";
+    /// Check the model's files against their SHA-256 before they are loaded
+    verify: bool = "false", "BOOL";
     /// Expand quantized weights when the model is loaded: auto (on the CPU), never, always
     dequantize: Dequantize = "auto", "WHEN";
     /// Where the model runs: auto (the GPU where there is one), cpu, gpu

@@ -48,6 +48,8 @@ pub(crate) fn load_settings(settings: EngineProcessSettings) -> LoadSettings {
         slots: settings.slots as usize,
         context_tokens: settings.context_tokens.map(|tokens| tokens as usize),
         kv_bytes: settings.kv_bytes,
+        kv_bits: settings.kv_bits,
+        verify: settings.verify,
         dequantize: match settings.dequantize {
             Dequantize::Auto => mlx::Dequantize::Auto,
             Dequantize::Never => mlx::Dequantize::Never,

@@ -73,7 +73,7 @@ pub(crate) fn inspect(values: &Values, arguments: &InspectArguments) -> Result<(
     let model = settings::model_settings(values).map_err(|error| failed(EXIT_USAGE, error))?;
     let path = mlx::hub::resolve(&model.source, model.offline, &mut |_, _| ())
         .map_err(|error| failed(EXIT_FAILED, error))?;
-    let inspection = read(&path).map_err(|error| failed(EXIT_FAILED, error))?;
+    let inspection = read(&path, model.engine.kv_bits).map_err(|error| failed(EXIT_FAILED, error))?;
     let (context, batch) = (arguments.context.unwrap_or(inspection.context_tokens as u64), arguments.batch);
     let report = Report {
         model: &model.source,

@@ -41,6 +41,8 @@ pub(crate) enum SettingsError {
     NoModel,
     #[error("max_batch = {value}: at most {MAX_BATCH_MAX} are possible")]
     MaxBatch { value: u32 },
+    #[error("kv_bits = {value}: 4, 8 or auto is expected")]
+    KvBits { value: u32 },
     #[error(
         "http = \"{http}\" can be reached from other machines: set api_keys, or allow_anonymous = true to serve everybody"
     )]
@@ -112,6 +114,8 @@ pub(crate) struct EngineProcessSettings {
     pub(crate) slots: u32,
     pub(crate) context_tokens: Option<u32>,
     pub(crate) kv_bytes: Option<u64>,
+    pub(crate) kv_bits: Option<i32>,
+    pub(crate) verify: bool,
     pub(crate) dequantize: Dequantize,
     pub(crate) device: Device,
     pub(crate) ttft_target: Duration,
@@ -214,12 +218,20 @@ pub(crate) fn model_settings(values: &Values) -> Result<ModelSettings, SettingsE
     if values.max_batch > MAX_BATCH_MAX {
         return Err(SettingsError::MaxBatch { value: values.max_batch });
     }
+    let kv_bits = match values.kv_bits {
+        Auto::Auto => None,
+        Auto::Fixed(4) => Some(4),
+        Auto::Fixed(8) => Some(8),
+        Auto::Fixed(value) => return Err(SettingsError::KvBits { value }),
+    };
     let engine = EngineProcessSettings {
         model: PathBuf::new(),
         name: values.model_name.clone().fixed().unwrap_or_else(|| served_name(&values.model)),
         slots: values.max_batch,
         context_tokens: values.max_context.clone().fixed(),
         kv_bytes: values.kv_memory.clone().fixed().map(|bytes| bytes.0),
+        kv_bits,
+        verify: values.verify,
         dequantize: values.dequantize,
         device: values.device,
         ttft_target: values.ttft_target.0,

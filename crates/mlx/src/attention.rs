@@ -5,7 +5,7 @@
 
 use crate::{
     kernels::{self, Tile},
-    kv::{BLOCK, KvPool},
+    kv::KvPool,
     layers::Path,
     native, raw,
     rope::StepRope,
@@ -302,27 +302,20 @@ impl Attention {
     /// Writes all tokens of the step into their blocks, by MLX's own operations.
     fn write(&self, layer: usize, all: &Parts, kv: &mut KvPool) -> Result<()> {
         let Some(Targets { blocks, offsets }) = &self.targets else { return Ok(()) };
-        let shape = [all.keys.dim(0), 1, all.keys.dim(1), 1, all.keys.dim(2)];
-        let pool = &mut kv.layers[layer];
-        for (pool, new) in [(&mut pool.keys, &all.keys), (&mut pool.values, &all.values)] {
-            // Out of its place, so that nothing else holds its buffer when the write is evaluated.
-            let old = std::mem::replace(pool, Array::from_int(0));
-            *pool = raw::scatter(&old, &[blocks, offsets], &new.reshape(&shape)?, &[0, 2])?;
-        }
-        Ok(())
+        kv.write(layer, [blocks, offsets], &all.keys, &all.values)
     }
 
     fn gathered_rows(&self, layer: Layer<'_>, part: &Parts, kv: &KvPool, group: &RowGroup) -> Result<Array> {
         let Some(gathered) = &group.gathered else { unreachable!("the pure path gathers") };
         let (heads, dim) = (part.queries.dim(1), part.queries.dim(2));
-        let (keys, values) = gather(kv, layer.index, &gathered.blocks, group.count)?;
+        let (keys, values) = kv.gather(layer.index, &gathered.blocks, group.count)?;
         let queries = part.queries.reshape(&[group.count, heads, 1, dim])?;
         self.attend(&queries, &keys, &values, gathered.mask(), layer.look)
     }
 
     fn gathered_run(&self, layer: Layer<'_>, part: &Parts, kv: &KvPool, run: &Run) -> Result<Array> {
         let Some(gathered) = &run.gathered else { unreachable!("the pure path gathers") };
-        let (keys, values) = gather(kv, layer.index, &gathered.blocks, 1)?;
+        let (keys, values) = kv.gather(layer.index, &gathered.blocks, 1)?;
         let length = run.start as i32 + run.rows.1 - run.rows.0;
         let last = [1, keys.dim(1), length, keys.dim(3)];
         let (keys, values) = (raw::slice(&keys, &[0; 4], &last)?, raw::slice(&values, &[0; 4], &last)?);
@@ -422,18 +415,6 @@ impl Parts {
             values: rows_of(&self.values, range)?,
         })
     }
-}
-
-/// Keys and values `[rows, heads, tokens, head_dim]` of `rows` rows with the same number of blocks.
-fn gather(kv: &KvPool, layer: usize, blocks: &Array, rows: i32) -> Result<(Array, Array)> {
-    let each = blocks.dim(0) / rows;
-    let pool = &kv.layers[layer];
-    let together = |pool: &Array| {
-        let (heads, dim) = (pool.dim(1), pool.dim(3));
-        let taken = pool.take_axis(blocks, 0)?.reshape(&[rows, each, heads, BLOCK, dim])?;
-        taken.swap_axes(1, 2)?.reshape(&[rows, heads, each * BLOCK, dim])
-    };
-    Ok((together(&pool.keys)?, together(&pool.values)?))
 }
 
 fn rows_of(array: &Array, (from, to): (i32, i32)) -> Result<Array> {

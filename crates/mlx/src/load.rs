@@ -54,6 +54,11 @@ pub struct LoadSettings {
     pub context_tokens: Option<usize>,
     /// Bytes for KV; by default a part of what the weights leave.
     pub kv_bytes: Option<u64>,
+    /// Bits of a key's or value's element, 4 or 8; by default they are kept as they are computed. Packed KV is computed
+    /// with by MLX's operations alone, which are slower than ours.
+    pub kv_bits: Option<i32>,
+    /// Whether the files are held to their checksums first.
+    pub verify: bool,
     /// What to do with quantized weights.
     pub dequantize: Dequantize,
     /// What to compute on.
@@ -130,16 +135,20 @@ impl Opened {
         path: Option<Path>,
         progress: &mut dyn FnMut(&str, f32),
     ) -> Result<Self, LoadError> {
+        if settings.verify {
+            checkpoint::verify(&settings.model, progress)?;
+        }
         let checkpoint = Checkpoint::open(&settings.model, progress)?;
         let Placement { on_gpu, activations, dequantize } =
             Placement::of(&checkpoint, settings.device, settings.dequantize)?;
-        let spec = models::spec(&checkpoint.config)?;
+        let spec = models::spec(&checkpoint.config)?.with_kv_bits(settings.kv_bits)?;
         let spec = match settings.context_tokens {
             Some(tokens) => spec.within(tokens),
             None => spec,
         };
         let works = |path| selftest::works(path, activations, &spec);
         let path = path.unwrap_or_else(|| match on_gpu {
+            _ if spec.kv_packing.is_some() => Path::Pure,
             true if spec.kernels_rotate() && kernels::fit(spec.heads) && works(Path::Kernel) => Path::Kernel,
             false if native::works() && works(Path::Native) => Path::Native,
             _ => Path::Pure,
@@ -164,7 +173,9 @@ impl Opened {
 
     /// Names weights and the form of their KV: equal where both can be shared.
     pub(crate) fn root(&self) -> BlockHash {
-        self.checkpoint.fingerprint.child(&[self.compute.activations as u32])
+        let packing = self.spec.kv_packing.map_or([0; 2], |packing| [packing.bits, packing.group_size]);
+        let [bits, group_size] = packing.map(i32::unsigned_abs);
+        self.checkpoint.fingerprint.child(&[self.compute.activations as u32, bits, group_size])
     }
 
     /// Reads the weights of a part.

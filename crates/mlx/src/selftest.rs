@@ -167,7 +167,7 @@ pub(crate) fn product_differences(dtype: Dtype, dense: bool) -> Result<Vec<Strin
 /// is given.
 fn attended(path: Path, dtype: Dtype, heads: Heads, look: &Look, tile: Option<Tile>) -> Result<Vec<Array>> {
     let Heads { queries, keys, dim } = heads;
-    let shape = KvShape { layers: LAYERS, heads: keys, head_dim: dim, dtype };
+    let shape = KvShape { layers: LAYERS, heads: keys, head_dim: dim, dtype, packing: None };
     let mut kv = KvPool::new(shape, BLOCKS, path)?;
     if path == Path::Pure {
         kv.grow(BLOCKS)?;

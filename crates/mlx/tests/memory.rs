@@ -41,6 +41,8 @@ fn no_step_copies_a_pool() {
         slots: ROWS,
         context_tokens: None,
         kv_bytes: Some(KV_BYTES as u64),
+        kv_bits: None,
+        verify: false,
         dequantize: Dequantize::Auto,
         device: DeviceChoice::Auto,
     };

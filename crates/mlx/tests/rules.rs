@@ -67,6 +67,8 @@ impl Bench {
             slots: 16,
             context_tokens: Some(2048),
             kv_bytes: Some(1 << 30),
+            kv_bits: None,
+            verify: false,
             dequantize: Dequantize::Auto,
             device: DeviceChoice::Cpu,
         };

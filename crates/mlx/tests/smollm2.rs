@@ -34,6 +34,8 @@ fn model(slots: usize) -> Option<Box<dyn Model>> {
         slots,
         context_tokens: None,
         kv_bytes: Some(2 << 30),
+        kv_bits: None,
+        verify: false,
         dequantize: Dequantize::Auto,
         device: DeviceChoice::Auto,
     };

@@ -24,6 +24,7 @@ mod safetensors;
 mod tensors;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 pub use crate::load::inspect::{Inspection, inspect};
 pub use convert::{ConvertSettings, Converted, convert};
@@ -34,6 +35,7 @@ pub use memory::memory_check;
 pub use packed::{Mode, Packed, Packing};
 pub(crate) use tensors::Size;
 pub use tensors::{Tensors, Weight};
+pub use verify::verify;
 
 use fingerprint::{Fingerprint, WeightFile};
 use std::path::Path;

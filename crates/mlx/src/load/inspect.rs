@@ -52,13 +52,13 @@ impl Inspection {
     }
 }
 
-/// Reads what the files at `model`, a folder or a `.gguf` file, say of it.
+/// Reads what the files at `model`, a folder or a `.gguf` file, say of it, with KV as [`super::LoadSettings::kv_bits`] has it.
 ///
 /// # Errors
 /// [`LoadError`], as loading would give it before it reads weights.
-pub fn inspect(model: &Path) -> Result<Inspection, LoadError> {
+pub fn inspect(model: &Path, kv_bits: Option<i32>) -> Result<Inspection, LoadError> {
     let checkpoint = Checkpoint::open(model, &mut |_, _| ())?;
-    let spec = models::spec(&checkpoint.config)?;
+    let spec = models::spec(&checkpoint.config)?.with_kv_bits(kv_bits)?;
     let Placement { on_gpu, activations, dequantize } =
         Placement::of(&checkpoint, super::DeviceChoice::Auto, super::Dequantize::Auto)?;
     let kv = KvShape {
@@ -66,6 +66,7 @@ pub fn inspect(model: &Path) -> Result<Inspection, LoadError> {
         heads: spec.heads.keys,
         head_dim: spec.heads.dim,
         dtype: activations,
+        packing: spec.kv_packing,
     };
     let element = if activations == mlx_rs::Dtype::Float32 { 4 } else { 2 };
     let sizes = checkpoint.tensors.sizes();
@@ -98,7 +99,7 @@ pub fn inspect(model: &Path) -> Result<Inspection, LoadError> {
         context_tokens: spec.context,
         kv_bytes_per_token,
         device: if on_gpu { "gpu" } else { "cpu" },
-        gpu_kernels: spec.kernels_rotate() && crate::kernels::fit(spec.heads),
+        gpu_kernels: spec.kv_packing.is_none() && spec.kernels_rotate() && crate::kernels::fit(spec.heads),
         available_bytes: checkpoint::available_memory(),
         kv_tokens: ((free as f64 * KV_SHARE) as u64 / kv_bytes_per_token.max(1)) / BLOCK_TOKENS as u64
             * BLOCK_TOKENS as u64,

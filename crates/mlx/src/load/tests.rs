@@ -29,6 +29,8 @@ fn small(path: Path, dequantize: Dequantize, device: DeviceChoice) -> Option<Run
         slots: 16,
         context_tokens: None,
         kv_bytes: Some(1 << 30),
+        kv_bits: None,
+        verify: false,
         dequantize,
         device,
     };

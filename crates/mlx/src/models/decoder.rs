@@ -131,6 +131,7 @@ impl Decoder {
             heads: heads.keys,
             head_dim: heads.dim,
             dtype: compute.activations,
+            packing: spec.kv_packing,
         };
         let dims = Dims {
             kv,

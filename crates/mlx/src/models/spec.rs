@@ -2,7 +2,8 @@
 //! [`Spec`], from which [`super::decoder`] builds the layers.
 
 use crate::{
-    checkpoint::LoadError,
+    checkpoint::{LoadError, Packing},
+    kv,
     layers::{Gate, Norms},
     rope::{RopeScaling, Waves},
 };
@@ -36,6 +37,8 @@ pub(crate) struct Spec {
     pub(crate) logit_cap: Option<f32>,
     /// Whether the output layer is the embedding; where the configuration does not tell, whether there is none.
     pub(crate) tied: Option<bool>,
+    /// How keys and values are packed; none where they are kept as they are computed.
+    pub(crate) kv_packing: Option<Packing>,
 }
 
 /// One layer.
@@ -255,6 +258,7 @@ impl Shared {
             embedding_scale: None,
             logit_cap: None,
             tied: self.tie_word_embeddings,
+            kv_packing: None,
         })
     }
 }
@@ -277,6 +281,13 @@ impl Spec {
             layer.window = layer.window.filter(|&window| window < context);
         }
         self
+    }
+
+    /// The same with keys and values packed into so many bits, where that is asked for.
+    pub(crate) fn with_kv_bits(mut self, bits: Option<i32>) -> Result<Self, LoadError> {
+        let packing = bits.map(|bits| kv::packing(bits, self.heads.dim)).transpose();
+        self.kv_packing = packing.map_err(|reason| LoadError::Config { reason })?;
+        Ok(self)
     }
 
     /// Whether every layer sees everything before a token, and scores are what they are.
