@@ -52,6 +52,11 @@ impl Connected {
                     self.resync();
                 }
             }
+            Control::Pipeline(report) => self.dispatch.change(|all| {
+                if let Some(entry) = all.nodes.get_mut(&self.node) {
+                    entry.pipeline = Some(report);
+                }
+            }),
             // The transport lets these through once only.
             Control::Hello(_) | Control::Welcome(_) => {}
         }
@@ -59,7 +64,7 @@ impl Connected {
 
     fn state(&self, state: EngineState, models: Vec<ModelCard>) {
         let ready = state == EngineState::Ready;
-        let over = matches!(state, EngineState::Restarting(_));
+        let over = matches!(state, EngineState::Restarting(_) | EngineState::Pipeline(_));
         self.dispatch.change(|all| {
             if let Some(entry) = all.nodes.get_mut(&self.node).filter(|_| over) {
                 all.serial += 1;

@@ -122,10 +122,10 @@ impl Course {
         })
     }
 
-    /// A node is not to have it again; once the answer has begun, only as long as its engine and its connection
-    /// are the same: a node that came back is as good as another.
+    /// A node is not to have it again; once the answer has begun, and of a pipeline, only as long as its engine and its
+    /// connection are the same: a node that came back is as good as another.
     fn give_up(&mut self, place: &Place) {
-        let life = self.has_begun().then_some(place.life);
+        let life = (self.has_begun() || place.is_pipeline).then_some(place.life);
         self.tried.push(Tried { node: place.info.node, life });
     }
 

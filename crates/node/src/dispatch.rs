@@ -40,6 +40,8 @@ pub(crate) struct Place {
     /// Tells this life of the node's engine, and of its connection, from the next.
     pub(crate) life: u64,
     pub(crate) pulse: Arc<Pulse>,
+    /// It is a pipeline, which comes back by itself where a member was lost.
+    pub(crate) is_pipeline: bool,
     /// Its first token was expected after this.
     expected: Duration,
     /// Tokens that came from there.
@@ -158,6 +160,7 @@ impl Dispatch {
             pulse: Arc::new(Pulse::new(now())),
             passes: 0,
             breaker: Breaker::default(),
+            pipeline: None,
         };
         state.nodes.insert(node, entry);
         Ok(Connected::new(node, connection, self.clone()))
@@ -306,8 +309,9 @@ impl Dispatch {
     }
 
     fn place_of(self: &Arc<Self>, booked: Booked) -> Place {
-        let Booked { booking, target, info, life, pulse, expected } = booked;
-        Place { target, info, life, pulse, expected, tokens: 0, booking, dispatch: self.clone() }
+        let Booked { booking, target, info, life, pulse, is_pipeline, expected } = booked;
+        let dispatch = self.clone();
+        Place { target, info, life, pulse, is_pipeline, expected, tokens: 0, booking, dispatch }
     }
 
     /// Changes what is known of a node, and serves the queue where that is not done all the time.

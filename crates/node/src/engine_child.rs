@@ -144,6 +144,10 @@ impl Life<'_> {
                 self.engine.child_ready(card, assets, slots);
             }
             EngineReport::Failed { message } => self.failed = Some(message),
+            EngineReport::Joined
+            | EngineReport::StageReady
+            | EngineReport::Beat { .. }
+            | EngineReport::Profile(_) => return error("a report of a pipeline's rank, which it is not"),
             EngineReport::Rejected { .. }
             | EngineReport::Event { .. }
             | EngineReport::Load(_)

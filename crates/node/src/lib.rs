@@ -30,6 +30,7 @@ mod handle;
 mod health;
 mod node_actor;
 mod peer;
+pub mod pipeline;
 mod reports;
 mod router_actor;
 mod settings;

@@ -285,12 +285,22 @@ async fn serve_requests(link: &RouterLink, engine: &EngineHandle, resync: &Notif
             IncomingRequest::Embed { request, replies } => {
                 running.spawn(serve_embed(engine.clone(), *request, replies));
             }
+            IncomingRequest::Measure { replies, .. } | IncomingRequest::Stage { replies, .. } => {
+                running.spawn(serve_once(replies, std::future::ready(Reply::Rejected(no_pipeline()))));
+            }
+            IncomingRequest::Tunnel(opening) => drop(running.spawn(opening.refuse(no_pipeline()))),
             IncomingRequest::Resync { replies } => {
                 resync.notify_one();
                 running.spawn(serve_once(replies, std::future::ready(Reply::Resyncing)));
             }
         }
     }
+}
+
+/// What is said to another node that takes this one for a member of its pipeline.
+fn no_pipeline() -> GenerateError {
+    let reason = "this node belongs to no pipeline".to_owned();
+    GenerateError::Unavailable { model: "a pipeline's".to_owned(), reason }
 }
 
 /// One reply, unless the router does not wait for it.

@@ -175,7 +175,9 @@ impl Router {
 
     fn no_node(&self, query: &RouteQuery<'_>) -> RouteError {
         let serving = || self.nodes.iter().filter(|(_, known)| known.serves(query.model));
-        let unfinished = self.nodes.values().any(|known| known.models.is_empty() && !known.is_ready());
+        let waits =
+            |known: &crate::KnownNode| !matches!(known.state, EngineState::Ready | EngineState::Pipeline(_));
+        let unfinished = self.nodes.values().any(|known| known.models.is_empty() && waits(known));
         let reason = if self.nodes.is_empty() {
             "no node is connected".to_owned()
         } else if serving().next().is_none() && unfinished {
@@ -194,6 +196,7 @@ impl Router {
                 EngineState::Ready => "a node is ready".to_owned(),
                 EngineState::Draining => "a node is leaving".to_owned(),
                 EngineState::Restarting(seen) => format!("a node is restarting ({seen})"),
+                EngineState::Pipeline(how) => how.clone(),
             });
             let states: BTreeSet<String> = states.collect();
             states.into_iter().collect::<Vec<_>>().join(", ")

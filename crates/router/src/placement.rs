@@ -11,8 +11,8 @@
 
 use std::ops::Range;
 
-/// Members of a pipeline: more Macs than anybody joins for one model, and few enough to look through all their orders.
-pub const MEMBERS_MAX: usize = 8;
+/// Members of a pipeline.
+pub const MEMBERS_MAX: usize = types::limits::PIPELINE_MEMBERS_MAX;
 /// Layers of a model; the largest known ones have 126.
 pub const LAYERS_MAX: usize = 512;
 
@@ -149,18 +149,27 @@ pub enum PlacementError {
     },
 }
 
+/// What a plan has to keep to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rules {
+    /// Also where one member alone would be faster.
+    pub forced: bool,
+    /// The member that has the first layers; none: whichever is best.
+    pub first: Option<usize>,
+}
+
 /// The best pipeline of more than one stage, or of one where a single member is all there is.
 ///
-/// `links[i][j]` leads from member `i` to `j`. `forced`: also where one member alone would be faster.
+/// `links[i][j]` leads from member `i` to `j`.
 ///
 /// # Errors
-/// See [`PlacementError`]; [`PlacementError::Slower`] unless `forced`.
+/// See [`PlacementError`]; [`PlacementError::Slower`] unless forced.
 pub fn place(
     model: &PlacedModel,
     members: &[Member],
     links: &[Vec<Link>],
     goal: Goal,
-    forced: bool,
+    Rules { forced, first }: Rules,
 ) -> Result<Placement, PlacementError> {
     check(model, members, links)?;
     let rows = match goal {
@@ -181,7 +190,7 @@ pub fn place(
             continue;
         }
         let stages_min = if members.len() == 1 { 1 } else { 2 };
-        let plan = table.best(stages_min).map(|cut| table.plan(&cut, rows));
+        let plan = table.best(stages_min, first).map(|cut| table.plan(&cut, rows));
         best = plan.filter(|plan| better(plan, &best)).or(best);
         if micro_batches == 1 {
             // Alone, nothing is gained by cutting rows into batches.
@@ -350,7 +359,7 @@ impl<'a> Table<'a> {
     }
 
     /// The cut with the least cycle, of at least so many stages.
-    fn best(&self, stages_min: usize) -> Option<Cut> {
+    fn best(&self, stages_min: usize, first: Option<usize>) -> Option<Cut> {
         // All times that a slowest stage can have.
         let mut bounds: Vec<f64> = Vec::new();
         for member in 0..self.members.len() {
@@ -367,7 +376,7 @@ impl<'a> Table<'a> {
         let (mut low, mut high) = (bounds.partition_point(|bound_s| *bound_s < least_s), bounds.len());
         while low < high {
             let middle = low + (high - low) / 2;
-            let found = self.least_sum(bounds[middle], stages_min);
+            let found = self.least_sum(bounds[middle], stages_min, first);
             let busy = found
                 .as_ref()
                 .is_some_and(|(sum_s, _)| f64::from(self.micro_batches) * bounds[middle] >= *sum_s);
@@ -385,7 +394,7 @@ impl<'a> Table<'a> {
     }
 
     /// The cut with the least sum of stages and links where no stage takes longer than `bound_s`.
-    fn least_sum(&self, bound_s: f64, stages_min: usize) -> Option<(f64, Cut)> {
+    fn least_sum(&self, bound_s: f64, stages_min: usize, first: Option<usize>) -> Option<(f64, Cut)> {
         let (members, layers) = (self.members.len(), self.layers());
         let width = layers + 1;
         let at = |mask: usize, last: usize, end: usize| (mask * members + last) * width + end;
@@ -404,7 +413,7 @@ impl<'a> Table<'a> {
             .collect();
         // The way back from the last stage to the first is a part of the sum, so each first member has its own programme.
         let mut best: Option<(f64, Cut)> = None;
-        for first in 0..members {
+        for first in (0..members).filter(|member| first.is_none_or(|first| first == *member)) {
             let mut steps = vec![NOWHERE; (1 << members) * members * width];
             for end in 1..=reach[first][0] {
                 let stage_s = self.stage_s(first, &(0..end));

@@ -1,6 +1,7 @@
 use super::*;
 
 const GIB: u64 = 1 << 30;
+const FORCED: Rules = Rules { forced: true, first: None };
 
 fn model(layers: usize) -> PlacedModel {
     PlacedModel {
@@ -111,7 +112,7 @@ fn the_best_of_all_placements_is_found() {
         }
         let rows = random.u32(1..20);
         let goal = Goal::Throughput { rows };
-        let found = place(&model, &members, &links, goal, true);
+        let found = place(&model, &members, &links, goal, FORCED);
         match (found, least_cycle_s(&model, &members, &links, rows)) {
             (Ok(plan), Some(least_s)) => {
                 let off = (plan.cycle_s / least_s - 1.0).abs();
@@ -131,7 +132,7 @@ fn the_best_of_all_placements_is_found() {
 fn equal_members_get_equal_parts_and_as_many_batches_as_fill_them() {
     let members = vec![member(64, 1.0); 4];
     let goal = Goal::Throughput { rows: 32 };
-    let plan = place(&model(80), &members, &links(4, 0.3), goal, false).expect("a plan");
+    let plan = place(&model(80), &members, &links(4, 0.3), goal, Rules::default()).expect("a plan");
     let layers: Vec<usize> = plan.stages.iter().map(|stage| stage.layers.len()).collect();
     assert!(layers.iter().all(|layers| (19..=21).contains(layers)), "{layers:?}");
     assert!(plan.micro_batches >= 4 && plan.bubble < 0.15, "{plan:?}");
@@ -141,7 +142,7 @@ fn equal_members_get_equal_parts_and_as_many_batches_as_fill_them() {
 fn a_member_of_twice_the_speed_gets_twice_the_layers() {
     let members = [member(64, 2.0), member(64, 1.0)];
     let goal = Goal::Throughput { rows: 16 };
-    let plan = place(&model(60), &members, &links(2, 0.1), goal, false).expect("a plan");
+    let plan = place(&model(60), &members, &links(2, 0.1), goal, Rules::default()).expect("a plan");
     let of =
         |member: usize| plan.stages.iter().find(|stage| stage.member == member).expect("used").layers.len();
     assert!((of(1) as f64 / of(0) as f64 - 2.0).abs() < 0.2, "{plan:?}");
@@ -150,7 +151,7 @@ fn a_member_of_twice_the_speed_gets_twice_the_layers() {
 #[test]
 fn for_latency_the_fastest_gets_as_much_as_it_holds() {
     let members = [member(100, 4.0), member(40, 1.0)];
-    let plan = place(&model(60), &members, &links(2, 0.1), Goal::Latency, false).expect("a plan");
+    let plan = place(&model(60), &members, &links(2, 0.1), Goal::Latency, Rules::default()).expect("a plan");
     let fast = plan.stages.iter().find(|stage| stage.member == 1).expect("used");
     // 40 GiB: layers of 1.25 GiB with their KV, and the embedding or the head.
     assert_eq!((fast.layers.len(), plan.micro_batches), (31, 1), "{plan:?}");
@@ -160,7 +161,13 @@ fn for_latency_the_fastest_gets_as_much_as_it_holds() {
 fn no_split_where_one_member_is_faster() {
     let members = [member(100, 1.0), member(100, 1.0)];
     let plan = |latency_ms, rows, forced| {
-        place(&model(60), &members, &links(2, latency_ms), Goal::Throughput { rows }, forced)
+        place(
+            &model(60),
+            &members,
+            &links(2, latency_ms),
+            Goal::Throughput { rows },
+            Rules { forced, first: None },
+        )
     };
     let error = plan(5.0, 4, false).expect_err("slower");
     assert!(matches!(error, PlacementError::Slower { stages: 2, member: 0, .. }), "{error}");
@@ -172,7 +179,8 @@ fn no_split_where_one_member_is_faster() {
 #[test]
 fn what_is_wrong_is_named() {
     let check = |model: &PlacedModel, members: &[Member], links: &[Vec<Link>], expected: &str| {
-        let error = place(model, members, links, Goal::Latency, false).expect_err(expected).to_string();
+        let error =
+            place(model, members, links, Goal::Latency, Rules::default()).expect_err(expected).to_string();
         assert_eq!(error, expected);
     };
     check(&model(4), &[], &links(0, 0.0), "0 members; a pipeline has from 1 to 8");
@@ -188,7 +196,19 @@ fn what_is_wrong_is_named() {
 #[test]
 fn six_members_are_placed() {
     let members: Vec<Member> = (1..=6).map(|index| member(32, 0.3 * f64::from(index))).collect();
-    let plan = place(&model(80), &members, &links(6, 0.5), Goal::Throughput { rows: 32 }, false);
+    let plan = place(&model(80), &members, &links(6, 0.5), Goal::Throughput { rows: 32 }, Rules::default());
     let plan = plan.expect("a plan");
     assert!(plan.stages.len() > 3, "{plan:?}");
+}
+
+/// A head that is slow has the first layers all the same, and few of them.
+#[test]
+fn the_first_stage_may_be_given() {
+    let members = [member(40, 1.0), member(40, 1.0), member(40, 4.0)];
+    for first in 0..3 {
+        let rules = Rules { first: Some(first), forced: true };
+        let plan = place(&model(60), &members, &links(3, 0.1), Goal::Throughput { rows: 8 }, rules);
+        let plan = plan.expect("a plan");
+        assert_eq!(plan.stages[0].member, first, "{plan:?}");
+    }
 }

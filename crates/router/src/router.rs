@@ -74,7 +74,8 @@ impl Router {
 
     /// A node told its engine's state and what it serves. One that loads or restarts has an empty cache.
     pub fn state(&mut self, node: NodeId, state: EngineState, models: Vec<ModelCard>) {
-        let fresh = matches!(state, EngineState::Loading | EngineState::Restarting(_));
+        let fresh =
+            matches!(state, EngineState::Loading | EngineState::Restarting(_) | EngineState::Pipeline(_));
         if fresh && self.nodes.contains_key(&node) {
             let rtt = self.nodes.get(&node).map_or(Duration::ZERO, KnownNode::rtt);
             self.node_up(node);

@@ -33,6 +33,11 @@ impl<T: DeserializeOwned> FrameReader<T> {
         let _ = self.stream.read_chunk(CHUNK_BYTES, true).now_or_never();
     }
 
+    /// The stream, and what was read of it and is no frame.
+    pub(crate) fn into_parts(self) -> (RecvStream, BytesMut) {
+        (self.stream, self.buffer)
+    }
+
     /// The next message; `None` when the stream has ended between two.
     pub(crate) async fn next(&mut self) -> Result<Option<T>, ReceiveError> {
         loop {

@@ -32,6 +32,13 @@ pub const INITIAL_ROUND_TRIP: Duration = Duration::from_millis(50);
 pub const ACCEPT_TIME_MAX: Duration = Duration::from_secs(4);
 /// From asking for assets to having them: the largest over a slow Wi-Fi link.
 pub const ASSETS_TIME_MAX: Duration = Duration::from_secs(60);
+/// From asking a member of a pipeline to measure to having its figures: a part of a model is read and computed, and the
+/// machine may be busy.
+pub const MEASURE_TIME_MAX: Duration = Duration::from_secs(60);
+/// Bytes by which a link is measured: a fifth of a second over a Wi-Fi link, and enough to see what a cable can do.
+pub const PROBE_BYTES: u64 = 4 << 20;
+/// How long these may take; a slower link is no link for a pipeline.
+pub const PROBE_TIME_MAX: Duration = Duration::from_secs(5);
 /// From a stream's start to its request being complete.
 pub const REQUEST_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long closing waits until the other ends have been told.

@@ -19,11 +19,11 @@ use wire::{Control, FrameClass, Hello, Reply, Request};
 
 /// A connected node. Clones share the connection, which ends when the last clone and the last stream are dropped.
 #[derive(Debug, Clone)]
-pub struct Peer(Arc<Inner>);
+pub struct Peer(pub(crate) Arc<Inner>);
 
 #[derive(Debug)]
-struct Inner {
-    connection: Connection,
+pub(crate) struct Inner {
+    pub(crate) connection: Connection,
     hello: Hello,
     _silence: SilenceWatch,
 }
@@ -135,7 +135,11 @@ impl Peer {
     }
 
     /// Sends a request on a stream of its own and reads the first reply.
-    async fn ask(&self, request: Request, replies: FrameClass) -> Result<(RequestStream, Reply), AskError> {
+    pub(crate) async fn ask(
+        &self,
+        request: Request,
+        replies: FrameClass,
+    ) -> Result<(RequestStream, Reply), AskError> {
         let (writer, reader) = self.0.connection.open_bi().await?;
         let mut stream = RequestStream {
             writer: FrameWriter::new(writer),
@@ -150,18 +154,18 @@ impl Peer {
         }
     }
 
-    async fn answer(
+    pub(crate) async fn answer<T>(
         &self,
         within: Duration,
-        exchange: impl Future<Output = Result<(RequestStream, Reply), AskError>>,
-    ) -> Result<(RequestStream, Reply), NoAnswer> {
+        exchange: impl Future<Output = Result<T, AskError>>,
+    ) -> Result<T, NoAnswer> {
         match timeout(within, exchange).await {
             Ok(answer) => answer.map_err(|error| self.no_answer(error.to_string())),
             Err(_) => Err(self.no_answer(format!("no answer within {} s", within.as_secs()))),
         }
     }
 
-    fn no_answer(&self, reason: String) -> NoAnswer {
+    pub(crate) fn no_answer(&self, reason: String) -> NoAnswer {
         NoAnswer { node: self.0.hello.name.clone(), reason }
     }
 }
@@ -182,7 +186,7 @@ fn unavailable(model: &str, reason: String) -> GenerateError {
 
 /// Why there is no first reply.
 #[derive(Debug, thiserror::Error)]
-enum AskError {
+pub(crate) enum AskError {
     #[error("{}", close::connection_error(.0))]
     Connection(#[from] quinn::ConnectionError),
     #[error(transparent)]
@@ -195,28 +199,28 @@ enum AskError {
 
 /// The router's end of one request. Dropped before the last reply, it cancels the request.
 #[derive(Debug)]
-struct RequestStream {
+pub(crate) struct RequestStream {
     writer: FrameWriter,
-    reader: FrameReader<Reply>,
+    pub(crate) reader: FrameReader<Reply>,
     done: bool,
 }
 
 impl RequestStream {
     /// There is no further reply to come; passes `last` on.
-    fn finished<T>(mut self, last: T) -> T {
+    pub(crate) fn finished<T>(mut self, last: T) -> T {
         self.end();
         last
     }
 
     /// The last reply has been read. The stream's end commonly came in the same packet: where it did, nothing has to be
     /// said of the stream any more, otherwise a packet stops it, and the node has to acknowledge that.
-    fn end(&mut self) {
+    pub(crate) fn end(&mut self) {
         self.done = true;
         self.reader.end_now();
     }
 
     /// Breaks off because of a reply that must not come now; says what came.
-    fn out_of_turn(mut self, reply: &Reply) -> String {
+    pub(crate) fn out_of_turn(mut self, reply: &Reply) -> String {
         self.done = true;
         let _ = self.reader.stream.stop(close::PROTOCOL);
         format!("the node sent {} out of turn", name(reply))
@@ -233,7 +237,7 @@ impl Drop for RequestStream {
     }
 }
 
-fn name(reply: &Reply) -> &'static str {
+pub(crate) fn name(reply: &Reply) -> &'static str {
     match reply {
         Reply::Accepted => "`Accepted`",
         Reply::Rejected(_) => "`Rejected`",
@@ -245,6 +249,10 @@ fn name(reply: &Reply) -> &'static str {
         Reply::Resyncing => "`Resyncing`",
         Reply::Prompt { .. } => "`Prompt`",
         Reply::Embedded(_) => "`Embedded`",
+        Reply::Measured(_) => "`Measured`",
+        Reply::Stage(_) => "`Stage`",
+        Reply::Tunnel => "`Tunnel`",
+        Reply::Probed => "`Probed`",
     }
 }
 

@@ -4,13 +4,14 @@ use crate::{
     close::{self, SendError, close},
     framed::{FrameReader, FrameWriter},
     limits::REQUEST_TIME_MAX,
+    pipeline::{self, TunnelOpening},
     silence::SilenceWatch,
 };
 use futures_util::FutureExt;
 use quinn::{Connection, RecvStream, SendStream};
 use std::{net::SocketAddr, sync::Arc};
 use tokio::{sync::Mutex, task::JoinSet, time::timeout};
-use types::{AssetsHash, EmbedRequest, GenerateRequest, SessionRequest};
+use types::{AssetsHash, EmbedRequest, GenerateRequest, MeasureQuery, SessionRequest, StageNews, StageOrder};
 use wire::{Control, FrameClass, FrameError, Hello, Reply, Request};
 
 /// A joined router. Clones share the connection, which ends when the last clone and the last [`ReplySender`] are
@@ -72,6 +73,22 @@ pub enum IncomingRequest {
         /// For the word that it comes.
         replies: ReplySender,
     },
+    /// What this node can do for a pipeline.
+    Measure {
+        /// What is to be measured.
+        query: MeasureQuery,
+        /// For the answer.
+        replies: ReplySender,
+    },
+    /// A stage of a pipeline, for as long as the stream is open.
+    Stage {
+        /// Which.
+        order: StageOrder,
+        /// For its news.
+        replies: ReplySender,
+    },
+    /// A way to a stage's process.
+    Tunnel(TunnelOpening),
 }
 
 /// Why a reply was not sent.
@@ -175,7 +192,12 @@ async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr)
     let mut reader = FrameReader::<Request>::new(receive, FrameClass::Request);
     let read = timeout(REQUEST_TIME_MAX, async {
         let request = reader.next().await?;
-        Ok((request, reader.next().await?.is_none()))
+        // What follows these is no frame.
+        let is_only = match request {
+            Some(Request::Tunnel(_) | Request::Probe { .. }) => true,
+            _ => reader.next().await?.is_none(),
+        };
+        Ok((request, is_only))
     });
     let reason = match read.await {
         Ok(Ok((Some(Request::Generate(request)), true))) => {
@@ -191,6 +213,19 @@ async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr)
             return Some(IncomingRequest::Embed { request, replies });
         }
         Ok(Ok((Some(Request::Resync), true))) => return Some(IncomingRequest::Resync { replies }),
+        Ok(Ok((Some(Request::Measure(query)), true))) => {
+            return Some(IncomingRequest::Measure { query, replies });
+        }
+        Ok(Ok((Some(Request::Stage(order)), true))) => {
+            return Some(IncomingRequest::Stage { order, replies });
+        }
+        Ok(Ok((Some(Request::Tunnel(order)), true))) => {
+            return Some(IncomingRequest::Tunnel(TunnelOpening::new(order, reader, replies)));
+        }
+        Ok(Ok((Some(Request::Probe { bytes }), true))) => {
+            pipeline::take_probe(reader, bytes, replies).await;
+            return None;
+        }
         Ok(Ok((None, _))) => "no request on its stream".to_owned(),
         Ok(Ok((Some(_), false))) => "more than one request on a stream".to_owned(),
         // The router changed its mind, or is gone.
@@ -204,8 +239,8 @@ async fn read_request(send: SendStream, receive: RecvStream, router: SocketAddr)
 }
 
 impl ReplySender {
-    /// Sends a reply, waiting while the router does not read. After any but `Accepted`, `Prompt`, `Started` and `Tokens`
-    /// the stream is finished. Safe to cancel: a reply is sent whole or not at all.
+    /// Sends a reply, waiting while the router does not read. After any but `Accepted`, `Prompt`, `Started`, `Tokens`, `Tunnel`
+    /// and a stage's news the stream is finished. Safe to cancel: a reply is sent whole or not at all.
     pub async fn send(&mut self, reply: Reply) -> Result<(), ReplyError> {
         if self.last {
             // A cancelled call may have left a part of it.
@@ -220,8 +255,12 @@ impl ReplySender {
         };
         let last = !matches!(
             reply,
-            Reply::Accepted | Reply::Prompt { .. } | Reply::Started { .. } | Reply::Tokens { .. }
-        );
+            Reply::Accepted
+                | Reply::Prompt { .. }
+                | Reply::Started { .. }
+                | Reply::Tokens { .. }
+                | Reply::Tunnel
+        ) && !matches!(&reply, Reply::Stage(news) if !matches!(news, StageNews::Failed { .. }));
         if !std::mem::take(&mut self.held) {
             self.writer.flush().await?;
         }
@@ -256,7 +295,13 @@ impl ReplySender {
         }
     }
 
-    fn finish(&mut self) {
+    /// The stream itself, where what follows is no frame.
+    pub(crate) fn stream(&mut self) -> &mut SendStream {
+        &mut self.writer.stream
+    }
+
+    /// Ends the stream in good order.
+    pub(crate) fn finish(&mut self) {
         self.finished = true;
         // An error means that the router has stopped reading, which it may.
         let _ = self.writer.stream.finish();

@@ -1,6 +1,7 @@
 //! Requests between two endpoints on loopback: answers, cancellation, loss, back-pressure, limits.
 
 mod pair;
+mod pipeline;
 
 use futures_util::StreamExt;
 use pair::{Pair, hello, loopback, next_generate, pair, request, within};

@@ -13,6 +13,7 @@ mod id;
 pub mod limits;
 mod model;
 mod node;
+mod pipeline;
 mod request;
 mod sampling;
 mod sessions;
@@ -33,6 +34,10 @@ pub use model::{AssetsHash, ModelAssets, ModelCard, ModelKind};
 pub use node::{
     ClusterView, DraftCount, DraftOrigin, EngineState, MoveCounts, MoveKind, NodeLoad, NodePrediction,
     NodeRates, NodeView, RequestMove, Role,
+};
+pub use pipeline::{
+    EpochId, LinkProfile, MeasureQuery, MemberProfile, PipelinePhase, PipelinePlan, PipelineReport,
+    PlannedStage, StageNews, StageOrder, StageOrderError, StageProfile, TunnelOrder,
 };
 pub use request::{
     GenerateDraft, GenerateRequest, GenerateRequestError, Grammar, OutputRules, Speculation, TokenReport,

@@ -56,6 +56,8 @@ pub const CACHE_BLOCKS_MAX: usize = 1 << 20;
 pub const CACHE_BLOCKS_SENT_MAX: usize = 4096;
 /// Nodes a router keeps.
 pub const NODES_MAX: usize = 1024;
+/// Members of a pipeline: more Macs than anybody joins for one model, and few enough to look through all their orders.
+pub const PIPELINE_MEMBERS_MAX: usize = 8;
 /// Models one node may serve.
 pub const NODE_MODELS_MAX: usize = 64;
 /// Bytes of a tokenizer with its chat template (the largest known vocabularies are about 35 MB).

@@ -1,6 +1,6 @@
 //! A node as others see it.
 
-use crate::{ModelCard, NodeId, RequestId};
+use crate::{ModelCard, NodeId, PipelineReport, RequestId};
 use serde::{Deserialize, Serialize};
 
 /// What an `mlx-node` does.
@@ -25,6 +25,8 @@ pub enum EngineState {
     Draining,
     /// It died and comes back; the text says what was seen.
     Restarting(String),
+    /// It is a part of a pipeline, or is to become one; the text says how that stands.
+    Pipeline(String),
 }
 
 /// How fast an engine is, measured at its start and corrected as it runs.
@@ -143,6 +145,8 @@ pub struct NodeView {
     pub prediction: NodePrediction,
     /// Whether this router leaves it alone, since it failed lately.
     pub avoided: bool,
+    /// What it tells of its pipeline, where it belongs to one.
+    pub pipeline: Option<PipelineReport>,
 }
 
 /// What a router has learned of a node from the requests that it sent there.

@@ -4,8 +4,9 @@
 use serde::{Deserialize, Serialize};
 use types::{
     AssetsHash, BlockHash, CacheEvent, EmbedRequest, EngineState, Finish, GenerateError, GenerateRequest,
-    ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, RequestId, Role, SessionInfo, SessionRequest,
-    TokenEvent, TokenId, TokenLogprobs,
+    MeasureQuery, MemberProfile, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, PipelineReport,
+    RequestId, Role, SessionInfo, SessionRequest, StageNews, StageOrder, StageProfile, TokenEvent, TokenId,
+    TokenLogprobs, TunnelOrder,
 };
 
 /// Who one end of a connection is.
@@ -67,9 +68,12 @@ pub enum Control {
         /// At least one, with up to [`types::limits::CACHE_BLOCKS_SENT_MAX`] blocks together.
         events: Vec<CacheEvent>,
     },
+    /// How the node's pipeline stands.
+    Pipeline(PipelineReport),
 }
 
-/// The first and only frame from a router on a request's stream.
+/// The first frame from a router on a request's stream; the only one but for [`Request::Tunnel`] and [`Request::Probe`],
+/// after which come bytes that are none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
     /// Generate tokens.
@@ -82,13 +86,25 @@ pub enum Request {
     Resync,
     /// Make vectors of texts.
     Embed(Box<EmbedRequest>),
+    /// Measure the node and a pipeline's model.
+    Measure(MeasureQuery),
+    /// Host a stage of a pipeline, for as long as this stream is open.
+    Stage(StageOrder),
+    /// Lead what follows on this stream, in both directions, to a stage's process.
+    Tunnel(TunnelOrder),
+    /// Take so many bytes, which follow on this stream: it is measured how long that takes.
+    Probe {
+        /// How many.
+        bytes: u64,
+    },
 }
 
 /// A node's frames on a request's stream.
 ///
 /// `Generate`: `Rejected`, or `Accepted`, where asked for `Prompt`…, `Started`, `Tokens`…, `Done`; without tokens, without
 /// `Started`. `Assets`: `Rejected` or `Assets`. `Sessions`: `Rejected` or `Sessions`. `Resync`: `Resyncing`.
-/// `Embed`: `Rejected` or `Embedded`.
+/// `Embed`: `Rejected` or `Embedded`. `Measure`: `Rejected` or `Measured`. `Stage`: `Stage`…. `Tunnel`: `Rejected`, or `Tunnel`
+/// and then bytes. `Probe`: `Probed`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
     /// The engine has the request.
@@ -126,6 +142,14 @@ pub enum Reply {
     },
     /// The vector of each text; the last frame.
     Embedded(Vec<Vec<f32>>),
+    /// What was measured; the last frame.
+    Measured(MemberProfile),
+    /// How the stage does; after [`StageNews::Failed`] comes nothing.
+    Stage(StageNews),
+    /// The way is open; what follows is no frame.
+    Tunnel,
+    /// All bytes came; the last frame.
+    Probed,
 }
 
 /// To an engine child, over its standard input. The end of the input means `Shutdown`.
@@ -206,6 +230,17 @@ pub enum EngineReport {
         /// Of each of its texts.
         vectors: Vec<Vec<f32>>,
     },
+    /// A rank of a pipeline has found its neighbours.
+    Joined,
+    /// A rank after the first one computes.
+    StageReady,
+    /// A rank lives; the first one tells of its passes by its load.
+    Beat {
+        /// Passes that it has done.
+        passes: u64,
+    },
+    /// What a process measured that was started for that.
+    Profile(StageProfile),
 }
 
 /// [`EngineState`] is tagged for JSON, which bincode cannot read back; here it is an ordinary enum.
@@ -219,6 +254,7 @@ mod engine_state {
         Ready,
         Draining,
         Restarting(String),
+        Pipeline(String),
     }
 
     pub(super) fn serialize<S: Serializer>(state: &EngineState, serializer: S) -> Result<S::Ok, S::Error> {
@@ -227,6 +263,7 @@ mod engine_state {
             EngineState::Ready => Plain::Ready,
             EngineState::Draining => Plain::Draining,
             EngineState::Restarting(seen) => Plain::Restarting(seen.clone()),
+            EngineState::Pipeline(how) => Plain::Pipeline(how.clone()),
         };
         plain.serialize(serializer)
     }
@@ -237,6 +274,7 @@ mod engine_state {
             Plain::Ready => EngineState::Ready,
             Plain::Draining => EngineState::Draining,
             Plain::Restarting(seen) => EngineState::Restarting(seen),
+            Plain::Pipeline(how) => EngineState::Pipeline(how),
         })
     }
 }

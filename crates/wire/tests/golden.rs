@@ -5,10 +5,11 @@ use bytes::BytesMut;
 use serde::Serialize;
 use types::{
     AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, DraftCount, EmbedDraft,
-    EmbedRequest, EngineState, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, Grammar,
-    ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates, OutputRules, Priority, RequestId, Role,
-    SamplingDraft, Service, SessionId, SessionInfo, SessionRequest, Speculation, TokenEvent, TokenLogprobs,
-    TokenReport, Usage,
+    EmbedRequest, EngineState, EpochId, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest,
+    Grammar, LinkProfile, MeasureQuery, MemberProfile, ModelAssets, ModelCard, NodeId, NodeLoad, NodeRates,
+    OutputRules, PipelinePhase, PipelinePlan, PipelineReport, PlannedStage, Priority, RequestId, Role,
+    SamplingDraft, Service, SessionId, SessionInfo, SessionRequest, Speculation, StageNews, StageOrder,
+    StageProfile, TokenEvent, TokenLogprobs, TokenReport, TunnelOrder, Usage,
 };
 use wire::{Control, EngineCommand, EngineReport, FrameClass, Hello, Reply, Request, encode};
 
@@ -169,6 +170,86 @@ fn cache_events() -> Vec<CacheEvent> {
     ]
 }
 
+const EPOCH: EpochId = EpochId { head: NodeId(0x1234), number: 300 };
+
+fn profile() -> StageProfile {
+    StageProfile {
+        memory_bytes: 1 << 34,
+        weights: BlockHash(0x77),
+        layer_s: vec![(1, 0.5), (8, 0.75)],
+        head_s: vec![(1, 0.25)],
+        layer_bytes: vec![1000, 70_000],
+        embedding_bytes: 400,
+        head_bytes: 500,
+        hidden_bytes: 1152,
+        kv_bytes_per_token: 768,
+    }
+}
+
+fn pipeline_requests() -> [Request; 4] {
+    let order = StageOrder {
+        epoch: EPOCH,
+        model: "smollm2".to_owned(),
+        weights: BlockHash(0x77),
+        rank: 1,
+        members: vec![NodeId(0x1234), NodeId(0x5678)],
+        layers: vec![(0, 20), (20, 30)],
+        kv_tokens: 4096,
+        direct_ports: vec![7000, 7001],
+    };
+    [
+        Request::Measure(MeasureQuery { model: "smollm2".to_owned(), members: vec![NodeId(0x5678)] }),
+        Request::Stage(order),
+        Request::Tunnel(TunnelOrder { epoch: EPOCH, rank: 1 }),
+        Request::Probe { bytes: 70_000 },
+    ]
+}
+
+fn pipeline_replies() -> [Reply; 8] {
+    let link = LinkProfile { to: NodeId(0x5678), latency_s: 0.5, bytes_per_s: 1e9 };
+    [
+        Reply::Measured(MemberProfile { stage: profile(), links: vec![link] }),
+        Reply::Stage(StageNews::Started),
+        Reply::Stage(StageNews::Joined),
+        Reply::Stage(StageNews::Ready),
+        Reply::Stage(StageNews::Beat { passes: 300 }),
+        Reply::Stage(StageNews::Failed { message: "killed".to_owned() }),
+        Reply::Tunnel,
+        Reply::Probed,
+    ]
+}
+
+fn pipeline_report(phase: PipelinePhase, full: bool) -> PipelineReport {
+    let stage = PlannedStage {
+        node: NodeId(0x1234),
+        name: "studio".to_owned(),
+        layers: (0, 20),
+        weight_bytes: 1 << 33,
+        kv_bytes: 300,
+        memory_bytes: 1 << 34,
+        stage_s: 0.5,
+        link_s: 0.25,
+    };
+    let plan = PipelinePlan {
+        stages: vec![stage],
+        kv_tokens: 4096,
+        rows: 8,
+        micro_batches: 2,
+        micro_rows: 4,
+        cycle_s: 1.5,
+        tokens_per_s: 5.0,
+        bubble: 0.125,
+    };
+    PipelineReport {
+        model: "smollm2".to_owned(),
+        head: full.then_some(NodeId(0x1234)),
+        epoch: 3,
+        phase,
+        detail: "as planned".to_owned(),
+        plan: full.then_some(plan),
+    }
+}
+
 fn errors() -> [GenerateError; 7] {
     let text = |text: &str| text.to_owned();
     [
@@ -205,11 +286,23 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
     let state = |state| Control::State { state, models: vec![card()] };
     add!(Hello: Control::Hello(hello()), Control::Welcome(hello()));
     add!(Control: state(EngineState::Loading), state(EngineState::Ready), state(EngineState::Draining),
-        state(EngineState::Restarting("killed".to_owned())), Control::Load(load()), Control::Leaving,
+        state(EngineState::Restarting("killed".to_owned())), state(EngineState::Pipeline("a part".to_owned())),
+        Control::Load(load()), Control::Leaving,
+        Control::Pipeline(pipeline_report(PipelinePhase::Waiting, false)),
+        Control::Pipeline(pipeline_report(PipelinePhase::Planning, false)),
+        Control::Pipeline(pipeline_report(PipelinePhase::Starting, false)),
+        Control::Pipeline(pipeline_report(PipelinePhase::Running, true)),
+        Control::Pipeline(pipeline_report(PipelinePhase::Refused, false)),
         Control::CacheSnapshot { epoch: 3, seq: 300, blocks: blocks(), last: true },
         Control::CacheEvents { epoch: 3, first_seq: 300, events: cache_events() });
     add!(Request: Request::Generate(request(true).into()), Request::Generate(request(false).into()),
         Request::Assets(AssetsHash([0xab; 32])), Request::Resync, Request::Embed(embed_request().into()));
+    for request in pipeline_requests() {
+        add!(Request: request);
+    }
+    for reply in pipeline_replies() {
+        add!(Reply: reply);
+    }
     for request in session_requests() {
         add!(Request: Request::Sessions(request.clone()));
         add!(Engine: EngineCommand::Sessions { call: 7, request: request.clone() });
@@ -240,7 +333,9 @@ fn bytes_are_those_of_this_version_or_the_version_must_be_bumped() {
         event(TokenEvent::Prompt { index: 300, logprobs: vec![None, Some(logprobs())] }),
         event(TokenEvent::Finished(finish(FinishReason::Stop))),
         EngineReport::Load(load()), EngineReport::Failed { message: "abort".to_owned() },
-        EngineReport::Sessions { call: 7, sessions: sessions() }, EngineReport::Cache(cache_events()));
+        EngineReport::Sessions { call: 7, sessions: sessions() }, EngineReport::Cache(cache_events()),
+        EngineReport::Joined, EngineReport::StageReady, EngineReport::Beat { passes: 300 },
+        EngineReport::Profile(profile()));
     assert!(
         all == GOLDEN,
         "the wire format changed: bump wire::VERSION and store this as golden.txt (if VERSION is already bumped, \

@@ -86,6 +86,7 @@ pub(crate) fn why_not_ready(view: &ClusterView) -> String {
             EngineState::Loading => "is loading its model",
             EngineState::Ready => "is ready",
             EngineState::Draining => "is draining",
+            EngineState::Pipeline(how) => return format!("{}: {how}", node.name),
             EngineState::Restarting(why) => return format!("{} is restarting its engine ({why})", node.name),
         };
         format!("{} {state}", node.name)

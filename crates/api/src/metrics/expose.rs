@@ -160,6 +160,7 @@ fn nodes(out: &mut Exposition, view: &ClusterView) {
             ("ready", matches!(node.engine, EngineState::Ready)),
             ("draining", matches!(node.engine, EngineState::Draining)),
             ("restarting", matches!(node.engine, EngineState::Restarting(_))),
+            ("pipeline", matches!(node.engine, EngineState::Pipeline(_))),
         ];
         for (state, is) in states {
             let id = node.id.to_string();

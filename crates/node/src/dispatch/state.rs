@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-use types::{EngineState, GenerateError, NodeId, RouteInfo, limits};
+use types::{EngineState, GenerateError, NodeId, PipelinePhase, PipelineReport, RouteInfo, limits};
 use wire::Hello;
 
 /// Requests of a model in the queue whose node is full and that are passed over in search of one whose node is not: bounds
@@ -45,6 +45,8 @@ pub(crate) struct NodeEntry {
     /// Passes that its engine has told of.
     pub(crate) passes: u64,
     pub(super) breaker: Breaker,
+    /// What it told of its pipeline.
+    pub(crate) pipeline: Option<PipelineReport>,
 }
 
 pub(super) struct Waiter {
@@ -61,6 +63,7 @@ pub(super) struct Booked {
     pub(super) info: RouteInfo,
     pub(super) life: u64,
     pub(super) pulse: Arc<Pulse>,
+    pub(super) is_pipeline: bool,
     /// Its first token is expected after this.
     pub(super) expected: Duration,
 }
@@ -99,8 +102,9 @@ impl State {
             entry.pulse.beat(now);
         }
         let (target, life, pulse) = (entry.target.clone(), entry.life, entry.pulse.clone());
+        let is_pipeline = entry.pipeline.is_some();
         let expected = Duration::try_from_secs_f64(route.cost.first_token_s()).unwrap_or(Duration::MAX);
-        Ok(Booked { booking, target, info, life, pulse, expected })
+        Ok(Booked { booking, target, info, life, pulse, is_pipeline, expected })
     }
 
     /// Whether a node that was tried is still the one that was.
@@ -175,8 +179,16 @@ impl State {
     /// Whether a node that it may have is expected to be ready in time, where none is. An answer that has begun may go on
     /// with the next engine of a node, and with a node that is not known yet.
     pub(super) fn has_hope(&self, ask: &Ask, tried: &[Tried]) -> bool {
-        let coming = self.router.nodes().filter(|(_, known)| {
-            let loads = matches!(known.state(), EngineState::Loading | EngineState::Restarting(_));
+        let forms = |node: &NodeId| {
+            let report = self.nodes.get(node).and_then(|entry| entry.pipeline.as_ref());
+            report.is_some_and(|report| report.model == ask.model && report.phase != PipelinePhase::Refused)
+        };
+        let coming = self.router.nodes().filter(|(node, known)| {
+            let loads = match known.state() {
+                EngineState::Loading | EngineState::Restarting(_) => true,
+                EngineState::Pipeline(_) => forms(node),
+                EngineState::Ready | EngineState::Draining => false,
+            };
             let serves =
                 known.models().is_empty() || known.models().iter().any(|card| card.name == ask.model);
             loads && serves

@@ -82,6 +82,7 @@ impl Dispatch {
                 cached_blocks: state.router.cached_blocks(id) as u64,
                 prediction: state.router.learned(id).map(prediction).unwrap_or_default(),
                 avoided: !entry.breaker.admits(now()) || state.hanging.contains(&id),
+                pipeline: entry.pipeline.clone(),
             })
         });
         let mut nodes: Vec<NodeView> = nodes.collect();

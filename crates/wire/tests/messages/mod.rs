@@ -1,5 +1,7 @@
 //! Strategies for every message, one function per frame that travels.
 
+mod pipeline;
+
 use proptest::{collection::vec, option, prelude::*};
 use types::{
     AffinityKey, AssetsHash, BlockHash, CacheEvent, CacheScope, ClientId, EmbedDraft, EmbedRequest,
@@ -24,6 +26,7 @@ pub(crate) fn control() -> impl Strategy<Value = Control> {
         Just(EngineState::Ready),
         Just(EngineState::Draining),
         text().prop_map(EngineState::Restarting),
+        text().prop_map(EngineState::Pipeline),
     ];
     prop_oneof![
         hello().prop_map(Control::Hello),
@@ -35,6 +38,7 @@ pub(crate) fn control() -> impl Strategy<Value = Control> {
             .prop_map(|(epoch, seq, blocks, last)| Control::CacheSnapshot { epoch, seq, blocks, last }),
         (any::<u64>(), any::<u64>(), vec(cache_event(), 1..5))
             .prop_map(|(epoch, first_seq, events)| Control::CacheEvents { epoch, first_seq, events }),
+        pipeline::report().prop_map(Control::Pipeline),
     ]
 }
 
@@ -45,6 +49,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
         session_request().prop_map(Request::Sessions),
         Just(Request::Resync),
         embed_request().prop_map(|request| Request::Embed(request.into())),
+        pipeline::request(),
     ]
 }
 
@@ -64,6 +69,7 @@ pub(crate) fn reply() -> impl Strategy<Value = Reply> {
         sessions().prop_map(Reply::Sessions),
         any::<u32>().prop_map(|cached_tokens| Reply::Started { cached_tokens }),
         Just(Reply::Resyncing),
+        pipeline::reply(),
     ]
 }
 
@@ -106,6 +112,7 @@ pub(crate) fn engine_report() -> impl Strategy<Value = EngineReport> {
         (any::<u64>(), sessions()).prop_map(|(call, sessions)| EngineReport::Sessions { call, sessions }),
         vec(cache_event(), 1..5).prop_map(EngineReport::Cache),
         (id(), vectors()).prop_map(|(id, vectors)| EngineReport::Embedded { id, vectors }),
+        pipeline::engine_report(),
     ]
 }
 

@@ -103,6 +103,7 @@ impl Cluster {
             cached_blocks: 0,
             prediction: NodePrediction::default(),
             avoided: false,
+            pipeline: None,
         };
         let view = ClusterView { cluster: "home".to_owned(), nodes: vec![node], ..ClusterView::default() };
         Arc::new(Self {
