@@ -22,6 +22,7 @@ mod sequence;
 mod sessions;
 mod settings;
 mod shares;
+mod stages;
 
 pub use embedder::Embedder;
 pub use engine::Engine;
@@ -31,3 +32,4 @@ pub use model::{
     Slice, StepOutput,
 };
 pub use settings::EngineSettings;
+pub use stages::StageTimes;

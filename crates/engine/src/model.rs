@@ -153,11 +153,12 @@ pub enum Overlap {
     /// A device, which computes one pass after another: a second one may be submitted before the first is collected, and
     /// take in what that draws ([`Input::Drawn`]).
     Lookahead,
-    /// A pipeline, whose stages compute different passes at a time: up to `flights` passes, none of which takes in what
-    /// another one draws. Rows are divided among them.
+    /// A pipeline, whose stages compute different passes at a time, none of which takes in what another one draws.
     Stages {
-        /// At least 1.
+        /// Passes that may be in flight: as many as keep all stages busy with parts of prompts. At least `groups`.
         flights: usize,
+        /// Passes into which rows are divided, at least 1.
+        groups: usize,
     },
 }
 
@@ -166,7 +167,7 @@ impl Overlap {
     pub fn flights(self) -> usize {
         match self {
             Self::Lookahead => 2,
-            Self::Stages { flights } => flights.max(1),
+            Self::Stages { flights, groups } => flights.max(groups).max(1),
         }
     }
 
@@ -174,7 +175,7 @@ impl Overlap {
     pub fn groups(self) -> usize {
         match self {
             Self::Lookahead => 1,
-            Self::Stages { flights } => flights.max(1),
+            Self::Stages { groups, .. } => groups.max(1),
         }
     }
 }
@@ -182,8 +183,7 @@ impl Overlap {
 /// A model with the KV of its blocks. All calls come from one thread.
 ///
 /// Contract: steps are collected in the order in which they were submitted, and at most [`Overlap::flights`] are in
-/// flight. Where a step has
-/// masked rows, its `draw` comes before the next `submit` and before its own `collect`. A step's slices
+/// flight. Where a step has masked rows, its `draw` comes before the next `submit` and before its own `collect`. A step's slices
 /// name different sequences, no two of them append to the same block, and every position before a slice's start was
 /// written by an earlier step. Steps take effect in the order of their submission: what one writes the next one reads,
 /// and a block may be given to someone else while a step that wrote to it is still in flight.

@@ -7,13 +7,29 @@
 //! Who is who comes from the environment, as MLX has it ([`RingPlace`] for the ring). Operations are lazy, like all of
 //! MLX's: they take place when what they return is evaluated; what is sent goes in the order in which it was made, and what
 //! is received comes so, each beside the other and beside what the device computes. A member that was lost is an error of the evaluation, where it is
-//! noticed at all. The ring's sockets have neither encryption nor authentication; whoever can reach a port while the
+//! noticed at all. Who waits for a message should do so with [`Group::wait_for_message`]: MLX itself asks a socket again and
+//! again without a pause, with a whole core. The ring's sockets have neither encryption nor authentication; whoever can reach a port while the
 //! group is being joined can spoil it.
 #![expect(unsafe_code, reason = "calls of the C API, each with its conditions beside it")]
 
 use crate::raw::{call, keep_errors, take_error};
 use mlx_rs::{Array, Device, DeviceType, Dtype, Stream};
-use std::{fmt, net::SocketAddrV4, path::PathBuf, process::Command};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::{Errno, fcntl_dupfd_cloexec},
+    net::{getpeername, getsockname},
+};
+use std::{
+    fmt,
+    net::{SocketAddr, SocketAddrV4},
+    os::fd::{BorrowedFd, OwnedFd},
+    path::PathBuf,
+    process::Command,
+    time::Duration,
+};
+
+/// Descriptors among which a group's socket is looked for: it was opened early in a process's life.
+const DESCRIPTORS_MAX: i32 = 1024;
 
 /// Members of one group: what the ring's launch format, and any sensible cluster of Macs, has room for.
 pub const MEMBERS_MAX: usize = 8;
@@ -114,6 +130,23 @@ impl RingPlace {
     }
 }
 
+/// The connection by which the member before is heard: the one that was accepted at this member's own address.
+fn inlet() -> Option<OwnedFd> {
+    let rank: usize = std::env::var("MLX_RANK").ok()?.parse().ok()?;
+    let hosts = std::fs::read_to_string(std::env::var_os("MLX_HOSTFILE")?).ok()?;
+    let hosts: serde_json::Value = serde_json::from_str(&hosts).ok()?;
+    let row = hosts.get(rank)?;
+    let own = row.as_str().or_else(|| row.get(0)?.as_str())?;
+    let own: SocketAddrV4 = own.parse().ok()?;
+    (3..DESCRIPTORS_MAX).find_map(|number| {
+        // SAFETY: only used while MLX, which never closes it while the group lives, holds it, or found not to be open.
+        let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
+        let port = SocketAddr::try_from(getsockname(descriptor).ok()?).ok()?.port();
+        let connected = getpeername(descriptor).is_ok();
+        (port == own.port() && connected).then(|| fcntl_dupfd_cloexec(descriptor, 3).ok())?
+    })
+}
+
 /// This process's place among others. It belongs to the thread that joined it.
 pub struct Group {
     handle: mlx_sys::mlx_distributed_group,
@@ -123,6 +156,8 @@ pub struct Group {
     outgoing: Stream,
     /// What is received: on a stream of its own, so that neither waits for the other, and the device for neither.
     incoming: Stream,
+    /// Where the member before is heard, if that can be waited for.
+    inlet: Option<OwnedFd>,
 }
 
 impl Group {
@@ -155,7 +190,33 @@ impl Group {
         };
         let stream = || Stream::new_with_device(&Device::new(DeviceType::Cpu, 0));
         let (outgoing, incoming) = (stream(), stream());
-        Ok(Self { handle, rank: rank as usize, size: size as usize, outgoing, incoming })
+        let inlet = match backend {
+            Backend::Ring => inlet(),
+            Backend::Jaccl => None,
+        };
+        Ok(Self { handle, rank: rank as usize, size: size as usize, outgoing, incoming, inlet })
+    }
+
+    /// Waits until the member before has sent something that was not received yet, or is lost, which receiving tells;
+    /// false after `most` without. Where a backend's messages cannot be waited for, true at once.
+    ///
+    /// # Errors
+    /// [`GroupError::Operation`].
+    pub fn wait_for_message(&self, most: Option<Duration>) -> Result<bool, GroupError> {
+        let Some(inlet) = &self.inlet else { return Ok(true) };
+        let most = most.map(|most| Timespec {
+            tv_sec: i64::try_from(most.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: most.subsec_nanos().into(),
+        });
+        loop {
+            match poll(&mut [PollFd::new(inlet, PollFlags::IN)], most.as_ref()) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(Errno::INTR) => {}
+                Err(error) => {
+                    return Err(GroupError::Operation { operation: "poll", message: error.to_string() });
+                }
+            }
+        }
     }
 
     /// This process's place, from 0.

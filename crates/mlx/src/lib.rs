@@ -15,6 +15,7 @@ mod logprobs;
 mod models;
 mod native;
 mod passes;
+pub mod pipeline;
 mod products;
 mod raw;
 mod rope;

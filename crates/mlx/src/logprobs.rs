@@ -47,6 +47,29 @@ impl Logprobs {
         std::iter::once(&self.of_tokens).chain(top)
     }
 
+    /// The same as words of 32 bits: of the tokens, then the most probable tokens, then theirs.
+    pub(crate) fn words(&self) -> Result<Vec<Array>> {
+        let flat = |array: &Array| array.reshape(&[-1])?.view_dtype(Dtype::Uint32);
+        let mut words = vec![flat(&self.of_tokens)?];
+        if let Some((tokens, logprobs)) = &self.top {
+            words.extend([tokens.reshape(&[-1])?.as_dtype(Dtype::Uint32)?, flat(logprobs)?]);
+        }
+        Ok(words)
+    }
+
+    /// From such words, of `rows` rows with `top` most probable tokens each.
+    pub(crate) fn of_words(words: &[u32], rows: usize, top: usize) -> Self {
+        let floats = |words: &[u32], width: usize| {
+            let values: Vec<f32> = words.iter().map(|&bits| f32::from_bits(bits)).collect();
+            Array::from_slice(&values, &[rows as i32, width as i32])
+        };
+        let (of_tokens, rest) = words.split_at(rows);
+        let (tokens, logprobs) = rest.split_at(rows * top);
+        let top =
+            (top > 0).then(|| (Array::from_slice(tokens, &[rows as i32, top as i32]), floats(logprobs, top)));
+        Self { of_tokens: floats(of_tokens, 1), top }
+    }
+
     /// On the host, each with as many of the most probable tokens as asked for, the most probable first.
     pub(crate) fn read(&self, tops: impl Iterator<Item = u32>) -> Result<Vec<TokenLogprobs>> {
         self.of_tokens.eval()?;
@@ -105,7 +128,17 @@ mod tests {
             (0..2).flat_map(|row| (0..vocabulary).map(move |token| value(row, token))).collect();
         let array = Array::from_slice(&logits, &[2, vocabulary as i32]);
         let told = Logprobs::new(&array, &Array::from_slice(&[3, 99], &[2]), 5).unwrap();
+        let words = told.words().unwrap();
+        let words: Vec<u32> = words
+            .iter()
+            .flat_map(|part| {
+                part.eval().unwrap();
+                part.as_slice::<u32>().to_vec()
+            })
+            .collect();
         let told = told.read([2, 5].into_iter()).unwrap();
+        let again = Logprobs::of_words(&words, 2, 5).read([2, 5].into_iter()).unwrap();
+        assert_eq!(again, told, "as words and back");
         for (row, (token, count)) in [(3, 2), (99, 5)].into_iter().enumerate() {
             let of_row = &logits[row * vocabulary..(row + 1) * vocabulary];
             let total = of_row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();

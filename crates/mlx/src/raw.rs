@@ -84,6 +84,27 @@ pub(crate) fn scatter(array: &Array, indices: &[&Array], updates: &Array, axes: 
     result
 }
 
+/// `array`, which counts as there once `others` are, too.
+pub(crate) fn depends(array: &Array, others: &[Array]) -> Result<Array> {
+    // SAFETY: a fresh vector, filled with live handles (it keeps references of its own) and freed below.
+    let vector = unsafe { mlx_sys::mlx_vector_array_new() };
+    let filled = others.iter().all(|other| {
+        // SAFETY: both handles are live.
+        unsafe { mlx_sys::mlx_vector_array_append_value(vector, other.as_ptr()) == 0 }
+    });
+    let outputs = if filled {
+        call_many(&[array], |res, inputs| {
+            // SAFETY: live handles; `res` is filled with references of its own.
+            unsafe { mlx_sys::mlx_depends(res, inputs, vector) }
+        })
+    } else {
+        None
+    };
+    // SAFETY: made above, not used afterwards.
+    unsafe { mlx_sys::mlx_vector_array_free(vector) };
+    outputs.and_then(|mut outputs| outputs.pop()).ok_or_else(|| Exception::custom("depends failed"))
+}
+
 /// Runs a C function that fills a handle; `array` is named in the error.
 pub(crate) fn call(
     name: &str,

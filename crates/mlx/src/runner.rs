@@ -7,14 +7,14 @@
 //! Where rows wait for masks, or more is told of tokens than which they are, a pass ends at the logits and its tokens are
 //! drawn in a graph of their own, at once or with [`Model::draw`].
 //!
-//! Over a part of a model's layers it is one stage of a pipeline: what enters comes from the stage
+//! Over a part of a model's layers it is one stage of a pipeline ([`crate::pipeline`]): what enters comes from the stage
 //! before, what leaves is what the next one needs, and only the last one draws, apart from its pass.
 
 use crate::{
     kv::{KvPool, backend},
     layers::{Path, Wanted},
     logprobs::{self, Logprobs},
-    models::{Family, Part, StepInput},
+    models::{Dims, Family, Part, StepInput},
     passes::Passes,
     sampler::{self, Draws},
     step::Ordered,
@@ -47,10 +47,8 @@ pub(crate) struct Runner {
 #[derive(Debug, Default)]
 pub(crate) struct Flight {
     /// Of a part that is followed by another one: what it made of the step's tokens, `[tokens, hidden]`.
-    #[expect(dead_code, reason = "read by the pipeline that is being built")]
     pub(crate) hidden: Option<Array>,
     /// Of the last part, where there are no logits: what its work is done with.
-    #[expect(dead_code, reason = "read by the pipeline that is being built")]
     pub(crate) written: Vec<Array>,
     /// Drawn tokens as i32; none where no slice samples, and before they are drawn.
     pub(crate) tokens: Option<Array>,
@@ -126,7 +124,11 @@ impl Runner {
 
     /// The layers that are here.
     pub(crate) fn part(&self) -> Part {
-        self.family.dims().part
+        self.dims().part
+    }
+
+    pub(crate) fn dims(&self) -> Dims {
+        self.family.dims()
     }
 
     /// One pass over all slices; `entering` where another part comes before.
@@ -431,6 +433,16 @@ impl Model for Runner {
 }
 
 impl Flight {
+    /// A step whose tokens another process drew: these in which order, and what is told of them and of prompts.
+    pub(crate) fn drawn_elsewhere(
+        tokens: Option<Array>,
+        order: Vec<usize>,
+        (told, of_drawn): (Vec<(usize, u32)>, Option<Logprobs>),
+        (scored, of_prompts): (Vec<(usize, u32)>, Option<Logprobs>),
+    ) -> Self {
+        Self { tokens, order, told, of_drawn, scored, of_prompts, ..Self::default() }
+    }
+
     /// Whether its tokens are still to be drawn.
     pub(crate) fn waits_for_masks(&self) -> bool {
         self.undrawn.is_some()

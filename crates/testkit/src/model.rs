@@ -483,8 +483,7 @@ impl Model for FakeModel {
     fn overlap(&self, rows: usize) -> Overlap {
         match self.settings.stages {
             0 | 1 => Overlap::Lookahead,
-            // Without rows, parts of prompts fill the stages.
-            stages => Overlap::Stages { flights: if rows == 0 { stages } else { rows.min(stages) } },
+            stages => Overlap::Stages { flights: stages, groups: rows.clamp(1, stages) },
         }
     }
 

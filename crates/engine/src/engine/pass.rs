@@ -59,7 +59,8 @@ impl Engine {
         // Of a device's passes each begins when the one before ends; of a pipeline's, those that wait behind others do.
         let filling = match self.overlap() {
             Overlap::Lookahead => false,
-            Overlap::Stages { flights } => self.flights.len() + 1 < flights,
+            overlap if summary.slices > 0 => self.flights.len() + 1 < overlap.flights(),
+            overlap => self.flights.len() + 1 < overlap.groups(),
         };
         let flight = Flight { parts: submitted, shape, submitted: now, filling, expected_s, masked };
         self.flights.push_back(flight);

@@ -27,7 +27,7 @@ impl TokenMask {
     }
 
     /// From words of the same layout, of which some may be left out at the end, or have further bits.
-    pub(crate) fn from_words(words: &[u32], vocab_size: u32) -> Self {
+    pub fn from_words(words: &[u32], vocab_size: u32) -> Self {
         let mut mask = Self::all(vocab_size);
         let given = words.iter().copied().chain(std::iter::repeat(0));
         mask.words.iter_mut().zip(given).for_each(|(word, given)| *word &= given);
