@@ -74,6 +74,8 @@ fn settings() -> Option<LoadSettings> {
         kv_bytes: Some(256 << 20),
         dequantize: Dequantize::Auto,
         device: DeviceChoice::Cpu,
+        kv_bits: None,
+        verify: false,
     })
 }
 
