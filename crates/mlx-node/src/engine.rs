@@ -6,8 +6,8 @@ use crate::{
     values::{Dequantize, Device},
 };
 use ::engine::EngineSettings;
-use mlx::{DeviceChoice, LoadSettings};
-use node::engine_process::{self, LoadedModel};
+use mlx::{AnyModel, DeviceChoice, LoadSettings};
+use node::engine_process::{self, Loaded, LoadedEmbedder, LoadedModel};
 use std::process::ExitCode;
 
 /// Loads the model and generates until the parent ends it or is gone. `json` is an [`EngineProcessSettings`].
@@ -34,8 +34,11 @@ pub(crate) fn run(json: &str) -> ExitCode {
     };
     let load_settings = load_settings(settings);
     let load = |progress: &mut dyn FnMut(&str, f32)| {
-        let (model, assets) = mlx::load(&load_settings, progress).map_err(|error| error.to_string())?;
-        Ok(LoadedModel { model, assets })
+        let (model, assets) = mlx::load_any(&load_settings, progress).map_err(|error| error.to_string())?;
+        Ok(match model {
+            AnyModel::Generator(model) => Loaded::Generator(LoadedModel { model, assets }),
+            AnyModel::Embedder(model) => Loaded::Embedder(LoadedEmbedder { model, assets }),
+        })
     };
     engine_process::run(load, engine_settings, std::io::stdin(), stdout)
 }

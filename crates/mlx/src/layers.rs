@@ -383,7 +383,7 @@ impl Gate {
 }
 
 /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`.
-fn gelu(x: &Array) -> Result<Array> {
+pub(crate) fn gelu(x: &Array) -> Result<Array> {
     let number = |value: f32| Array::from_f32(value).as_dtype(x.dtype());
     let cubed = x.multiply(x)?.multiply(x)?.multiply(number(0.044_715)?)?;
     let inner = x.add(cubed)?.multiply(number((2.0 / std::f32::consts::PI).sqrt())?)?;

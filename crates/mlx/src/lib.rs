@@ -6,6 +6,7 @@
 mod attention;
 pub mod checkpoint;
 pub mod distributed;
+mod embed;
 pub mod hub;
 mod kernels;
 mod kv;
@@ -25,5 +26,6 @@ mod selftest;
 mod step;
 
 pub use checkpoint::LoadError;
+pub use embed::{AnyModel, load_any};
 pub use load::{Dequantize, DeviceChoice, LoadSettings, load};
 pub use models::SUPPORTED;

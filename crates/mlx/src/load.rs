@@ -119,12 +119,12 @@ pub(crate) struct Opened {
 
 /// The weights of a model, or of a part of it, and the memory that they leave.
 pub(crate) struct Loaded {
-    family: Box<dyn Family>,
-    assets: ModelAssets,
+    pub(crate) family: Box<dyn Family>,
+    pub(crate) assets: ModelAssets,
     eos_tokens: Vec<TokenId>,
     created_s: u64,
     root: BlockHash,
-    path: Path,
+    pub(crate) path: Path,
     /// Blocks of KV that there is room for.
     pub(crate) blocks: usize,
 }
@@ -247,12 +247,8 @@ impl Opened {
 }
 
 impl Loaded {
-    /// What computes, with so many blocks of KV: no more than there is room for.
-    pub(crate) fn runner(
-        self,
-        settings: &LoadSettings,
-        blocks: usize,
-    ) -> Result<(Runner, ModelAssets), LoadError> {
+    /// What routers need to know of it, with so many blocks of KV.
+    pub(crate) fn card(&self, settings: &LoadSettings, blocks: usize) -> ModelCard {
         let dims = self.family.dims();
         let wanted_context = dims.context;
         let context = wanted_context.min(blocks * BLOCK_TOKENS);
@@ -264,20 +260,43 @@ impl Loaded {
                 "the context is cut to what the memory for KV holds"
             );
         }
-        let card = ModelCard {
+        ModelCard {
             name: settings.name.clone(),
             root: self.root,
             context_tokens: context as u32,
             vocab_size: dims.vocabulary,
-            eos_tokens: self.eos_tokens,
+            eos_tokens: self.eos_tokens.clone(),
             assets: self.assets.hash(),
             created_s: self.created_s,
             kind: types::ModelKind::Generator,
-        };
+        }
+    }
+
+    /// What computes, with so many blocks of KV: no more than there is room for.
+    pub(crate) fn runner(
+        self,
+        settings: &LoadSettings,
+        blocks: usize,
+    ) -> Result<(Runner, ModelAssets), LoadError> {
+        let card = self.card(settings, blocks);
+        let dims = self.family.dims();
         let kv_bytes_per_token = dims.kv.bytes_per_token();
         let limits = ModelLimits { slots: settings.slots, blocks, kv_bytes_per_token };
         Ok((Runner::new(card, limits, self.family, self.path)?, self.assets))
     }
+}
+
+/// Opens an encoder's files and says how it is computed: by MLX's operations, with all tokens of some texts at once.
+pub(crate) fn open_encoder(
+    settings: &LoadSettings,
+    progress: &mut dyn FnMut(&str, f32),
+) -> Result<(Checkpoint, Compute), LoadError> {
+    let checkpoint = Checkpoint::open(&settings.model, progress)?;
+    let Placement { activations, dequantize, .. } =
+        Placement::of(&checkpoint, settings.device, settings.dequantize)?;
+    checkpoint::memory_check(checkpoint.bytes)?;
+    let (products, dense_rows) = (Products::default(), i32::MAX);
+    Ok((checkpoint, Compute { path: Path::Pure, activations, dequantize, products, dense_rows }))
 }
 
 /// Where a model computes, and with what numbers.

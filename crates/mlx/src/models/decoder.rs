@@ -40,7 +40,8 @@ pub(super) struct Decoder {
 #[derive(Debug)]
 struct Output {
     norm: RmsNorm,
-    head: Linear,
+    /// None where what the norm gives is wanted.
+    head: Option<Linear>,
     /// Whether the output layer's arrays are the embedding's, and this is here too.
     tied: bool,
     logit_cap: Option<f32>,
@@ -117,8 +118,9 @@ impl Decoder {
         let output = if part.is_last() {
             let norm = RmsNorm::load(tensors, &format!("{}norm", names.model), spec.norms, compute)?;
             let head = match &embedding {
-                Some(embedding) if tied => embedding.tied_head(compute)?,
-                _ => Linear::load(tensors, &[names.head], compute)?,
+                _ if spec.headless => None,
+                Some(embedding) if tied => Some(embedding.tied_head(compute)?),
+                _ => Some(Linear::load(tensors, &[names.head], compute)?),
             };
             Some(Output { norm, head, tied: tied && part.is_first(), logit_cap: spec.logit_cap })
         } else {
@@ -353,8 +355,9 @@ impl Family for Decoder {
             }
         }
         let Some(output) = &self.output else { return Ok(Some(x)) };
+        let Some(head) = &output.head else { return output.norm.forward(&x).map(Some) };
         let normed = Between { norm: Some(&output.norm), ..Between::default() };
-        let logits = output.head.forward(&x, normed)?;
+        let logits = head.forward(&x, normed)?;
         match output.logit_cap {
             Some(cap) => {
                 let cap = self.compute.number(cap)?;
@@ -369,7 +372,7 @@ impl Family for Decoder {
         if let Some(output) = &self.output {
             arrays.push(output.norm.array());
             if !output.tied {
-                arrays.extend(output.head.arrays());
+                arrays.extend(output.head.iter().flat_map(Linear::arrays));
             }
         }
         arrays.extend(self.embedding.iter().flat_map(Embedding::arrays));

@@ -24,10 +24,12 @@ mod tests;
 
 pub(crate) use names::{Names, StackedName};
 pub(crate) use spec::{Heads, Spec};
+#[cfg(test)]
+pub(crate) use tests::{goldens, weight};
 
 use crate::{
     attention::Attention,
-    checkpoint::{Checkpoint, LoadError},
+    checkpoint::{Checkpoint, LoadError, Tensors},
     kv::{KvPool, KvShape},
     layers::{Compute, Path, Wanted},
 };
@@ -170,6 +172,11 @@ pub(crate) fn spec(config: &serde_json::Value) -> std::result::Result<Spec, Load
     }
 }
 
+/// A configuration that cannot be as it is.
+pub(crate) fn spec_error(reason: String) -> LoadError {
+    LoadError::Config { reason }
+}
+
 /// Builds the decoder of a checkpoint, or a part of it.
 pub(crate) fn load(
     checkpoint: &mut Checkpoint,
@@ -177,5 +184,15 @@ pub(crate) fn load(
     compute: Compute,
     part: Part,
 ) -> std::result::Result<Box<dyn Family>, LoadError> {
-    Ok(Box::new(decoder::Decoder::load(&mut checkpoint.tensors, spec, compute, part)?))
+    load_tensors(&mut checkpoint.tensors, spec, compute, part)
+}
+
+/// The same of tensors.
+pub(crate) fn load_tensors(
+    tensors: &mut Tensors,
+    spec: Spec,
+    compute: Compute,
+    part: Part,
+) -> std::result::Result<Box<dyn Family>, LoadError> {
+    Ok(Box::new(decoder::Decoder::load(tensors, spec, compute, part)?))
 }

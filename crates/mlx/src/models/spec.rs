@@ -39,6 +39,8 @@ pub(crate) struct Spec {
     pub(crate) tied: Option<bool>,
     /// How keys and values are packed; none where they are kept as they are computed.
     pub(crate) kv_packing: Option<Packing>,
+    /// There is no output layer: what the last norm gives is wanted, to make a vector of it.
+    pub(crate) headless: bool,
 }
 
 /// One layer.
@@ -259,6 +261,7 @@ impl Shared {
             logit_cap: None,
             tied: self.tie_word_embeddings,
             kv_packing: None,
+            headless: false,
         })
     }
 }

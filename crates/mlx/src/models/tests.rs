@@ -16,21 +16,21 @@ use std::{collections::BTreeMap, ops::Range};
 use types::TokenId;
 
 #[derive(Deserialize)]
-pub(super) struct Goldens {
-    pub(super) tokens: Vec<TokenId>,
-    pub(super) positions: Vec<usize>,
-    pub(super) cases: Vec<Case>,
+pub(crate) struct Goldens {
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) positions: Vec<usize>,
+    pub(crate) cases: Vec<Case>,
 }
 
 #[derive(Deserialize)]
-pub(super) struct Case {
-    pub(super) name: String,
-    pub(super) config: Value,
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) config: Value,
     /// Shape, center and scale of each.
-    pub(super) tensors: BTreeMap<String, (Vec<i32>, f64, f64)>,
+    pub(crate) tensors: BTreeMap<String, (Vec<i32>, f64, f64)>,
     #[serde(default)]
     packed: BTreeMap<String, PackedAs>,
-    pub(super) logits: Vec<Vec<f32>>,
+    pub(crate) logits: Vec<Vec<f32>>,
 }
 
 #[derive(Deserialize)]
@@ -40,12 +40,12 @@ struct PackedAs {
     mode: String,
 }
 
-pub(super) fn goldens() -> Goldens {
+pub(crate) fn goldens() -> Goldens {
     serde_json::from_str(include_str!("../../../../tests/goldens/families.json")).unwrap()
 }
 
 /// `center + scale · u`, as the script makes it.
-pub(super) fn weight(name: &str, (shape, center, scale): &(Vec<i32>, f64, f64)) -> Array {
+pub(crate) fn weight(name: &str, (shape, center, scale): &(Vec<i32>, f64, f64)) -> Array {
     let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |seed, byte| {
         (seed ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
