@@ -134,6 +134,7 @@ fn prefill(
                 start: piece.from,
                 input: Input::Tokens(&prompt[piece.from..piece.to]),
                 sample: (piece.to == prompt.len()).then_some(sample),
+                drafts: 0,
                 score: None,
             }
         };
@@ -194,6 +195,7 @@ impl Row {
             start: prompt.len() + position - 1,
             input: drawn.map_or_else(|| Input::Tokens(&output[last..]), Input::Drawn),
             sample: Some(sample),
+            drafts: 0,
             score: None,
         }
     }

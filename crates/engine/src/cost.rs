@@ -1,6 +1,7 @@
 //! How long a step takes: `t = a + b·prefill tokens + c·rows + d·KV tokens attended by rows + f·KV tokens attended by
 //! prompts`, and `e` if there are slices at all, in seconds, learned as it runs; rows count by a factor of their number, since products over rows go by tiles and are no
-//! straight line. `e` is there because steps of rows alone may be compiled ones: without it, what a small slice makes a
+//! straight line. Tokens that are guessed ahead count as rows of their own but for attention, and may cost something else (`h`
+//! each); a pass that ends before the next one is planned costs what the host does meanwhile (`g`). `e` is there because steps of rows alone may be compiled ones: without it, what a small slice makes a
 //! step longer would count as the price of its tokens, and slices would stay small.
 //!
 //! [`CostModel`] starts from measured [`NodeRates`] and a measured table of decode steps, and is corrected by every step's
@@ -53,6 +54,10 @@ pub(crate) struct StepShape {
     rows: usize,
     row_kv_tokens: f64,
     prompt_kv_tokens: f64,
+    /// Tokens guessed ahead.
+    drafts: usize,
+    /// Whether it ends before the next one is planned.
+    waited: bool,
 }
 
 impl StepShape {
@@ -68,14 +73,26 @@ impl StepShape {
         self.prompt_kv_tokens += tokens as f64 / QUERY_TILE_TOKENS * (start as f64 + tokens as f64 / 2.0);
     }
 
+    /// Adds tokens that are guessed ahead of its rows: they share these rows' passes over the KV.
+    pub(crate) fn add_drafts(&mut self, tokens: usize) {
+        self.drafts += tokens;
+    }
+
+    /// Notes that it ends before the next one is planned.
+    pub(crate) fn wait(&mut self) {
+        self.waited = true;
+    }
+
     fn has_rows(self) -> bool {
         self.rows > 0
     }
 }
 
 /// Coefficients: of every step, of a prompt token, of a row, of a KV token attended by rows, of a step with slices, of a KV
-/// token attended by prompts.
-const COEFFICIENTS: usize = 6;
+/// token attended by prompts, of a step that ends before the next one is planned, of a token guessed ahead (beyond a row's).
+const COEFFICIENTS: usize = 8;
+/// Of a coefficient the least: a token guessed ahead may cost less than a row, nothing else gains time.
+const FACTOR_MIN: [f64; COEFFICIENTS] = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0];
 
 /// The step-time model: a Kalman filter over its coefficients, on relative errors so that long and short steps count
 /// alike. Coefficients are kept as multiples of a scale, which begins as the seed.
@@ -110,8 +127,10 @@ impl CostModel {
                 step_s / KV_TOKENS_SCALE,
                 step_s,
                 prefill_s * QUERY_TILE_TOKENS / PROMPT_KV_TOKENS_SCALE,
+                step_s,
+                row_s,
             ],
-            factor: [(1.0 - row_s / step_s).max(0.1), 1.0, 1.0, 0.0, 0.0, 0.0],
+            factor: [(1.0 - row_s / step_s).max(0.1), 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
             covariance: doubt(),
             surprise: 0.0,
             rows_factor: [1.0; ROWS_KNOTS.len()],
@@ -145,13 +164,14 @@ impl CostModel {
 
     /// What the coefficients are multiplied with: for its rows, as if there were nothing else, by their number's factor.
     fn features(&self, shape: StepShape) -> [f64; COEFFICIENTS] {
+        let rows = shape.rows + shape.drafts;
         let more = if shape.has_rows() {
-            let (low, high, share) = knots_of(shape.rows);
+            let (low, high, share) = knots_of(rows);
             self.rows_factor[low] * (1.0 - share) + self.rows_factor[high] * share - 1.0
         } else {
             0.0
         };
-        let rows = shape.rows as f64;
+        let rows = rows as f64;
         [
             1.0 + more,
             shape.prefill_tokens as f64,
@@ -159,6 +179,8 @@ impl CostModel {
             shape.row_kv_tokens * (1.0 + more),
             f64::from(shape.prefill_tokens > 0),
             shape.prompt_kv_tokens,
+            f64::from(shape.waited),
+            shape.drafts as f64,
         ]
     }
 
@@ -216,7 +238,7 @@ impl CostModel {
             std::array::from_fn(|i| (0..COEFFICIENTS).map(|j| self.covariance[i][j] * h[j]).sum());
         let variance = NOISE + (0..COEFFICIENTS).map(|i| h[i] * ph[i]).sum::<f64>();
         let error = error.clamp(-SURPRISE, SURPRISE);
-        if shape.prefill_tokens == 0 && shape.has_rows() {
+        if shape.prefill_tokens == 0 && shape.drafts == 0 && !shape.waited && shape.has_rows() {
             // As long as the line is in doubt, what is off is its fault.
             let gain = ROWS_FACTOR_GAIN * NOISE / variance;
             let (low, high, share) = knots_of(shape.rows);
@@ -225,9 +247,8 @@ impl CostModel {
                 self.rows_factor[knot] = factor.clamp(1.0 / ROWS_FACTOR_MAX, ROWS_FACTOR_MAX);
             }
         }
-        let floor = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0, 0.0, 0.0];
         for i in 0..COEFFICIENTS {
-            self.factor[i] = (self.factor[i] + ph[i] / variance * error).max(floor[i]);
+            self.factor[i] = (self.factor[i] + ph[i] / variance * error).max(FACTOR_MIN[i]);
             for j in 0..COEFFICIENTS {
                 self.covariance[i][j] -= ph[i] * ph[j] / variance;
             }
@@ -299,6 +320,10 @@ mod tests {
             for _ in 0..1 + self.random(16) {
                 shape.add_row(self.random(4096));
             }
+            if self.random(3) == 0 {
+                shape.add_drafts(self.random(16));
+                shape.wait();
+            }
             if prefills && self.random(2) == 0 {
                 let (start, tokens) = (self.random(4096), 64 + self.random(1024));
                 shape.add_slice(start, tokens);
@@ -333,7 +358,8 @@ mod tests {
     fn features(shape: StepShape) -> [f64; COEFFICIENTS] {
         let slices = f64::from(shape.prefill_tokens > 0);
         let (prompt, rows) = (shape.prefill_tokens as f64, shape.rows as f64);
-        [1.0, prompt, rows, shape.row_kv_tokens, slices, shape.prompt_kv_tokens]
+        let (waited, drafts) = (f64::from(shape.waited), shape.drafts as f64);
+        [1.0, prompt, rows + drafts, shape.row_kv_tokens, slices, shape.prompt_kv_tokens, waited, drafts]
     }
 
     fn machine(coefficients: [f64; COEFFICIENTS]) -> Machine {
@@ -349,25 +375,27 @@ mod tests {
             let error = machine.error_max(&cost);
             assert!(error < 0.25, "{coefficients:?} is predicted with an error of {error}: {cost:?}");
         };
-        check([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6]);
-        check([0.2, 0.02, 0.02, 1e-5, 0.0, 1e-5]);
-        check([0.001, 0.00002, 0.00001, 1e-8, 0.0, 1e-8]);
-        check([0.0, 0.001, 0.05, 0.0, 0.0, 0.0]);
-        check([2.0, 0.1, 0.2, 1e-4, 0.0, 1e-4]);
+        check([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6, 0.0, 0.0]);
+        check([0.2, 0.02, 0.02, 1e-5, 0.0, 1e-5, 0.0, 0.0]);
+        check([0.001, 0.00002, 0.00001, 1e-8, 0.0, 1e-8, 0.0, 0.0]);
+        check([0.0, 0.001, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        check([2.0, 0.1, 0.2, 1e-4, 0.0, 1e-4, 0.0, 0.0]);
+        // Where the host takes as long as the device, and tokens guessed ahead half as much as rows.
+        check([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6, 0.02, -0.001]);
         // Where a step with slices is another kind of step.
-        check([0.002, 0.000_01, 0.0001, 1e-8, 0.004, 1e-8]);
+        check([0.002, 0.000_01, 0.0001, 1e-8, 0.004, 1e-8, 0.0, 0.0]);
     }
 
     #[test]
     fn one_outlier_is_not_believed_and_a_slower_machine_is() {
         let mut cost = CostModel::new(&SEED, &[], &SEED);
-        let mut fast = machine([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6]);
+        let mut fast = machine([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6, 0.0, 0.0]);
         fast.teach(&mut cost, 400, true);
         let shape = fast.shape(true);
         let before = cost.seconds(shape);
         cost.observe(shape, 100.0 * before);
         assert!(cost.seconds(shape) < 1.3 * before, "{before} became {}", cost.seconds(shape));
-        let mut slow = machine([0.06, 0.003, 0.006, 3e-6, 0.0, 3e-6]);
+        let mut slow = machine([0.06, 0.003, 0.006, 3e-6, 0.0, 3e-6, 0.0, 0.0]);
         slow.teach(&mut cost, 50, true);
         assert!(slow.error_max(&cost) < 0.4, "{cost:?}");
     }
@@ -375,7 +403,7 @@ mod tests {
     #[test]
     fn decoding_for_hours_keeps_what_is_known_of_prefill() {
         let mut cost = CostModel::new(&SEED, &[], &SEED);
-        let mut machine = machine([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6]);
+        let mut machine = machine([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6, 0.0, 0.0]);
         machine.teach(&mut cost, 400, true);
         machine.teach(&mut cost, 100_000, false);
         assert!(machine.error_max(&cost) < 0.25, "{cost:?}");
@@ -406,7 +434,7 @@ mod tests {
     #[test]
     fn slices_fill_their_time_and_never_more() {
         let mut cost = CostModel::new(&SEED, &[], &SEED);
-        machine([0.02, 0.001, 0.002, 1e-5, 0.0, 1e-5]).teach(&mut cost, 400, true);
+        machine([0.02, 0.001, 0.002, 1e-5, 0.0, 1e-5, 0.0, 0.0]).teach(&mut cost, 400, true);
         for room_s in [-1.0, 0.0, 0.01, 0.1, 1.0, 10.0] {
             for start in [0, 100, 32_000] {
                 let tokens = cost.slice_tokens(room_s, start);

@@ -1,10 +1,11 @@
 //! [`Engine`]: owns all sequences, the KV blocks and the model. A step is: admit, plan, submit the next pass, collect the
 //! one before, pass on what was drawn; with a pipeline as model, submit one while there is room for it, else collect one.
 
+mod guess;
 mod pass;
 
 use crate::{
-    Model, ModelError, Overlap, SequenceId,
+    DraftSource, Model, ModelError, Overlap, SequenceId,
     admission::Admission,
     cost::{CostModel, StepShape},
     grammar::Matcher,
@@ -14,15 +15,15 @@ use crate::{
     sequence::{self, Sequence, Submitted, Targets},
     settings::{EngineSettings, RATES_UNMEASURED, TARGET_MAX},
     shares::Shares,
+    speculation::Speculation,
 };
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
 };
 use types::{
-    BLOCK_TOKENS, CacheEvent, ClientId, DraftCount, DraftOrigin, Finish, FinishReason, GenerateError,
-    GenerateRequest, NodeLoad, NodeRates, Priority, RequestId, SessionId, SessionInfo, TokenEvent, Usage,
-    limits,
+    BLOCK_TOKENS, CacheEvent, ClientId, Finish, FinishReason, GenerateError, GenerateRequest, NodeLoad,
+    NodeRates, Priority, RequestId, SessionId, SessionInfo, TokenEvent, Usage, limits,
 };
 
 /// A prompt's first token is due after the TTFT target plus this many times the seconds that reading it alone takes: long
@@ -59,6 +60,8 @@ pub struct StepSummary {
     pub prefill_tokens: u32,
     /// Seconds that the pass that was begun is expected to take; 0 where there was none.
     pub expected_s: f64,
+    /// Tokens guessed ahead in that pass.
+    pub drafts: u32,
     /// Tokens passed on, of the pass that was collected.
     pub tokens: u32,
     /// Requests that ended.
@@ -95,8 +98,7 @@ pub struct Engine {
     admissions: u64,
     /// Passes that were collected.
     passes: u64,
-    /// Tokens guessed ahead, by [`DraftOrigin::ALL`].
-    drafts: [DraftCount; DraftOrigin::ALL.len()],
+    speculation: Speculation,
     state: State,
 }
 
@@ -117,8 +119,10 @@ struct Flight {
     /// and not how soon the next one follows.
     filling: bool,
     expected_s: f64,
-    /// Whose tokens wait for masks to be drawn, in the order of their rows.
-    masked: Vec<SequenceId>,
+    /// Whose tokens wait for masks to be drawn, in the order of their rows, and how many are guessed behind each.
+    masked: Vec<(SequenceId, usize)>,
+    /// Whether any are.
+    guesses: bool,
 }
 
 impl Engine {
@@ -140,11 +144,16 @@ impl Engine {
             next_id: 0,
             admissions: 0,
             passes: 0,
-            drafts: Default::default(),
+            speculation: Speculation::default(),
             state: State::Serving,
             model,
             settings,
         }
+    }
+
+    /// Also asks this source for tokens to guess ahead, with those that the engine has anyway.
+    pub fn guess_with(&mut self, source: Box<dyn DraftSource>) {
+        self.speculation.add(source);
     }
 
     /// Takes a request into the waiting queue. One that brings a part of its answer goes on after it, as if that had been
@@ -260,7 +269,7 @@ impl Engine {
     }
 
     /// Begins a pass over what is most urgent at `now`, then waits for the one before, and appends what that brought to
-    /// `events`. With a pipeline it waits only where no further pass can be begun.
+    /// `events`. With a pipeline it waits only where no further pass can be begun; where tokens are guessed ahead, it waits first.
     ///
     /// Without work it does nothing. [`Engine::observe`] should follow with the time after it.
     ///
@@ -346,7 +355,7 @@ impl Engine {
             ttft_target: self.settings.ttft_target,
             passes: self.passes,
             step_s: self.flights.iter().map(|flight| flight.expected_s).sum(),
-            drafts: self.drafts,
+            drafts: self.speculation.counts(),
         };
         view.load()
     }
@@ -410,6 +419,9 @@ impl Engine {
         if let Some(token) = request.output.iter().find(|token| **token >= vocab) {
             return invalid(format!("token {token} of the answer so far is not below {vocab}"), "output");
         }
+        if let Some(token) = request.speculation.prediction.iter().find(|token| **token >= vocab) {
+            return invalid(format!("token {token} of the prediction is not below {vocab}"), "prediction");
+        }
         if let Some((token, _)) = request.sampling.logit_bias.iter().find(|(token, _)| *token >= vocab) {
             return invalid(format!("token {token} of logit_bias is not below {vocab}"), "logit_bias");
         }
@@ -444,9 +456,13 @@ impl Engine {
         events: &mut Vec<(RequestId, TokenEvent)>,
         summary: &mut StepSummary,
     ) -> Result<(), ModelError> {
-        let before = self.flights.pop_front();
+        let mut before = self.flights.pop_front();
         // What is planned now begins when the pass in flight ends.
         let at = before.as_ref().map_or(now, |flight| self.end_of(flight).max(now));
+        if let Some(mut flight) = before.take_if(|flight| self.is_awaited(flight)) {
+            flight.shape.wait();
+            self.collect(now, flight, events, summary)?;
+        }
         self.admit(now, summary);
         self.begin(now, at, summary)?;
         if let Some(flight) = before {
@@ -605,6 +621,7 @@ impl Engine {
 
     /// Takes everything from a sequence that has ended and is in no queue any more.
     fn forget(&mut self, mut sequence: Sequence) {
+        self.speculation.forget(sequence.id);
         self.memory.release(&mut sequence.held);
         self.shares.leave(sequence.client);
     }

@@ -4,7 +4,7 @@
 //! sequences (`sequence.rs`). `admission.rs` says which of them run, by what each client has had (`shares.rs`);
 //! `scheduler.rs` says which go into a pass, by how long passes take (`cost.rs`); `memory.rs` has the KV: blocks
 //! (`block_pool.rs`), those worth keeping (`prefix_cache.rs`) and for whom (`sessions.rs`). [`grammar`] says what a text may
-//! go on with.
+//! go on with, `speculation` what it is likely to.
 #![warn(missing_docs)]
 
 mod admission;
@@ -22,6 +22,7 @@ mod sequence;
 mod sessions;
 mod settings;
 mod shares;
+mod speculation;
 mod stages;
 
 pub use embedder::Embedder;
@@ -32,4 +33,5 @@ pub use model::{
     Slice, StepOutput,
 };
 pub use settings::EngineSettings;
+pub use speculation::{Draft, DraftRow, DraftSource, Speculate};
 pub use stages::StageTimes;

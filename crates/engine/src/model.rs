@@ -38,7 +38,7 @@ pub struct RowSampling<'a> {
     /// The whole prompt, for the repetition penalty.
     pub prompt: &'a [TokenId],
     /// The output so far, for all penalties; without its last token where that is still being drawn
-    /// ([`Input::Drawn`]).
+    /// ([`Input::Drawn`]). In a [`Slice`], with the tokens guessed behind it.
     pub output: &'a [TokenId],
     /// Whether only tokens of a mask may be drawn, which comes with [`Model::draw`].
     pub masked: bool,
@@ -71,7 +71,7 @@ pub struct Scoring<'a> {
 /// What a step brought.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepOutput {
-    /// Of each slice that samples, in their order.
+    /// Of each slice that samples, in their order: [`Slice::draws`] tokens.
     pub drawn: Vec<DrawnToken>,
     /// Of each slice with [`Slice::score`], in their order: of each of its targets.
     pub scores: Vec<Vec<TokenLogprobs>>,
@@ -127,8 +127,32 @@ pub struct Slice<'a> {
     pub input: Input<'a>,
     /// Draw the token that follows; none in the middle of a prompt.
     pub sample: Option<RowSampling<'a>>,
+    /// So many of the last tokens are guesses: a token is drawn at the place of each, too ([`Slice::rows`]). 0 where nothing
+    /// is drawn, and fewer than the tokens.
+    pub drafts: usize,
     /// Tell the log-probabilities of the prompt's tokens.
     pub score: Option<Scoring<'a>>,
+}
+
+impl<'a> Slice<'a> {
+    /// Tokens that it draws.
+    pub fn draws(&self) -> usize {
+        self.sample.map_or(0, |_| self.drafts + 1)
+    }
+
+    /// How each of these is drawn: the first one after the last token that is no guess, the i-th as if the guesses before it
+    /// were the output.
+    pub fn rows(&self) -> impl Iterator<Item = RowSampling<'a>> + use<'a> {
+        let (sample, drafts) = (self.sample, self.drafts);
+        sample.into_iter().flat_map(move |sample| {
+            let known = sample.output.len() - drafts;
+            (0..=drafts).map(move |at| RowSampling {
+                position: sample.position + at as u32,
+                output: &sample.output[..known + at],
+                ..sample
+            })
+        })
+    }
 }
 
 /// Why a model could not do what it was asked.
@@ -206,8 +230,8 @@ pub trait Model: fmt::Debug {
     /// impossible, with nothing started: the engine ends that one and goes on with the others.
     fn submit(&mut self, slices: &[Slice<'_>]) -> Result<(), ModelError>;
 
-    /// Starts drawing the tokens of the newest step, which has masked rows: a mask for each of these, in their order. Every
-    /// mask is of the card's vocabulary and allows at least one token.
+    /// Starts drawing the tokens of the newest step, which has masked rows: a mask for each of these, in their order, and
+    /// for each of their guesses. Every mask is of the card's vocabulary and allows at least one token.
     ///
     /// # Errors
     /// [`ModelError::Backend`] where that failed.

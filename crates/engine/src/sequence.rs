@@ -2,7 +2,8 @@
 //!
 //! Prompt and output lie in one list of tokens. Of these the first `submitted` are in the model's KV once the steps in
 //! flight have run, and the first `computed` are there already. Up to two more tokens are being drawn and not known yet
-//! (`ahead`). A prompt being read, a row being decoded and a row to be read again are the same thing with more or fewer
+//! (`ahead`). Where tokens are guessed ahead, they lie behind the known ones until their step is collected. A prompt being
+//! read, a row being decoded and a row to be read again are the same thing with more or fewer
 //! tokens to go.
 
 use crate::{
@@ -10,11 +11,13 @@ use crate::{
     grammar::{Matcher, MatcherError, TokenMask},
     memory::Held,
     sessions::SessionKey,
+    speculation::{DRAFT_TOKENS_MAX, DraftRow, Why},
 };
 use std::time::{Duration, Instant};
 use types::{
-    BLOCK_TOKENS, ClientId, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, ModelCard,
-    Priority, RequestId, SamplingParams, TokenEvent, TokenId, TokenLogprobs, TokenReport, Usage, limits,
+    BLOCK_TOKENS, BlockHash, ClientId, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest,
+    ModelCard, Priority, RequestId, SamplingParams, Speculation, TokenEvent, TokenId, TokenLogprobs,
+    TokenReport, Usage, limits,
 };
 
 /// Output tokens for which an admitted sequence finds room: most answers end within them, while `max_tokens` is often as
@@ -58,8 +61,19 @@ pub(crate) struct Sequence {
     pub(crate) targets: Targets,
     /// Its KV.
     pub(crate) held: Held,
-    /// Prompt, then output.
+    /// Prompt, then output, then guesses.
     tokens: Vec<TokenId>,
+    /// How many of these are guesses, and where they come from.
+    drafts: usize,
+    why: Option<Why>,
+    /// What a source says of the token that is being drawn.
+    expected: Option<(TokenId, Why)>,
+    /// How it may be guessed.
+    speculation: Speculation,
+    /// Whose answers may say what it goes on with.
+    salt: BlockHash,
+    accepted_drafts: u32,
+    rejected_drafts: u32,
     prompt_tokens: usize,
     /// Output tokens that came with the request.
     given: u32,
@@ -101,13 +115,13 @@ enum Emitted {
     At(Instant),
 }
 
-/// What a drawn token led to.
+/// What drawn tokens led to.
 #[derive(Debug)]
 pub(crate) struct Drawn {
-    /// Prompt tokens that a cache had, where the token is the first one drawn here.
+    /// Prompt tokens that a cache had, where the first one drawn here is among them.
     pub(crate) started: Option<u32>,
-    /// Index and token to pass on; none where the text ended before it.
-    pub(crate) token: Option<(u32, DrawnToken)>,
+    /// Index of the first, tokens and what is told of them, to pass on; none where the text ended before.
+    pub(crate) tokens: Option<(u32, Vec<TokenId>, Vec<TokenLogprobs>)>,
     pub(crate) end: Option<Finish>,
 }
 
@@ -119,7 +133,16 @@ pub(crate) struct Submitted {
     start: usize,
     end: usize,
     pub(crate) samples: bool,
+    /// Tokens guessed behind it.
+    pub(crate) drafts: usize,
     pub(crate) scores: bool,
+}
+
+impl Submitted {
+    /// Tokens that its step draws of it.
+    pub(crate) fn draws(&self) -> usize {
+        if self.samples { self.drafts + 1 } else { 0 }
+    }
 }
 
 impl Sequence {
@@ -138,6 +161,7 @@ impl Sequence {
             ends.extend_from_slice(&card.eos_tokens);
         }
         let client = draft.service.client;
+        let salt = draft.cache.root(card.root);
         let (prompt_tokens, given) = (draft.prompt.len(), draft.output.len() as u32);
         let mut tokens = draft.prompt;
         tokens.extend(draft.output);
@@ -152,6 +176,13 @@ impl Sequence {
             prompt_tokens,
             given,
             tokens,
+            drafts: 0,
+            why: None,
+            expected: None,
+            speculation: draft.speculation,
+            salt,
+            accepted_drafts: 0,
+            rejected_drafts: 0,
             submitted: 0,
             computed: 0,
             ahead: 0,
@@ -177,12 +208,13 @@ impl Sequence {
 
     /// Prompt and output as far as known.
     pub(crate) fn tokens(&self) -> &[TokenId] {
-        &self.tokens
+        &self.tokens[..self.known()]
     }
 
     /// Its KV, its tokens, and how many of these are in the KV.
     pub(crate) fn kv(&mut self) -> (&mut Held, &[TokenId], usize) {
-        (&mut self.held, &self.tokens, self.computed)
+        let known = self.known();
+        (&mut self.held, &self.tokens[..known], self.computed)
     }
 
     /// Tokens whose KV is there already.
@@ -238,9 +270,9 @@ impl Sequence {
         self.pending() == 1 && self.output_tokens() > 0
     }
 
-    /// Whether a step can do something for it: not where its last token is being drawn.
+    /// Whether a step can do something for it: not where its last token is being drawn, nor while its guesses may come true.
     pub(crate) fn is_runnable(&self) -> bool {
-        self.output_left() > 0
+        self.output_left() > 0 && self.drafts == 0
     }
 
     /// Tokens still to be read.
@@ -260,10 +292,11 @@ impl Sequence {
     pub(crate) fn slack_s(&self, at: Instant, pause_max: Duration) -> f64 {
         let mut due = self.targets.first_due + self.targets.tpot * (self.output_tokens() - self.given);
         let last = match self.emitted {
-            // What is being drawn comes out when the step before ends.
+            // What is being drawn, or was just now, comes out when the step before ends.
             _ if self.ahead > 0 => Some(at),
+            Emitted::ThisStep => Some(at),
             Emitted::At(last) => Some(last),
-            Emitted::Never | Emitted::ThisStep => None,
+            Emitted::Never => None,
         };
         if let Some(last) = last {
             due = due.min(last + pause_max);
@@ -281,9 +314,80 @@ impl Sequence {
         seconds_until(if others_wait { self.targets.good_due } else { self.targets.calm_due }, now)
     }
 
-    /// Its part of a step, over its next `tokens` pending tokens, for which it has the blocks.
+    /// What tokens may be guessed for it from, where any may: as many as it may still generate before its last one. With
+    /// `drawing`, while its next token is being drawn.
+    pub(crate) fn draft_row(&self, drawing: bool) -> Option<DraftRow<'_>> {
+        let most =
+            (self.output_left() as usize + usize::from(drawing)).saturating_sub(1).min(DRAFT_TOKENS_MAX);
+        let ready =
+            self.speculation.enabled && self.is_runnable() && self.decodes() && self.is_ahead() == drawing;
+        (ready && most > 0 && self.ahead <= 1).then(|| self.row_of(most))
+    }
+
+    /// The same once its text has ended.
+    pub(crate) fn ended_row(&self) -> DraftRow<'_> {
+        self.row_of(0)
+    }
+
+    fn row_of(&self, most: usize) -> DraftRow<'_> {
+        DraftRow {
+            sequence: self.id,
+            salt: self.salt,
+            text: self.tokens(),
+            prompt_tokens: self.prompt_tokens,
+            prediction: &self.speculation.prediction,
+            most,
+        }
+    }
+
+    /// How many of these tokens it may go on with one after another, with one more drawn behind them.
+    pub(crate) fn fitting(&mut self, tokens: &[TokenId], vocab_size: u32) -> usize {
+        let open = |token: &&TokenId| **token < vocab_size && !self.ends.contains(token);
+        let open = tokens.iter().take_while(open).count();
+        let Some(matcher) = &mut self.matcher else { return open };
+        let mut taken = 0_usize;
+        for &token in &tokens[..open] {
+            if matcher.consume(token).is_err() {
+                break;
+            }
+            taken += 1;
+        }
+        // Nothing is drawn behind a text that is complete.
+        let fitting = if matcher.is_complete() { taken.saturating_sub(1) } else { taken };
+        match matcher.rollback(taken) {
+            Ok(()) => fitting,
+            // Whatever is wrong with it will be said when its mask is computed.
+            Err(_) => 0,
+        }
+    }
+
+    /// Notes what a source says of the token that is being drawn.
+    pub(crate) fn expect(&mut self, token: Option<(TokenId, Why)>) {
+        self.expected = token;
+    }
+
+    /// Whether that has come true, if anything was said.
+    pub(crate) fn judge(&mut self, drawn: TokenId) -> Option<(Why, bool)> {
+        self.expected.take().map(|(token, why)| (why, token == drawn))
+    }
+
+    /// Guesses these tokens in its next slice, which is to be of its last token.
+    pub(crate) fn guess(&mut self, tokens: &[TokenId], why: Why) {
+        self.tokens.extend_from_slice(tokens);
+        (self.drafts, self.why) = (tokens.len(), Some(why));
+    }
+
+    /// Guesses nothing, since its slice was not submitted.
+    pub(crate) fn unguess(&mut self) {
+        self.tokens.truncate(self.known());
+        (self.drafts, self.why) = (0, None);
+    }
+
+    /// Its part of a step, over its next `tokens` pending tokens and what is guessed behind them, for which it has the blocks.
     pub(crate) fn slice(&self, tokens: usize) -> Slice<'_> {
         let end = self.submitted + tokens;
+        let samples = end == self.total();
+        let drafts = if samples { self.drafts } else { 0 };
         let (prompt, output) = self.tokens.split_at(self.prompt_tokens);
         let position = self.output_tokens();
         let sample = RowSampling {
@@ -294,7 +398,7 @@ impl Sequence {
             masked: self.matcher.is_some() || position < self.min_tokens,
             logprobs: self.report.logprobs,
         };
-        let input = match self.tokens.get(self.submitted..end) {
+        let input = match self.tokens.get(self.submitted..end + drafts) {
             Some(tokens) => Input::Tokens(tokens),
             None => Input::Drawn(self.ahead_index),
         };
@@ -303,7 +407,8 @@ impl Sequence {
             blocks: self.blocks(),
             start: self.submitted,
             input,
-            sample: (end == self.total()).then_some(sample),
+            sample: samples.then_some(sample),
+            drafts,
             score: self.scoring(end),
         }
     }
@@ -325,15 +430,33 @@ impl Sequence {
             self.ahead += 1;
             self.ahead_index = drawn_index;
         }
-        Submitted { id: self.id, epoch: self.epoch, start, end: self.submitted, samples, scores }
+        let (end, drafts) = (self.submitted, if samples { self.drafts } else { 0 });
+        Submitted { id: self.id, epoch: self.epoch, start, end, samples, drafts, scores }
     }
 
-    /// What may be drawn next, after all that is known.
-    pub(crate) fn mask(&mut self, vocab_size: u32) -> Result<TokenMask, MatcherError> {
-        let early = self.known_output() < self.min_tokens || self.ignore_eos;
+    /// What may be drawn next, after all that is known, and then after each guess.
+    pub(crate) fn masks(&mut self, vocab_size: u32) -> Result<Vec<TokenMask>, MatcherError> {
+        let mut masks = vec![self.mask(vocab_size, 0)?];
+        for at in 0..self.drafts {
+            let token = self.tokens[self.known() + at];
+            if let Some(matcher) = &mut self.matcher {
+                matcher.consume(token)?;
+            }
+            masks.push(self.mask(vocab_size, at + 1)?);
+        }
+        if let Some(matcher) = self.matcher.as_mut().filter(|_| self.drafts > 0) {
+            matcher.rollback(self.drafts)?;
+        }
+        Ok(masks)
+    }
+
+    /// What may be drawn behind so many guesses, which the matcher has taken.
+    fn mask(&mut self, vocab_size: u32, guessed: usize) -> Result<TokenMask, MatcherError> {
+        let short = self.known_output() + (guessed as u32) < self.min_tokens;
+        let early = short || self.ignore_eos;
         let Some(matcher) = &mut self.matcher else {
             let mut mask = TokenMask::all(vocab_size);
-            if early {
+            if short {
                 self.ends.iter().for_each(|&end| mask.forbid(end));
             }
             // Who ends a text with every token of the vocabulary has an answer of none.
@@ -372,30 +495,66 @@ impl Sequence {
         current
     }
 
-    /// Takes the token drawn after its last one.
-    pub(crate) fn draw(&mut self, drawn: DrawnToken) -> Drawn {
-        let token = drawn.token;
+    /// Takes the tokens of a part that was computed: the one after its last one, and those behind guesses that came true, as
+    /// far as the text goes. Also says where its guesses came from and how many there were and came true.
+    pub(crate) fn draw(&mut self, part: &Submitted, drawn: Vec<DrawnToken>) -> (Drawn, Option<(Why, usize)>) {
+        let guesses = self.tokens.split_off(self.known());
+        let why = self.why.take();
+        self.drafts = 0;
         self.ahead -= 1;
+        let mut all = Drawn { started: None, tokens: None, end: None };
+        let mut accepted = 0;
+        for (at, token) in drawn.into_iter().enumerate() {
+            let came_true = guesses.get(at) == Some(&token.token);
+            self.take(token, &mut all);
+            if all.end.is_some() || !came_true {
+                break;
+            }
+            accepted += 1;
+            if part.epoch == self.epoch {
+                // What was guessed is in the KV already.
+                self.submitted += 1;
+                self.computed += 1;
+            }
+        }
+        self.accepted_drafts += accepted as u32;
+        self.rejected_drafts += (part.drafts - accepted) as u32;
+        if let Some(end) = &mut all.end {
+            // Ended before the last guesses were counted.
+            (end.usage.accepted_drafts, end.usage.rejected_drafts) =
+                (self.accepted_drafts, self.rejected_drafts);
+        }
+        (all, why.map(|why| (why, accepted)))
+    }
+
+    fn take(&mut self, drawn: DrawnToken, all: &mut Drawn) {
+        let token = drawn.token;
         let index = self.known_output();
-        let started = (index == self.given).then(|| self.cached.unwrap_or(0));
         if self.ends.contains(&token) {
             let mut end = self.finish(FinishReason::Stop);
             end.usage.completion_tokens += 1;
-            return Drawn { started: None, token: None, end: Some(end) };
+            all.end = Some(end);
+            return;
         }
         if let Some(Err(error)) = self.matcher.as_mut().map(|matcher| matcher.consume(token)) {
             let failed = FinishReason::Failed(GenerateError::Engine { message: error.to_string() });
-            return Drawn { started: None, token: None, end: Some(self.finish(failed)) };
+            all.end = Some(self.finish(failed));
+            return;
         }
         self.tokens.push(token);
+        if index == self.given {
+            all.started = Some(self.cached.unwrap_or(0));
+        }
+        let (_, tokens, logprobs) = all.tokens.get_or_insert((index, Vec::new(), Vec::new()));
+        tokens.push(token);
+        logprobs.extend(drawn.logprobs);
         self.emitted = Emitted::ThisStep;
         let complete = self.matcher.as_ref().is_some_and(|matcher| matcher.is_complete());
-        let end = if complete {
+        all.end = if complete {
             Some(self.finish(FinishReason::Stop))
         } else {
             (self.known_output() == self.max_tokens).then(|| self.finish(FinishReason::Length))
         };
-        Drawn { started, token: Some((index, drawn)), end }
     }
 
     /// Tells when the step that was just collected ended.
@@ -415,7 +574,8 @@ impl Sequence {
             prompt_tokens: self.prompt_tokens as u32,
             cached_tokens: self.cached.unwrap_or(0),
             completion_tokens: self.known_output(),
-            ..Usage::default()
+            accepted_drafts: self.accepted_drafts,
+            rejected_drafts: self.rejected_drafts,
         };
         Finish { reason, usage }
     }
@@ -424,9 +584,14 @@ impl Sequence {
         self.held.blocks()
     }
 
+    /// Tokens known.
+    fn known(&self) -> usize {
+        self.tokens.len() - self.drafts
+    }
+
     /// Tokens known and being drawn.
     fn total(&self) -> usize {
-        self.tokens.len() + self.ahead as usize
+        self.known() + self.ahead as usize
     }
 
     fn output_tokens(&self) -> u32 {
@@ -434,7 +599,7 @@ impl Sequence {
     }
 
     fn known_output(&self) -> u32 {
-        (self.tokens.len() - self.prompt_tokens) as u32
+        (self.known() - self.prompt_tokens) as u32
     }
 }
 

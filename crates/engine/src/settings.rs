@@ -1,5 +1,6 @@
 //! [`EngineSettings`]: how an engine schedules and what it keeps.
 
+use crate::Speculate;
 use std::time::Duration;
 use types::NodeRates;
 
@@ -22,6 +23,8 @@ pub struct EngineSettings {
     pub session_quota: f64,
     /// Whether the KV of what was read and written is kept for other requests.
     pub prefix_cache: bool,
+    /// When tokens are guessed ahead.
+    pub speculation: Speculate,
     /// How fast the model was measured to be; corrected as it runs.
     pub rates: NodeRates,
     /// Measured seconds of decode steps, by rows: what `rates` say where empty.
@@ -37,6 +40,7 @@ impl Default for EngineSettings {
             session_ttl: Duration::from_secs(30 * 60),
             session_quota: 0.5,
             prefix_cache: true,
+            speculation: Speculate::Auto,
             rates: RATES_UNMEASURED,
             decode_step_s: Vec::new(),
         }

@@ -200,6 +200,7 @@ fn attended(path: Path, dtype: Dtype, heads: Heads, look: &Look, tile: Option<Ti
                 start,
                 input: Input::Tokens(&tokens[..count]),
                 sample: None,
+                drafts: 0,
                 score: None,
             })
             .collect();

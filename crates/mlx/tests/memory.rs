@@ -74,6 +74,7 @@ fn decode(model: &mut dyn Model, from: usize, count: usize) {
                 start: from + at,
                 input: if at == 0 { Input::Tokens(&[7]) } else { Input::Drawn(row) },
                 sample: Some(RowSampling::plain(&params, (from + at) as u32, &[7], &[])),
+                drafts: 0,
                 score: None,
             })
             .collect();

@@ -98,6 +98,7 @@ fn step(model: &mut dyn Model, rows: &mut [&mut Row], most: usize) {
                 &row.prompt,
                 &row.output,
             )),
+            drafts: 0,
             score: None,
         })
         .collect();
@@ -278,6 +279,7 @@ fn one_step_ahead_draws_the_same() {
                         &row.prompt,
                         &row.output,
                     )),
+                    drafts: 0,
                     score: None,
                 }
             })

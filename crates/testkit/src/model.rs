@@ -31,6 +31,8 @@ pub struct StepCost {
     pub prefill_token: Duration,
     /// Of each decode row.
     pub row: Duration,
+    /// Of each token guessed ahead of one.
+    pub draft: Duration,
     /// Of each 1024 tokens of KV that a decode row, or a tile of 32 prompt tokens, attends to.
     pub kv_1024: Duration,
     /// Steps take up to this share more or less; which, depends on the step's number only.
@@ -45,6 +47,7 @@ impl StepCost {
             slices: Duration::ZERO,
             prefill_token: Duration::from_millis(1),
             row: Duration::from_millis(1),
+            draft: Duration::from_micros(300),
             kv_1024: Duration::from_micros(200),
             jitter: 0.05,
         }
@@ -53,7 +56,15 @@ impl StepCost {
     /// No time at all.
     pub fn none() -> Self {
         let zero = Duration::ZERO;
-        Self { base: zero, slices: zero, prefill_token: zero, row: zero, kv_1024: zero, jitter: 0.0 }
+        Self {
+            base: zero,
+            slices: zero,
+            prefill_token: zero,
+            row: zero,
+            draft: zero,
+            kv_1024: zero,
+            jitter: 0.0,
+        }
     }
 
     fn seconds(&self, slices: &[Slice<'_>], number: u64) -> f64 {
@@ -63,12 +74,12 @@ impl StepCost {
         }
         for slice in slices {
             let (start, tokens) = (slice.start as f64, slice.input.count() as f64);
-            let (attended, each) = if is_row(slice) {
-                (start + 1.0, self.row)
+            let (attended, of_tokens) = if is_row(slice) {
+                (start + 1.0, self.row.as_secs_f64() + (tokens - 1.0) * self.draft.as_secs_f64())
             } else {
-                (tokens / 32.0 * (start + tokens / 2.0), self.prefill_token)
+                (tokens / 32.0 * (start + tokens / 2.0), tokens * self.prefill_token.as_secs_f64())
             };
-            seconds += tokens * each.as_secs_f64() + attended / 1024.0 * self.kv_1024.as_secs_f64();
+            seconds += of_tokens + attended / 1024.0 * self.kv_1024.as_secs_f64();
         }
         let share = (mix(number) % 2001) as f64 / 1000.0 - 1.0;
         seconds * (1.0 + share * self.jitter)
@@ -282,6 +293,8 @@ pub struct StepRecord {
     pub time: (Instant, Instant),
     /// Sequences of decode rows.
     pub rows: Vec<SequenceId>,
+    /// Tokens guessed ahead of them.
+    pub drafts: usize,
     /// Slices of prompts: sequence, start, tokens.
     pub slices: Vec<(SequenceId, usize, usize)>,
 }
@@ -337,13 +350,21 @@ struct Flight {
 struct Row {
     text: Text,
     position: u32,
+    /// The token guessed before it, where there is one: what the row before it must draw.
+    after: Option<TokenId>,
     logprobs: Option<u32>,
     masked: bool,
 }
 
 impl Row {
-    fn draw(&self, mask: &TokenMask) -> DrawnToken {
-        let token = first_allowed(self.text.token(self.position), mask);
+    /// `before`: what the row before it drew, and whether the guesses up to there came true. Behind one that did not, another
+    /// text goes on.
+    fn draw(&self, before: &mut (TokenId, bool), mask: &TokenMask) -> DrawnToken {
+        let (drawn, right) = *before;
+        let right = self.after.is_none_or(|guess| right && guess == drawn);
+        let position = if right { self.position } else { self.position ^ 0x5555_0000 };
+        let token = first_allowed(self.text.token(position), mask);
+        *before = (token, right);
         let told = self.logprobs.map(|top| self.text.logprobs(self.position, token, top));
         DrawnToken { token, logprobs: told }
     }
@@ -431,13 +452,22 @@ impl FakeModel {
         written
     }
 
-    /// How the token is drawn after what is in the KV of a slice that appended `tokens`.
-    fn row(&self, slice: &Slice<'_>, tokens: &[TokenId]) -> Option<Row> {
-        let sampling = slice.sample?;
+    /// How tokens are drawn after what is in the KV of a slice that appended `tokens`.
+    fn rows(&self, slice: &Slice<'_>, tokens: &[TokenId]) -> Vec<Row> {
+        assert!(slice.drafts < tokens.len(), "{:?}: {} guesses", slice.sequence, slice.drafts);
+        let Some(sampling) = slice.sample else {
+            assert_eq!(slice.drafts, 0, "{:?}: guesses where nothing is drawn", slice.sequence);
+            return Vec::new();
+        };
         let late = match slice.input {
             Input::Tokens(_) => &[][..],
             Input::Drawn(_) => tokens,
         };
+        assert!(
+            late.is_empty() || slice.drafts == 0,
+            "{:?}: guesses behind an unknown token",
+            slice.sequence
+        );
         let known = [sampling.prompt, sampling.output, late].concat();
         assert_eq!(slice.start + tokens.len(), known.len(), "{:?}: tokens are left out", slice.sequence);
         for (position, &token) in known.iter().enumerate() {
@@ -446,11 +476,16 @@ impl FakeModel {
             let at = (slice.sequence, position, block);
             assert_eq!(cell, Some((position, token)), "{at:?}: the KV is not prompt and output");
         }
-        let position = (sampling.output.len() + late.len()) as u32;
-        assert_eq!(sampling.position, position, "{:?}: wrong sampling position", slice.sequence);
-        let RowSampling { logprobs, masked, .. } = sampling;
-        let text = self.settings.text(sampling.prompt, sampling.params);
-        Some(Row { text, position, logprobs, masked })
+        let first = (sampling.output.len() - slice.drafts + late.len()) as u32;
+        let row = |(at, sampling): (usize, RowSampling<'_>)| {
+            let position = first + at as u32;
+            assert_eq!(sampling.position, position, "{:?}: wrong sampling position", slice.sequence);
+            let RowSampling { logprobs, masked, .. } = sampling;
+            let text = self.settings.text(sampling.prompt, sampling.params);
+            let after = at.checked_sub(1).map(|at| tokens[tokens.len() - slice.drafts + at]);
+            Row { text, position, after, logprobs, masked }
+        };
+        slice.rows().enumerate().map(row).collect()
     }
 
     /// What a slice tells of its prompt.
@@ -522,10 +557,11 @@ impl Model for FakeModel {
         }
         assert!(self.flights.iter().all(|flight| flight.masked.is_empty()), "a step before it was drawn");
         let rows: Vec<Row> =
-            slices.iter().zip(&inputs).filter_map(|(slice, tokens)| self.row(slice, tokens)).collect();
+            slices.iter().zip(&inputs).flat_map(|(slice, tokens)| self.rows(slice, tokens)).collect();
         let any = TokenMask::all(self.card.vocab_size);
+        let mut before = (EOS, true);
         let output = StepOutput {
-            drawn: rows.iter().map(|row| row.draw(&any)).collect(),
+            drawn: rows.iter().map(|row| row.draw(&mut before, &any)).collect(),
             scores: slices.iter().filter_map(|slice| self.scores(slice)).collect(),
         };
         let output = (fault != Some(Fault::Lost)).then_some(output);
@@ -542,6 +578,7 @@ impl Model for FakeModel {
         self.handle.lock().record.push(StepRecord {
             time: (begin, end),
             rows: rows.iter().map(|slice| slice.sequence).collect(),
+            drafts: slices.iter().map(|slice| slice.drafts).sum(),
             slices: prompts.iter().map(|slice| (slice.sequence, slice.start, slice.input.count())).collect(),
         });
         Ok(())
@@ -552,11 +589,12 @@ impl Model for FakeModel {
         let Some(flight) = self.flights.back_mut() else { panic!("no step is in flight") };
         assert!(!masks.is_empty(), "nothing waits for no masks");
         assert_eq!(masks.len(), flight.masked.len(), "masks for the rows that wait for one");
+        let mut before = (EOS, true);
         for ((index, row), mask) in flight.masked.drain(..).zip(masks) {
             assert_eq!(mask.vocab_size(), vocab_size, "a mask of another vocabulary");
             assert!(!mask.is_empty(), "nothing may be drawn");
             if let Some(output) = &mut flight.output {
-                output.drawn[index] = row.draw(mask);
+                output.drawn[index] = row.draw(&mut before, mask);
             }
         }
         Ok(())
@@ -575,7 +613,7 @@ impl Model for FakeModel {
 }
 
 fn is_row(slice: &Slice<'_>) -> bool {
-    let one = |position| slice.input.count() == 1 && position > 0;
+    let one = |position| slice.input.count() == 1 + slice.drafts && position > 0;
     slice.sample.is_some_and(|sampling| one(sampling.position))
 }
 

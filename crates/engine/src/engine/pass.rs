@@ -2,7 +2,7 @@
 
 use super::{CALM_STEP_STRETCH, Engine, Flight, GENTLE_STRETCH, StepSummary};
 use crate::{
-    ModelError, Overlap, SequenceId, Slice, StepOutput,
+    DrawnToken, ModelError, Overlap, SequenceId, Slice, StepOutput,
     cost::StepShape,
     grammar::{MatcherError, TokenMask},
     scheduler::{self, Budgets, Candidate, Part},
@@ -32,14 +32,19 @@ impl Engine {
         if parts.is_empty() {
             return Ok(());
         }
+        let shape = self.guess(&parts, shape);
         let slices: Vec<_> = parts.iter().map(|part| self.running[part.index].slice(part.tokens)).collect();
         match self.model.submit(&slices) {
             Ok(()) => {}
-            Err(ModelError::Sequence { sequence, message }) => return self.fail_one(sequence, message),
+            Err(ModelError::Sequence { sequence, message }) => {
+                parts.iter().for_each(|part| self.running[part.index].unguess());
+                return self.fail_one(sequence, message);
+            }
             Err(error @ ModelError::Backend(_)) => return Err(error),
         }
         let is_masked = |slice: &&Slice<'_>| slice.sample.is_some_and(|sample| sample.masked);
-        let masked = slices.iter().filter(is_masked).map(|slice| slice.sequence).collect();
+        let masked = slices.iter().filter(is_masked).map(|slice| (slice.sequence, slice.drafts)).collect();
+        let guessed: usize = slices.iter().map(|slice| slice.drafts).sum();
         let expected_s = self.cost.seconds(shape);
         let mut drawn = 0;
         let mut submitted = Vec::with_capacity(parts.len());
@@ -52,9 +57,10 @@ impl Engine {
                 summary.prefill_tokens += part.tokens as u32;
             }
             let part = sequence.submit(part.tokens, drawn);
-            drawn += usize::from(part.samples);
+            drawn += part.draws();
             submitted.push(part);
         }
+        summary.drafts = guessed as u32;
         summary.expected_s = expected_s;
         // Of a device's passes each begins when the one before ends; of a pipeline's, those that wait behind others do.
         let filling = match self.overlap() {
@@ -62,7 +68,15 @@ impl Engine {
             overlap if summary.slices > 0 => self.flights.len() + 1 < overlap.flights(),
             overlap => self.flights.len() + 1 < overlap.groups(),
         };
-        let flight = Flight { parts: submitted, shape, submitted: now, filling, expected_s, masked };
+        let flight = Flight {
+            parts: submitted,
+            shape,
+            submitted: now,
+            filling,
+            expected_s,
+            masked,
+            guesses: guessed > 0,
+        };
         self.flights.push_back(flight);
         Ok(())
     }
@@ -173,8 +187,8 @@ impl Engine {
         events: &mut Vec<(RequestId, TokenEvent)>,
         summary: &mut StepSummary,
     ) -> Result<(), ModelError> {
-        let count = |of: fn(&&Submitted) -> bool| flight.parts.iter().filter(of).count();
-        let (sampling, scored) = (count(|part| part.samples), count(|part| part.scores));
+        let sampling: usize = flight.parts.iter().map(Submitted::draws).sum();
+        let scored = flight.parts.iter().filter(|part| part.scores).count();
         let StepOutput { drawn, scores } = self.model.collect()?;
         if (drawn.len(), scores.len()) != (sampling, scored) {
             let (tokens, told) = (drawn.len(), scores.len());
@@ -184,7 +198,7 @@ impl Engine {
         }
         let (mut drawn, mut scores) = (drawn.into_iter(), scores.into_iter());
         for part in &flight.parts {
-            let token = part.samples.then(|| drawn.next().expect("counted above"));
+            let tokens: Vec<DrawnToken> = drawn.by_ref().take(part.draws()).collect();
             let scores = part.scores.then(|| scores.next().expect("counted above"));
             // Whoever was cancelled since is not here any more; whoever was preempted waits.
             let by_id = |sequence: &Sequence| sequence.id == part.id;
@@ -200,22 +214,28 @@ impl Engine {
             if current && let Some(event) = sequence.tell(part, scores.unwrap_or_default()) {
                 events.push((sequence.request, event));
             }
-            let outcome = token.map(|token| sequence.draw(token));
+            if let Some((why, came_true)) = tokens.first().and_then(|drawn| sequence.judge(drawn.token)) {
+                self.speculation.watch(sequence.id, why, came_true);
+            }
+            let outcome = part.samples.then(|| sequence.draw(part, tokens));
             if current {
                 let (held, tokens, computed) = sequence.kv();
                 self.memory.store(held, tokens, computed);
             }
-            let Some(outcome) = outcome else { continue };
+            let Some((outcome, guessed)) = outcome else { continue };
+            if let Some((why, accepted)) = guessed {
+                self.speculation.learn(sequence.id, why, part.drafts, accepted);
+            }
             if let Some(cached_tokens) = outcome.started {
                 events.push((sequence.request, TokenEvent::Started { cached_tokens }));
             }
-            if let Some((index, drawn)) = outcome.token {
-                let (tokens, logprobs) = (vec![drawn.token], drawn.logprobs.into_iter().collect());
+            if let Some((index, tokens, logprobs)) = outcome.tokens {
+                summary.tokens += tokens.len() as u32;
+                tokens.iter().for_each(|_| self.shares.charge_output(sequence.client));
                 events.push((sequence.request, TokenEvent::Tokens { index, tokens, logprobs }));
-                summary.tokens += 1;
-                self.shares.charge_output(sequence.client);
             }
             if let Some(finish) = outcome.end {
+                self.speculation.finish(&sequence.ended_row());
                 events.push((sequence.request, TokenEvent::Finished(finish)));
                 summary.finished += 1;
                 let mut sequence = queue.remove(index);
@@ -241,16 +261,21 @@ impl Engine {
         let vocab_size = self.model.card().vocab_size;
         let mut rows: Vec<Option<&mut Sequence>> = masked.iter().map(|_| None).collect();
         for sequence in self.running.iter_mut().chain(&mut self.waiting) {
-            if let Some(at) = masked.iter().position(|&id| id == sequence.id) {
+            if let Some(at) = masked.iter().position(|&(id, _)| id == sequence.id) {
                 rows[at] = Some(sequence);
             }
         }
         let mut masks = Vec::with_capacity(masked.len());
-        for (&id, mask) in masked.iter().zip(masks_of(rows, vocab_size)) {
-            masks.push(mask.unwrap_or_else(|error| {
-                self.stop(id, &error);
-                TokenMask::all(vocab_size)
-            }));
+        for (&(id, guesses), of_row) in masked.iter().zip(masks_of(rows, vocab_size)) {
+            masks.extend(match of_row {
+                Ok(Some(masks)) => masks,
+                // Whoever has ended since may draw anything.
+                Ok(None) => vec![TokenMask::all(vocab_size); guesses + 1],
+                Err(error) => {
+                    self.stop(id, &error);
+                    vec![TokenMask::all(vocab_size); guesses + 1]
+                }
+            });
         }
         self.model.draw(&masks)
     }
@@ -273,12 +298,11 @@ impl Engine {
     }
 }
 
-/// What each row may draw; whoever has ended since may draw anything.
-fn masks_of(rows: Vec<Option<&mut Sequence>>, vocab_size: u32) -> Vec<Result<TokenMask, MatcherError>> {
-    let mask = |row: Option<&mut Sequence>| match row {
-        Some(sequence) => sequence.mask(vocab_size),
-        None => Ok(TokenMask::all(vocab_size)),
-    };
+/// What a row may draw, and behind each of its guesses; none of one that has ended since.
+type RowMasks = Result<Option<Vec<TokenMask>>, MatcherError>;
+
+fn masks_of(rows: Vec<Option<&mut Sequence>>, vocab_size: u32) -> Vec<RowMasks> {
+    let mask = |row: Option<&mut Sequence>| row.map(|sequence| sequence.masks(vocab_size)).transpose();
     let threads = (rows.len() / MASKS_PER_THREAD).clamp(1, MASK_THREADS_MAX);
     let each = rows.len().div_ceil(threads);
     let mut rows = rows.into_iter();

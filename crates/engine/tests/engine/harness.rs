@@ -1,18 +1,19 @@
 //! An engine, its fake model and the oracles over its events, driven as a node drives them.
 
 use engine::{
-    Engine, EngineSettings, ModelError, StepSummary,
+    Draft, DraftRow, DraftSource, Engine, EngineSettings, ModelError, Speculate, StepSummary,
     grammar::{Grammars, Matcher},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{LazyLock, Mutex},
+    sync::{Arc, LazyLock, Mutex},
     time::{Duration, Instant},
 };
 use testkit::{FakeHandle, FakeModel, FakeSettings, Streams, VirtualClock};
 use types::{
-    CacheScope, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, NodeRates, OutputRules,
-    RequestId, SamplingDraft, SamplingParams, Service, Speculation, TokenEvent, TokenReport,
+    CacheScope, DraftOrigin, Finish, FinishReason, GenerateDraft, GenerateError, GenerateRequest, NodeRates,
+    OutputRules, RequestId, SamplingDraft, SamplingParams, Service, Speculation, TokenEvent, TokenId,
+    TokenReport,
 };
 
 /// What [`testkit::StepCost::mac`] comes to.
@@ -54,6 +55,41 @@ pub(crate) fn matcher(request: &GenerateRequest) -> Option<Matcher> {
     request.rules.grammar.as_ref().map(|grammar| grammars.compile(grammar).expect("a grammar"))
 }
 
+/// Texts of requests, each with the length of its prompt.
+type KnownTexts = Arc<Mutex<Vec<(usize, Vec<TokenId>)>>>;
+
+/// Guesses what texts go on with, and is right at a rate: which tokens it knows is drawn by their positions.
+#[derive(Debug)]
+struct Guesser {
+    known: KnownTexts,
+    rate: f64,
+}
+
+impl DraftSource for Guesser {
+    fn origin(&self) -> DraftOrigin {
+        DraftOrigin::Model
+    }
+
+    fn propose(&mut self, rows: &[DraftRow<'_>]) -> Vec<Draft> {
+        let known = self.known.lock().expect("nobody panicked");
+        let propose = |row: &DraftRow<'_>| {
+            let of_row = |(prompt, text): &&(usize, Vec<TokenId>)| {
+                *prompt == row.prompt_tokens && text.len() > row.text.len() && text.starts_with(row.text)
+            };
+            let Some((_, text)) = known.iter().find(of_row) else { return Draft::default() };
+            let guess = |(at, &token): (usize, &TokenId)| {
+                let hash = (at as u64 ^ row.sequence.0 << 20).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+                if (hash % 1000) as f64 / 1000.0 < self.rate { token } else { 1 + token % 900 }
+            };
+            // From none to as many as may be, by the text's length.
+            let most = row.most * (text.len() * 7 % 11) / 10;
+            let tokens = text.iter().enumerate().skip(row.text.len()).take(most).map(guess).collect();
+            Draft { tokens, matched: 1 }
+        };
+        rows.iter().map(propose).collect()
+    }
+}
+
 pub(crate) struct Bench {
     pub(crate) engine: Engine,
     pub(crate) clock: VirtualClock,
@@ -65,6 +101,8 @@ pub(crate) struct Bench {
     /// Every event so far, in order.
     pub(crate) events: Vec<(RequestId, TokenEvent)>,
     settings: FakeSettings,
+    /// What a source of guesses knows, where there is one.
+    known: Option<KnownTexts>,
     accepted: BTreeMap<RequestId, GenerateRequest>,
     cancelled: BTreeSet<RequestId>,
 }
@@ -82,14 +120,23 @@ impl Bench {
             arrivals: BTreeMap::new(),
             events: Vec::new(),
             settings,
+            known: None,
             accepted: BTreeMap::new(),
             cancelled: BTreeSet::new(),
         }
     }
 
-    /// A bench whose engine knows how fast its machine is.
+    /// A bench whose engine knows how fast its machine is, and guesses nothing: a token a step.
     pub(crate) fn measured(settings: FakeSettings) -> Self {
-        Self::new(settings, EngineSettings { rates: MAC_RATES, ..EngineSettings::default() })
+        let speculation = Speculate::Off;
+        Self::new(settings, EngineSettings { rates: MAC_RATES, speculation, ..EngineSettings::default() })
+    }
+
+    /// From now on tokens are guessed, right at this rate.
+    pub(crate) fn guess(&mut self, rate: f64) {
+        let known = KnownTexts::default();
+        self.engine.guess_with(Box::new(Guesser { known: known.clone(), rate }));
+        self.known = Some(known);
     }
 
     pub(crate) fn submit(&mut self, draft: GenerateDraft) -> Result<RequestId, GenerateError> {
@@ -100,6 +147,11 @@ impl Bench {
             None => self.engine.submit(self.clock.now(), request.clone())?,
         }
         self.streams.accepted_after(id, &request.output);
+        if let Some(known) = &self.known {
+            let output = self.settings.output_under(&request, matcher(&request)).tokens;
+            let text = [request.prompt.as_slice(), &output].concat();
+            known.lock().expect("nobody panicked").push((request.prompt.len(), text));
+        }
         self.arrivals.insert(id, self.clock.now());
         self.accepted.insert(id, request);
         Ok(id)
@@ -130,7 +182,11 @@ impl Bench {
         if let Ok(summary) = &result {
             let count = |wanted: fn(&TokenEvent) -> bool| events.iter().filter(|(_, e)| wanted(e)).count();
             assert_eq!(summary.finished as usize, count(|event| matches!(event, TokenEvent::Finished(_))));
-            assert_eq!(summary.tokens as usize, count(|event| matches!(event, TokenEvent::Tokens { .. })));
+            let tokens = |(_, event): &(RequestId, TokenEvent)| match event {
+                TokenEvent::Tokens { tokens, .. } => tokens.len(),
+                _ => 0,
+            };
+            assert_eq!(summary.tokens as usize, events.iter().map(tokens).sum::<usize>());
         }
         self.events.append(&mut events);
         result

@@ -2,6 +2,7 @@
 
 mod cache;
 mod fairness;
+mod guesses;
 mod harness;
 mod life;
 mod pipeline;

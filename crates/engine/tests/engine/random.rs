@@ -2,7 +2,7 @@
 
 use crate::harness::{Bench, draft, matcher, sampling};
 use crate::rules::GRAMMARS;
-use engine::{EngineSettings, ModelLimits};
+use engine::{EngineSettings, ModelLimits, Speculate};
 use testkit::{FakeSettings, Fault, StepCost};
 use types::{FinishReason, GenerateDraft, GenerateError, OutputRules, RequestId, TokenEvent, TokenReport};
 
@@ -78,7 +78,11 @@ fn request(id: u128, random: &mut Random, settings: &FakeSettings) -> GenerateDr
 fn traffic(seed: u64) -> Vec<(RequestId, TokenEvent)> {
     let mut random = Random(seed);
     let settings = settings(&mut random);
-    let mut bench = Bench::new(settings.clone(), EngineSettings::default());
+    let speculation = random.pick(&[Speculate::Off, Speculate::Auto, Speculate::Always]);
+    let mut bench = Bench::new(settings.clone(), EngineSettings { speculation, ..EngineSettings::default() });
+    if random.one_in(2) {
+        bench.guess(random.pick(&[0.0, 0.3, 0.65, 1.0]));
+    }
     let faults = random.one_in(3);
     let mut known = Vec::new();
     for number in 0..300_u128 {

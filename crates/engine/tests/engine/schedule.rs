@@ -1,7 +1,7 @@
 //! Who runs when, in virtual time.
 
 use crate::harness::{Bench, MAC_RATES, draft};
-use engine::{EngineSettings, ModelLimits};
+use engine::{EngineSettings, ModelLimits, Speculate};
 use std::time::Duration;
 use testkit::{FakeSettings, StepCost};
 use types::{GenerateError, NodeRates, RequestId};
@@ -159,8 +159,9 @@ fn a_short_prompt_overtakes_a_long_one_that_can_wait() {
 #[test]
 fn no_request_starves_under_constant_arrivals() {
     // Each short request needs about 0.1 s of prefill; with eight slots one arrives every `every` steps.
-    let check = |what: &str, every: u128, refused: bool| {
-        let mut bench = Bench::measured(machine(8, StepCost::mac()));
+    let check = |what: &str, speculation, every: u128, refused: bool| {
+        let engine = EngineSettings { rates: MAC_RATES, speculation, ..EngineSettings::default() };
+        let mut bench = Bench::new(machine(8, StepCost::mac()), engine);
         let mut busy = 0;
         let mut long = None;
         for step in 0..4000_u128 {
@@ -188,8 +189,10 @@ fn no_request_starves_under_constant_arrivals() {
             assert!(bench.pause_max(*id) < ms(200), "{what}: {id} paused for {:?}", bench.pause_max(*id));
         }
     };
-    check("light load", 12, false);
-    check("overload", 1, true);
+    check("light load", Speculate::Off, 12, false);
+    check("overload", Speculate::Off, 1, true);
+    check("light load, guessing", Speculate::Auto, 12, false);
+    check("overload, guessing", Speculate::Auto, 1, true);
 }
 
 #[test]

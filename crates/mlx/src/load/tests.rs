@@ -92,6 +92,7 @@ impl Rows {
                         prompt,
                         output,
                     )),
+                    drafts: 0,
                     score: None,
                 }
             })

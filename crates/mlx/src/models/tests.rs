@@ -156,6 +156,7 @@ impl Model {
                 start,
                 input: Input::Tokens(tokens),
                 sample: None,
+                drafts: 0,
                 score: None,
             })
             .collect();

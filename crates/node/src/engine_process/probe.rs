@@ -125,6 +125,7 @@ impl<'a, C: Fn() -> Instant> Probe<'a, C> {
             start: 0,
             input: Input::Tokens(&prompt),
             sample: Some(sample),
+            drafts: 0,
             score: None,
         };
         let begin = (self.clock)();
