@@ -5,7 +5,7 @@ use crate::{
     settings::EngineProcessSettings,
     values::{Dequantize, Device},
 };
-use ::engine::EngineSettings;
+use ::engine::{EngineSettings, Speculate};
 use mlx::{AnyModel, DeviceChoice, LoadSettings};
 use node::engine_process::{self, Loaded, LoadedEmbedder, LoadedModel};
 use std::process::ExitCode;
@@ -30,6 +30,7 @@ pub(crate) fn run(json: &str) -> ExitCode {
         session_ttl: settings.session_ttl,
         session_quota: settings.session_quota,
         prefix_cache: settings.prefix_cache,
+        speculation: if settings.speculation { Speculate::Auto } else { Speculate::Off },
         ..EngineSettings::default()
     };
     let load_settings = load_settings(settings);

@@ -52,7 +52,7 @@ pub(crate) struct Flight {
     pub(crate) written: Vec<Array>,
     /// Drawn tokens as i32; none where no slice samples, and before they are drawn.
     pub(crate) tokens: Option<Array>,
-    /// For each slice that samples, in the engine's order, where its token is among them.
+    /// For each token that is drawn, in the engine's order, where it is among them.
     pub(crate) order: Vec<usize>,
     /// What its tokens are drawn from.
     undrawn: Option<Undrawn>,
@@ -298,9 +298,8 @@ impl Runner {
                     tokens.push(resolve(index) as i32);
                 }
             }
-            if let Some(sampling) = slice.sample {
-                outputs.push(sampling.output.iter().copied().chain(late).collect::<Vec<_>>());
-            }
+            outputs
+                .extend(slice.rows().map(|row| row.output.iter().copied().chain(late).collect::<Vec<_>>()));
         }
         let entering = match entering {
             Some(Entering { hidden, arrival }) => {

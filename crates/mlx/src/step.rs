@@ -19,17 +19,17 @@ pub(crate) struct Ordered<'a> {
     /// Slices of one token, then longer ones.
     pub(crate) slices: Vec<&'a Slice<'a>>,
     pub(crate) singles: usize,
-    /// Rows of the step whose logits are wanted: of the slices that sample the last token's, and all that are to be told
-    /// of.
+    /// Rows of the step whose logits are wanted: of the slices that sample the last token's and those before its guesses, and
+    /// all that are to be told of.
     pub(crate) wanted: Vec<i32>,
-    /// Of the slices that sample: which of these, and how to draw.
+    /// Of the tokens that are drawn: which of these, and how to draw.
     pub(crate) sampled: Vec<i32>,
     pub(crate) sampling: Vec<RowSampling<'a>>,
     /// Of the slices that tell of their prompt, in the engine's order.
     pub(crate) scores: Vec<Score<'a>>,
     /// For each of them the row of its own token where that is being drawn.
     pub(crate) late: Vec<Option<usize>>,
-    /// For each slice that samples, in the engine's order, where it is among them.
+    /// For each token that is drawn, in the engine's order, where it is among them.
     pub(crate) order: Vec<usize>,
 }
 
@@ -61,13 +61,15 @@ impl<'a> Ordered<'a> {
                 scores.push((index, score));
             }
             row += slice.input.count();
-            if let Some(sample) = slice.sample {
-                if wanted.last() != Some(&(row as i32 - 1)) {
-                    wanted.push(row as i32 - 1);
+            // Where tokens are guessed, at the place of each and before them.
+            let first = row - slice.draws();
+            for (at, sample) in (first..).zip(slice.rows()) {
+                if wanted.last() != Some(&(at as i32)) {
+                    wanted.push(at as i32);
                 }
                 sampled.push(wanted.len() as i32 - 1);
                 sampling.push(sample);
-                late.push(matches!(slice.input, Input::Drawn(_)).then_some(row - 1));
+                late.push(matches!(slice.input, Input::Drawn(_)).then_some(at));
                 computed.push(index);
             }
         }

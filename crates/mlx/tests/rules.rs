@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests, outside #[test] functions")]
 
 use engine::{
-    Engine, EngineSettings,
+    Draft, DraftRow, DraftSource, Engine, EngineSettings, Speculate,
     grammar::{Grammars, Vocabulary},
 };
 use mlx::{Dequantize, DeviceChoice, LoadSettings};
@@ -12,8 +12,8 @@ use serde::Deserialize;
 use std::{collections::BTreeMap, path::PathBuf, time::Instant};
 use tokenizers::Tokenizer;
 use types::{
-    CacheScope, Finish, FinishReason, GenerateDraft, Grammar, OutputRules, RequestId, SamplingDraft,
-    SamplingParams, Service, Speculation, TokenEvent, TokenId, TokenLogprobs, TokenReport,
+    CacheScope, DraftOrigin, Finish, FinishReason, GenerateDraft, Grammar, OutputRules, RequestId,
+    SamplingDraft, SamplingParams, Service, Speculation, TokenEvent, TokenId, TokenLogprobs, TokenReport,
 };
 
 /// How far our log-probabilities may be from mlx-lm's; on the CPU device, since a GPU computes in half precision.
@@ -57,6 +57,10 @@ struct Bench {
 
 impl Bench {
     fn new() -> Option<Self> {
+        Self::guessing(Speculate::Off)
+    }
+
+    fn guessing(speculation: Speculate) -> Option<Self> {
         let Some(path) = std::env::var_os("MLX_TEST_MODEL") else {
             println!("skipped: MLX_TEST_MODEL is not set (scripts/fetch-test-model)");
             return None;
@@ -80,7 +84,7 @@ impl Bench {
             grammars: Grammars::new(&vocabulary).unwrap(),
             tokenizer: Tokenizer::from_bytes(json).unwrap(),
             name: card.name.clone(),
-            engine: Engine::new(model, EngineSettings::default()),
+            engine: Engine::new(model, EngineSettings { speculation, ..EngineSettings::default() }),
         })
     }
 
@@ -198,11 +202,8 @@ fn log_probabilities_are_mlx_lms() {
     assert!(compared > expected.len() * 12, "only {compared}");
 }
 
-/// Sixteen rows of every kind, in one batch and alone: the same tokens and log-probabilities, and every JSON that was
-/// finished is valid.
-#[test]
-fn rows_under_grammars_are_what_they_are_alone() {
-    let Some(mut bench) = Bench::new() else { return };
+/// Sixteen rows of every kind.
+fn mixed_drafts(bench: &Bench) -> Vec<GenerateDraft> {
     let json = |text: &str| Some(Grammar::JsonSchema(text.to_owned()));
     let regex = |text: &str| Some(Grammar::Regex(text.to_owned()));
     let grammars = [
@@ -232,7 +233,7 @@ fn rows_under_grammars_are_what_they_are_alone() {
         None,
     ];
     let goldens = goldens();
-    let drafts: Vec<GenerateDraft> = grammars
+    grammars
         .iter()
         .zip(&goldens)
         .enumerate()
@@ -256,7 +257,14 @@ fn rows_under_grammars_are_what_they_are_alone() {
                 ..bench.draft(at as u128, golden.prompt.clone(), 100)
             }
         })
-        .collect();
+        .collect()
+}
+
+/// In one batch and alone: the same tokens and log-probabilities, and every JSON that was finished is valid.
+#[test]
+fn rows_under_grammars_are_what_they_are_alone() {
+    let Some(mut bench) = Bench::new() else { return };
+    let drafts = mixed_drafts(&bench);
     let together = bench.run(&drafts);
     let (mut finished, mut same) = (0, 0);
     for (at, (draft, answer)) in drafts.iter().zip(&together).enumerate() {
@@ -293,4 +301,75 @@ fn rows_under_grammars_are_what_they_are_alone() {
     }
     println!("{same} rows as alone, {finished} finished");
     assert!(finished >= 10, "only {finished} finished");
+}
+
+/// Knows texts, and guesses each of their tokens rightly at a rate.
+#[derive(Debug)]
+struct Guesser {
+    texts: Vec<(Vec<TokenId>, Vec<TokenId>)>,
+    rate: f64,
+}
+
+impl DraftSource for Guesser {
+    fn origin(&self) -> DraftOrigin {
+        DraftOrigin::Model
+    }
+
+    fn propose(&mut self, rows: &[DraftRow<'_>]) -> Vec<Draft> {
+        let propose = |row: &DraftRow<'_>| {
+            let prompt = &row.text[..row.prompt_tokens];
+            let of_row =
+                |text: &&(Vec<TokenId>, Vec<TokenId>)| text.0 == prompt && text.1.starts_with(row.output());
+            let Some((_, text)) = self.texts.iter().find(of_row) else { return Draft::default() };
+            let guess = |(at, &token): (usize, &TokenId)| {
+                let hash = (at as u64 ^ row.sequence.0 << 20).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+                if (hash % 1000) as f64 / 1000.0 < self.rate { token } else { token / 2 + 100 }
+            };
+            // From one to seven, in turn.
+            let most = row.most.min(1 + row.text.len() % 7);
+            Draft {
+                tokens: text.iter().enumerate().skip(row.output().len()).take(most).map(guess).collect(),
+                matched: 1,
+            }
+        };
+        rows.iter().map(propose).collect()
+    }
+}
+
+/// Whatever is guessed and however much of it comes true: tokens, log-probabilities and ends are those without.
+#[test]
+fn guesses_change_nothing() {
+    let Some(mut plain) = Bench::new() else { return };
+    let drafts = mixed_drafts(&plain);
+    let expected = plain.run(&drafts);
+    for rate in [0.0, 0.3, 0.65, 1.0] {
+        for rows in [16, 5, 1] {
+            let Some(mut bench) = Bench::guessing(Speculate::Always) else { return };
+            let known = drafts
+                .iter()
+                .zip(&expected)
+                .map(|(draft, answer)| (draft.prompt.clone(), answer.tokens.clone()));
+            bench.engine.guess_with(Box::new(Guesser { texts: known.collect(), rate }));
+            let (mut accepted, mut rejected, mut compared) = (0, 0, 0);
+            for (drafts, expected) in drafts.chunks(rows).zip(expected.chunks(rows)).take(6) {
+                for ((draft, expected), got) in drafts.iter().zip(expected).zip(bench.run(drafts)) {
+                    let what = format!("rate {rate}, {rows} rows, {}", draft.id);
+                    assert_eq!(bench.text(&got.tokens), bench.text(&expected.tokens), "{what}");
+                    assert_eq!(got.logprobs.len(), expected.logprobs.len(), "{what}");
+                    for (got, expected) in got.logprobs.iter().zip(&expected.logprobs) {
+                        assert_close(got, &(expected.logprob, expected.top.clone()), &what);
+                    }
+                    let (got, expected) = (got.finish.unwrap(), expected.finish.as_ref().unwrap());
+                    assert_eq!(got.reason, expected.reason, "{what}");
+                    assert_eq!(got.usage.completion_tokens, expected.usage.completion_tokens, "{what}");
+                    accepted += got.usage.accepted_drafts;
+                    rejected += got.usage.rejected_drafts;
+                    compared += got.usage.completion_tokens;
+                }
+            }
+            println!("rate {rate}, {rows} rows: {compared} tokens, {accepted} guesses true, {rejected} not");
+            assert!(rate < 0.5 || accepted > compared / 4, "{accepted} of {compared}");
+            assert!(rate == 1.0 || rejected > 0, "none was wrong");
+        }
+    }
 }

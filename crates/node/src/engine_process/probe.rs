@@ -195,7 +195,15 @@ impl Row {
             if known { (Input::Tokens(&self.tokens[self.submitted..]), 0) } else { (Input::Drawn(index), 1) };
         let position = (output.len() + late) as u32;
         let sample = Some(RowSampling::plain(params, position, prompt, output));
-        Slice { sequence: self.id, blocks: &self.blocks, start: self.submitted, input, sample, score: None }
+        Slice {
+            sequence: self.id,
+            blocks: &self.blocks,
+            start: self.submitted,
+            input,
+            sample,
+            drafts: 0,
+            score: None,
+        }
     }
 }
 
