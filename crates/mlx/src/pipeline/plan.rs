@@ -16,6 +16,7 @@ const SAMPLES: u32 = 1;
 const MASKED: u32 = 2;
 const LOGPROBS: u32 = 4;
 const SCORES: u32 = 8;
+const DRAFTS: u32 = 16;
 
 /// A plan that is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -40,6 +41,7 @@ struct Planned {
     count: usize,
     blocks: Vec<BlockId>,
     sample: Option<Sample>,
+    drafts: usize,
     score: Option<(u32, Vec<TokenId>)>,
 }
 
@@ -63,14 +65,15 @@ pub(crate) fn encode(slices: &[Slice<'_>]) -> Vec<u32> {
             flag(sample.is_some(), SAMPLES)
                 | flag(sample.is_some_and(|sample| sample.masked), MASKED)
                 | flag(sample.is_some_and(|sample| sample.logprobs.is_some()), LOGPROBS)
-                | flag(slice.score.is_some(), SCORES),
+                | flag(slice.score.is_some(), SCORES)
+                | flag(slice.drafts > 0, DRAFTS),
         );
         let count = slice.input.count();
         let blocks = &slice.blocks[..(slice.start + count).div_ceil(BLOCK_TOKENS)];
         words.extend([slice.start as u32, count as u32, blocks.len() as u32]);
         words.extend(blocks.iter().map(|block| block.0));
         if let Some(sample) = sample {
-            encode_sample(sample, &mut words);
+            encode_sample(sample, slice.drafts, &mut words);
         }
         if let Some(score) = &slice.score {
             words.extend([score.top, score.targets.len() as u32]);
@@ -80,7 +83,8 @@ pub(crate) fn encode(slices: &[Slice<'_>]) -> Vec<u32> {
     words
 }
 
-fn encode_sample(sample: &RowSampling<'_>, words: &mut Vec<u32>) {
+fn encode_sample(sample: &RowSampling<'_>, drafts: usize, words: &mut Vec<u32>) {
+    let (known, guessed) = sample.output.split_at(sample.output.len() - drafts);
     let params = sample.params;
     words.extend([sample.position, params.seed as u32, (params.seed >> 32) as u32, params.top_k]);
     let numbers = [
@@ -103,11 +107,16 @@ fn encode_sample(sample: &RowSampling<'_>, words: &mut Vec<u32>) {
     };
     let prompt = counts(sample.prompt, repeats);
     let counted = params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
-    let output = counts(sample.output, repeats || counted);
+    let output = counts(known, repeats || counted);
     words.push(prompt.len() as u32);
     words.extend(prompt.keys());
     words.push(output.len() as u32);
     words.extend(output.iter().flat_map(|(&token, &count)| [token, count]));
+    if drafts > 0 {
+        // In their order: each is the output of those behind it.
+        words.push(drafts as u32);
+        words.extend(guessed);
+    }
 }
 
 impl Plan {
@@ -151,6 +160,7 @@ impl Planned {
             start: self.start,
             input: Input::Tokens(&tokens[..self.count]),
             sample,
+            drafts: self.drafts,
             score,
         }
     }
@@ -192,7 +202,7 @@ impl Reader<'_> {
 
     fn slice(&mut self) -> Result<Planned, PlanError> {
         let flags = self.word()?;
-        if flags & !(SAMPLES | MASKED | LOGPROBS | SCORES) != 0 {
+        if flags & !(SAMPLES | MASKED | LOGPROBS | SCORES | DRAFTS) != 0 {
             return Err(self.damaged(&format!("flags {flags:#x}")));
         }
         let (start, count) = (self.word()? as usize, self.word()? as usize);
@@ -203,7 +213,16 @@ impl Reader<'_> {
         if (start + count).div_ceil(BLOCK_TOKENS) != blocks.len() {
             return Err(self.damaged(&format!("{count} tokens from {start} in {} blocks", blocks.len())));
         }
-        let sample = if flags & SAMPLES != 0 { Some(self.sample(flags)?) } else { None };
+        let mut sample = if flags & SAMPLES != 0 { Some(self.sample(flags)?) } else { None };
+        let mut drafts = 0;
+        if flags & DRAFTS != 0 {
+            let guessed = self.list("drafts")?;
+            drafts = guessed.len();
+            match &mut sample {
+                Some(sample) if (1..count).contains(&drafts) => sample.output.extend(guessed),
+                _ => return Err(self.damaged(&format!("{drafts} drafts among {count} tokens"))),
+            }
+        }
         let score = if flags & SCORES != 0 {
             let top = self.word()?;
             let targets = self.list("targets")?;
@@ -214,7 +233,7 @@ impl Reader<'_> {
         } else {
             None
         };
-        Ok(Planned { start, count, blocks, sample, score })
+        Ok(Planned { start, count, blocks, sample, drafts, score })
     }
 
     fn sample(&mut self, flags: u32) -> Result<Sample, PlanError> {
@@ -279,28 +298,32 @@ mod tests {
             start,
             input: Input::Tokens(tokens),
             sample,
+            drafts: 0,
             score: None,
         };
         let slices = [
             slice(40, &[5][..], Some(plain)),
             slice(0, &[5, 6, 7][..], None),
             Slice { score: Some(Scoring { targets: &targets, top: 3 }), ..slice(31, &[1, 2][..], Some(row)) },
+            Slice { drafts: 1, ..slice(31, &[3, 1][..], Some(row)) },
         ];
         let one = 1.0_f32.to_bits();
         let half = 0.5_f32.to_bits();
         let (minus_two, repeats) = ((-2.0_f32).to_bits(), 1.5_f32.to_bits());
         #[rustfmt::skip]
         let expected = [
-            3,
+            4,
             1, 40, 1, 2, 7, 3, 4, 0, 0, 0, 0, one, 0, one, 0, 0, 0, 0, 0,
             0, 0, 3, 1, 7,
             15, 31, 2, 2, 7, 3, 4, 2, 1, 40, half, one, 0, repeats, 0, 0, 1, 9, minus_two, 2, 2, 1, 2,
             2, 1, 1, 3, 2, 3, 2, 11, 12,
+            23, 31, 2, 2, 7, 3, 4, 2, 1, 40, half, one, 0, repeats, 0, 0, 1, 9, minus_two, 2, 2, 1, 2,
+            1, 3, 2, 1, 1,
         ];
         let words = encode(&slices);
         assert_eq!(words, expected);
         let plan = Plan::decode(&words).unwrap();
-        assert_eq!(plan.tokens(), 6);
+        assert_eq!(plan.tokens(), 8);
         assert_eq!(encode(&plan.slices()), words);
         // Every word is needed, and there is none beyond.
         for end in 0..words.len() {
@@ -317,7 +340,8 @@ mod tests {
         };
         check(&[], "at word 0: it ends here");
         check(&[u32::MAX, 0, 0], "4294967295 slices are more than follow");
-        check(&[1, 16, 0, 1, 1, 0], "flags 0x10");
+        check(&[1, 32, 0, 1, 1, 0], "flags 0x20");
+        check(&[1, 16, 0, 2, 1, 0, 1, 5], "1 drafts among 2 tokens");
         check(&[1, 0, 0, 0, 1, 0], "0 tokens in 1 blocks");
         check(&[1, 0, 0, 33, 1, 0], "33 tokens in 1 blocks");
         check(&[1, 0, 64, 1, 1, 0], "1 tokens from 64 in 1 blocks");
@@ -344,6 +368,7 @@ mod tests {
             start: 33,
             input: Input::Tokens(&[4]),
             sample: Some(RowSampling::plain(&greedy, 0, &[], &[])),
+            drafts: 0,
             score: None,
         };
         let words = encode(&[slice, slice]);

@@ -64,6 +64,7 @@ fn pass(runner: &mut Runner, rows: usize) -> Result<()> {
             start: CONTEXT,
             input: Input::Tokens(&[0]),
             sample: Some(RowSampling::plain(&greedy, 1, &[], &[])),
+            drafts: 0,
             score: None,
         })
         .collect();
