@@ -324,6 +324,7 @@ impl Headless {
                 start: 0,
                 input: Input::Tokens(text),
                 sample: None,
+                drafts: 0,
                 score: None,
             })
             .collect();
