@@ -163,8 +163,8 @@ settings! {
     tpot_target: Span = "100 ms", "TIME";
     /// Keep what was read and written for later requests that begin alike
     prefix_cache: bool = "true", "BOOL";
-    /// Guess tokens ahead where that makes answers faster; never changes them
-    speculation: bool = "true", "BOOL";
+    /// Guess tokens ahead where that is expected to make answers faster (young: off by default)
+    speculation: bool = "false", "BOOL";
     /// How long a session is kept after its last request
     session_ttl: Span = "30 min", "TIME";
     /// Share of the memory for keys and values that sessions may keep, from 0 to 1

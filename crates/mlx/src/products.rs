@@ -86,28 +86,13 @@ pub(crate) fn fits(rows: i32, weights: Weights<'_>, dtype: Dtype) -> bool {
 
 /// `x [rows, in] → [rows, out]`, or half as wide where it is gated.
 pub(crate) fn product(x: &Array, weights: Weights<'_>, around: Around<'_>) -> Result<Array> {
-    let tiles = tiles(x.dim(0));
-    // Long sums are shared by more warps, as far as there are registers and memory for their partial sums.
-    let warps_max = if tiles <= 2 { WARPS_MAX } else { WARPS_MAX / 2 };
-    let warps = if shape(weights).1 >= 4096 { warps_max } else { WARPS_MAX / 2 };
-    product_by(x, weights, around, (warps, warps_max))
-}
-
-fn tiles(rows: i32) -> i32 {
-    let tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    tiles.max(1).unsigned_abs().next_power_of_two().cast_signed()
-}
-
-/// By groups of so many warps, of which the kernel has room for so many.
-fn product_by(
-    x: &Array,
-    weights: Weights<'_>,
-    around: Around<'_>,
-    (warps, warps_max): (i32, i32),
-) -> Result<Array> {
     let (rows, dtype) = (x.dim(0), x.dtype());
     let (out, width) = shape(weights);
-    let tiles = tiles(rows);
+    let tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    let tiles = tiles.max(1).unsigned_abs().next_power_of_two().cast_signed();
+    // Long sums are shared by more warps, as far as there are registers and memory for their partial sums.
+    let warps_max = if tiles <= 2 { WARPS_MAX } else { WARPS_MAX / 2 };
+    let warps = if width >= 4096 { warps_max } else { WARPS_MAX / 2 };
     let (weight, scales, biases) = match weights {
         Weights::Dense(weight) => (weight, x, x),
         Weights::FourBits { words, scales, biases, .. } => (words, scales, biases),
@@ -155,84 +140,5 @@ fn shape(weights: Weights<'_>) -> (i32, i32) {
     match weights {
         Weights::Dense(weight) => (weight.dim(0), weight.dim(1)),
         Weights::FourBits { words, .. } => (words.dim(0), words.dim(1) * 8),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::checkpoint::{Mode, Packed, Packing};
-    use mlx_rs::{Device, DeviceType, Stream, transforms::eval, with_stream};
-    use std::time::Instant;
-
-    /// What a group may have, and what the kernel is then built for.
-    const WARPS: [i32; 3] = [4, 8, 16];
-    const ROUNDS: u32 = 20;
-
-    /// Bytes a second of a model's products by numbers of warps: where the rule of [`product`] comes from.
-    #[test]
-    #[ignore = "measures a CUDA device: `cargo test --release -p mlx products -- --ignored --nocapture`"]
-    fn speed_by_warps() {
-        let stream = Stream::new_with_device(&Device::new(DeviceType::Gpu, 0));
-        with_stream(&stream, || {
-            let key = mlx_rs::random::key(1).unwrap();
-            let normal = |shape: &[i32]| {
-                let array = mlx_rs::random::normal::<f32>(shape, None, None, &key).unwrap();
-                array.multiply(Array::from_f32(0.02)).unwrap().as_dtype(Dtype::Bfloat16).unwrap()
-            };
-            // Queries, keys and values, output, gate and up, and down of Llama 3 8B, and of its 1B.
-            for (out, width, gated) in [
-                (6144, 4096, false),
-                (4096, 4096, false),
-                (28672, 4096, true),
-                (4096, 14336, false),
-                (128_256, 4096, false),
-                (3072, 2048, false),
-                (16384, 2048, true),
-                (2048, 8192, false),
-            ] {
-                // More than the cache holds.
-                let count = (200_000_000 / (out * width)).clamp(1, 8);
-                let dense: Vec<Array> = (0..count).map(|_| normal(&[out, width])).collect();
-                let packing = Packing { group_size: 64, bits: 4, mode: Mode::Affine };
-                let packed: Vec<Packed> =
-                    dense.iter().map(|dense| Packed::of(dense, packing).unwrap()).collect();
-                for rows in [1, 8, 16] {
-                    let x = normal(&[rows, width]);
-                    for bits in [16, 4] {
-                        let mut told = format!("{rows} x {width} -> {out}, {bits} bits, GB/s by warps:");
-                        for warps in WARPS {
-                            let pass = || -> Vec<Array> {
-                                let weights = dense.iter().zip(&packed).map(|(dense, packed)| match bits {
-                                    16 => Weights::Dense(dense),
-                                    _ => Weights::FourBits {
-                                        words: &packed.words,
-                                        scales: &packed.scales,
-                                        biases: packed.biases.as_ref().unwrap(),
-                                        group_size: 64,
-                                    },
-                                });
-                                let around = Around { gated, ..Around::default() };
-                                weights
-                                    .map(|weights| product_by(&x, weights, around, (warps, warps)).unwrap())
-                                    .collect()
-                            };
-                            eval(&pass()).unwrap();
-                            let begin = Instant::now();
-                            for _ in 0..ROUNDS {
-                                eval(&pass()).unwrap();
-                            }
-                            let seconds = begin.elapsed().as_secs_f64() / f64::from(ROUNDS);
-                            let bytes = f64::from(count)
-                                * f64::from(out)
-                                * f64::from(width)
-                                * if bits == 16 { 2.0 } else { 0.5625 };
-                            told += &format!(" {warps}: {:.0}", bytes / seconds / 1e9);
-                        }
-                        println!("{told}");
-                    }
-                }
-            }
-        });
     }
 }
