@@ -192,10 +192,10 @@ impl Runner {
         }
         let written =
             if out.is_none() { [pending, vec![self.kv.fence.clone()]].concat() } else { Vec::new() };
-        let late = ordered.late.clone();
+        let late_rows = ordered.late.clone();
         let flight = self.apart(&ordered, out, |count| How::OnDevice {
             // Where a pass was compiled, its logits' rows are filled up.
-            draws: Draws::new(&ordered.sampling, &late, count, self.card.vocab_size),
+            draws: Draws::new(&ordered.sampling, &late_rows, count, self.card.vocab_size),
             tokens: late,
         })?;
         Ok(Flight { written, ..flight })

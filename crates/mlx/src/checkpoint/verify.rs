@@ -197,7 +197,7 @@ mod tests {
                 (found, wanted) => panic!("{found:?} for {wanted:?}"),
             }
         };
-        let other = ABC.replace("ba78", "bb78");
+        let other = ABC.replace("7816", "7817");
         check(Some(&format!("{ABC}  model.safetensors\n\n")), None, Ok(3));
         check(Some(&format!("{ABC} *model.safetensors\n")), None, Ok(3));
         check(Some(&format!("{other}  model.safetensors\n")), None, Err(ABC));
