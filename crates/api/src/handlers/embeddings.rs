@@ -5,7 +5,7 @@ use crate::{
     AppState,
     caller::Caller,
     error::ApiError,
-    job::{self, resolve},
+    job,
     limits::INPUTS_MAX,
     openai::{request, values::Prompts},
 };
@@ -80,11 +80,10 @@ pub(crate) async fn create(
     let bytes = body.len();
     let request: EmbeddingsRequest = request::parse(&body)?;
     drop(body);
-    let card = resolve(&state, request.model.as_deref())?;
-    let dimensions = job::dimensions(&card, request.dimensions)?;
-    let inputs = job::read_inputs(&state, &card, request.input, bytes, false).await?;
-    let embedded = job::embed(&state, &caller, &card, inputs, dimensions).await?;
-    let written = |vector: Vec<f32>| match request.encoding_format.unwrap_or(Encoding::Float) {
+    let EmbeddingsRequest { model, input: inputs, dimensions, encoding_format } = request;
+    let wanted = job::Wanted { model, inputs, bytes, cut: false, dimensions };
+    let embedded = job::embed(&state, &caller, wanted).await?;
+    let written = |vector: Vec<f32>| match encoding_format.unwrap_or(Encoding::Float) {
         Encoding::Float => Vector::Numbers(vector),
         Encoding::Base64 => {
             let bytes: Vec<u8> = vector.iter().flat_map(|number| number.to_le_bytes()).collect();
@@ -95,6 +94,6 @@ pub(crate) async fn create(
     let data =
         vectors.map(|(index, vector)| Embedding { object: "embedding", index, embedding: written(vector) });
     let usage = EmbeddingUsage { prompt_tokens: embedded.tokens, total_tokens: embedded.tokens };
-    let list = EmbeddingList { object: "list", data: data.collect(), model: card.name, usage };
+    let list = EmbeddingList { object: "list", data: data.collect(), model: embedded.model, usage };
     Ok(Json(list).into_response())
 }

@@ -1,5 +1,6 @@
 //! Texts to vectors, for every protocol: in parts that nodes compute side by side.
 
+use super::resolve;
 use crate::openai::values::Prompts;
 use crate::{AppState, caller::Caller, error::ApiError, openai::parameters::check_tokens, prompt::ModelText};
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -12,18 +13,45 @@ const PART_TOKENS_MAX: usize = 8192;
 /// Parts that are asked about at the same time: enough for some nodes, and others' requests come in between.
 const PARTS_AT_ONCE: usize = 8;
 
+/// What is to become vectors.
+#[derive(Debug)]
+pub(crate) struct Wanted<const MAX: usize> {
+    pub(crate) model: Option<String>,
+    pub(crate) inputs: Prompts<MAX>,
+    /// Bytes of the request: many of them are turned into tokens on a thread of their own.
+    pub(crate) bytes: usize,
+    /// Whether texts that are too long are cut; else they are an error.
+    pub(crate) cut: bool,
+    /// Numbers of each vector, if fewer than all.
+    pub(crate) dimensions: Option<u32>,
+}
+
 /// What texts became.
 #[derive(Debug)]
 pub(crate) struct Embedded {
+    /// The model's name.
+    pub(crate) model: String,
     /// Of each text, in order.
     pub(crate) vectors: Vec<Vec<f32>>,
     /// Of all texts.
     pub(crate) tokens: usize,
 }
 
+/// The vectors that a request wants.
+pub(crate) async fn embed<const MAX: usize>(
+    state: &AppState,
+    caller: &Caller,
+    wanted: Wanted<MAX>,
+) -> Result<Embedded, ApiError> {
+    let card = resolve(state, wanted.model.as_deref())?;
+    let dimensions = dimensions(&card, wanted.dimensions)?;
+    let inputs = read_inputs(state, &card, wanted.inputs, wanted.bytes, wanted.cut).await?;
+    vectors(state, caller, &card, inputs, dimensions).await
+}
+
 /// Texts in tokens, with those that the tokenizer puts around every text; texts in tokens are taken as they are. One that is
 /// too long is an error, or cut if `cut`: its last token stays, which stands for the end of a text.
-pub(crate) async fn read_inputs<const MAX: usize>(
+async fn read_inputs<const MAX: usize>(
     state: &AppState,
     card: &ModelCard,
     inputs: Prompts<MAX>,
@@ -60,7 +88,7 @@ pub(crate) async fn read_inputs<const MAX: usize>(
 }
 
 /// Numbers of the vectors that a request wants, of a model that makes vectors.
-pub(crate) fn dimensions(card: &ModelCard, wanted: Option<u32>) -> Result<usize, ApiError> {
+fn dimensions(card: &ModelCard, wanted: Option<u32>) -> Result<usize, ApiError> {
     let all = card.must_embed()?;
     match wanted {
         Some(wanted) if !(1..=all).contains(&wanted) => {
@@ -72,7 +100,7 @@ pub(crate) fn dimensions(card: &ModelCard, wanted: Option<u32>) -> Result<usize,
 }
 
 /// The vectors of texts, each of so many numbers: the first ones, of length 1 again.
-pub(crate) async fn embed(
+async fn vectors(
     state: &AppState,
     caller: &Caller,
     card: &ModelCard,
@@ -95,7 +123,7 @@ pub(crate) async fn embed(
     });
     let vectors: Vec<Vec<Vec<f32>>> = asked.buffered(PARTS_AT_ONCE).try_collect().await?;
     let vectors = vectors.into_iter().flatten().map(|vector| shortened(vector, dimensions)).collect();
-    Ok(Embedded { vectors, tokens })
+    Ok(Embedded { model: card.name.clone(), vectors, tokens })
 }
 
 fn parts(inputs: Vec<Vec<TokenId>>) -> Vec<Vec<Vec<TokenId>>> {

@@ -28,6 +28,6 @@ mod start;
 
 pub(crate) use collect::{Events, Whole, best, collect, merge, total_usage};
 pub(crate) use conversation::{Conversation, Message, Shape, Tool, ToolCall, ToolChoice};
-pub(crate) use embed::{dimensions, embed, read_inputs};
+pub(crate) use embed::{Wanted, embed};
 pub(crate) use grammar::of_shape;
 pub(crate) use start::{Job, Started, in_client_words, requests, resolve, start, why_not_ready};

@@ -5,7 +5,7 @@ use crate::{
     caller::Caller,
     error::ApiError,
     handlers::body,
-    job::{self, resolve},
+    job,
     limits::INPUTS_MAX,
     openai::{request, values::Prompts},
 };
@@ -55,13 +55,11 @@ pub(crate) async fn embed(
     let bytes = body.len();
     let request: EmbedBody = request::parse(&body)?;
     drop(body);
-    let card = resolve(&state, request.model.as_deref())?;
-    let dimensions = job::dimensions(&card, request.dimensions)?;
-    let cut = request.truncate.unwrap_or(true);
-    let inputs = job::read_inputs(&state, &card, request.input, bytes, cut).await?;
-    let embedded = job::embed(&state, &caller, &card, inputs, dimensions).await?;
+    let EmbedBody { model, input: inputs, truncate, dimensions } = request;
+    let wanted = job::Wanted { model, inputs, bytes, cut: truncate.unwrap_or(true), dimensions };
+    let embedded = job::embed(&state, &caller, wanted).await?;
     let embeddings = Embeddings {
-        model: card.name,
+        model: embedded.model,
         embeddings: embedded.vectors,
         total_duration: u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX),
         load_duration: 0,

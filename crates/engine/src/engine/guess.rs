@@ -3,7 +3,7 @@
 //! A guess needs the token before it, so a pass with guesses is planned once nothing that its rows draw is in flight, and
 //! ends before the next one is planned: the device waits for the host meanwhile, which is a part of what guessing costs.
 
-use super::{Engine, Flight};
+use super::{Engine, flight::Flight};
 use crate::{
     cost::StepShape,
     scheduler::Part,
@@ -14,7 +14,7 @@ impl Engine {
     /// Whether `flight` is to be collected before the next pass is planned: it has guesses in it, or what comes after it is
     /// likely to be worth guessing.
     pub(super) fn is_awaited(&mut self, flight: &Flight) -> bool {
-        if flight.guesses {
+        if flight.has_guesses() {
             return true;
         }
         if self.settings.speculation == Speculate::Off {

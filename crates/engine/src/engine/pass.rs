@@ -1,8 +1,8 @@
 //! One pass of an [`Engine`]: what goes into it, and what comes of it.
 
-use super::{CALM_STEP_STRETCH, Engine, Flight, GENTLE_STRETCH, StepSummary};
+use super::{CALM_STEP_STRETCH, Engine, GENTLE_STRETCH, StepSummary, flight::Flight};
 use crate::{
-    DrawnToken, ModelError, Overlap, SequenceId, Slice, StepOutput,
+    DrawnToken, ModelError, Overlap, SequenceId, Slice, Speculate, StepOutput,
     cost::StepShape,
     grammar::{MatcherError, TokenMask},
     scheduler::{self, Budgets, Candidate, Part},
@@ -68,15 +68,7 @@ impl Engine {
             overlap if summary.slices > 0 => self.flights.len() + 1 < overlap.flights(),
             overlap => self.flights.len() + 1 < overlap.groups(),
         };
-        let flight = Flight {
-            parts: submitted,
-            shape,
-            submitted: now,
-            filling,
-            expected_s,
-            masked,
-            guesses: guessed > 0,
-        };
+        let flight = Flight { parts: submitted, shape, submitted: now, filling, expected_s, masked };
         self.flights.push_back(flight);
         Ok(())
     }
@@ -235,7 +227,9 @@ impl Engine {
                 events.push((sequence.request, TokenEvent::Tokens { index, tokens, logprobs }));
             }
             if let Some(finish) = outcome.end {
-                self.speculation.finish(&sequence.ended_row());
+                if self.settings.speculation != Speculate::Off {
+                    self.speculation.finish(&sequence.ended_row());
+                }
                 events.push((sequence.request, TokenEvent::Finished(finish)));
                 summary.finished += 1;
                 let mut sequence = queue.remove(index);
