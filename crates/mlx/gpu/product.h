@@ -7,8 +7,12 @@
 // time is no constant, since compiling a kernel takes seconds.
 //
 // weight [N, K] as T, or [N, K / 8] words of 4-bit numbers with scales and biases [N, groups]; norm [K];
-// settings [8]: `normed` (1), `adds` (2), `gated` (4), then the norm's epsilon by its bits; added [rows, N]. K is a
-// multiple of WORDS * 32, N of 16 (of 8 where gated).
+// settings [8]: `normed` (1), `adds` (2), `gated` (4), then the norm's epsilon by its bits, then `each`; added [rows, N]. K is
+// a multiple of WORDS * 32, N of 16 (of 8 where gated).
+//
+// Where GATHERED the weight is a stack of them, [count, N, K], and row r of the product is row r / `each` of x times the
+// transpose of weight experts[r]. A thread group has up to 8 rows beside each other that go through the same weight: there
+// are as many groups as rows, and those whose row another one has end at once.
 constexpr int SPAN = WORDS * 32;
 SHARED float partial[WARPS_MAX * TILES * 8 * 16];
 SHARED float squares[WARPS_MAX * TILES * 8];
@@ -22,13 +26,33 @@ const int local = LOCAL_X;
 const int warp = local / 32;
 const int pair = local % 32 / 4;
 const int part = local % 4;
-const int count = x_shape[0];
 const int K = x_shape[1];
-const int N = gated ? weight_shape[0] / 2 : weight_shape[0];
-const int groups = DENSE ? 1 : scales_shape[1];
+const int height = weight_shape[GATHERED ? 1 : 0];
+const int N = gated ? height / 2 : height;
+const int groups = DENSE ? 1 : scales_shape[GATHERED ? 2 : 1];
 const int in_group = K / groups;
+int first = 0;
+int count = x_shape[0];
+int each = 1;
+int expert = 0;
+if constexpr (GATHERED) {
+  first = GROUP_Y;
+  each = settings[2];
+  expert = int(experts[first]);
+  int before = 0;
+  while (before < first && int(experts[first - before - 1]) == expert) {
+    before++;
+  }
+  if (before % 8 != 0) {
+    return;
+  }
+  count = 1;
+  while (count < 8 && first + count < experts_shape[0] && int(experts[first + count]) == expert) {
+    count++;
+  }
+}
 // The units take 16 weight rows: a lane has two of them.
-const int row_one = GROUP_X * outputs + pair;
+const int row_one = expert * height + GROUP_X * outputs + pair;
 const int row_two = row_one + (gated ? N : 8);
 
 float sum[TILES][4];
@@ -76,7 +100,7 @@ for (int k = warp * SPAN; k < K; k += warps * SPAN) {
     for (int tile = 0; tile < TILES; tile++) {
       // Rows past the last are its copies, never written.
       const int row = tile * 8 + pair < count ? tile * 8 + pair : count - 1;
-      Words<4> c = *(const Words<4>*)(x + size_t(row) * K + at);
+      Words<4> c = *(const Words<4>*)(x + size_t((first + row) / each) * K + at);
       if (normed) {
         for (int j = 0; j < 4; j++) {
           const float low = Half<T>::low(c.of[j]);
@@ -129,7 +153,7 @@ for (int i = local; i < TILES * 8 * outputs; i += warps * 32) {
   if (gated) {
     result = result / (1.0f + EXP(-result)) * up;
   }
-  const size_t to = size_t(row) * N + GROUP_X * outputs + n;
+  const size_t to = size_t(first + row) * N + GROUP_X * outputs + n;
   if (adds) {
     // As a product that is rounded before it is added.
     result = float(T(result)) + float(added[to]);

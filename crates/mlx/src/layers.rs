@@ -1,7 +1,7 @@
 //! The parts that model families are made of: linear layers, embeddings, norms.
 
 use crate::{
-    checkpoint::{LoadError, Mode, Packed, Tensors, Weight},
+    checkpoint::{LoadError, Packed, Tensors, Weight},
     kernels, native,
     products::{self, Around, Products, Weights},
 };
@@ -185,12 +185,7 @@ impl Matrix {
     fn weights(&self) -> Option<Weights<'_>> {
         match self {
             Self::Dense { weight, .. } => Some(Weights::Dense(weight)),
-            Self::Packed(Packed { words, scales, biases: Some(biases), packing })
-                if packing.mode == Mode::Affine && packing.bits == 4 =>
-            {
-                Some(Weights::FourBits { words, scales, biases, group_size: packing.group_size })
-            }
-            Self::Packed(_) => None,
+            Self::Packed(packed) => Weights::of_packed(packed),
         }
     }
 }

@@ -4,12 +4,15 @@
 //! For CUDA, where MLX asks cuBLAS for a plan at every product, which takes the host longer than the device computes, and
 //! where its quantized products are slow from a second row on. On Metal neither is so: there MLX's own are used.
 
-use crate::kernels::{self, Constant, Launch, Source};
+use crate::{
+    checkpoint::{Mode, Packed},
+    kernels::{self, Constant, Launch, Source},
+};
 use mlx_rs::{Array, Dtype, error::Result};
 
 const PRODUCT: Source = Source {
     name: c"product",
-    inputs: &[c"x", c"weight", c"scales", c"biases", c"norm", c"settings", c"added"],
+    inputs: &[c"x", c"weight", c"scales", c"biases", c"norm", c"settings", c"added", c"experts"],
     outputs: &[c"out"],
     body: include_str!("../gpu/product.h"),
     contiguous: true,
@@ -31,7 +34,7 @@ const WARPS_MAX: i32 = 16;
 /// Threads of a group that dequantizes; `gpu/dequantize.h` has the same.
 const DEQUANTIZE_THREADS: i32 = 256;
 
-/// A weight `[out, in]`.
+/// A weight `[out, in]`, or several in a stack.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Weights<'a> {
     Dense(&'a Array),
@@ -42,6 +45,16 @@ pub(crate) enum Weights<'a> {
         biases: &'a Array,
         group_size: i32,
     },
+}
+
+impl<'a> Weights<'a> {
+    /// A packed weight, if it is in 4 bits of the kind that is taken.
+    pub(crate) fn of_packed(packed: &'a Packed) -> Option<Self> {
+        let Packed { words, scales, biases, packing } = packed;
+        let four_bits = packing.mode == Mode::Affine && packing.bits == 4;
+        let biases = biases.as_ref().filter(|_| four_bits)?;
+        Some(Self::FourBits { words, scales, biases, group_size: packing.group_size })
+    }
 }
 
 /// Up to how many rows products are ours, by the kind of weight; 0 where none is.
@@ -86,10 +99,29 @@ pub(crate) fn fits(rows: i32, weights: Weights<'_>, dtype: Dtype) -> bool {
 
 /// `x [rows, in] → [rows, out]`, or half as wide where it is gated.
 pub(crate) fn product(x: &Array, weights: Weights<'_>, around: Around<'_>) -> Result<Array> {
-    let (rows, dtype) = (x.dim(0), x.dtype());
-    let (out, width) = shape(weights);
-    let tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    let tiles = (x.dim(0) + TILE_ROWS - 1) / TILE_ROWS;
     let tiles = tiles.max(1).unsigned_abs().next_power_of_two().cast_signed();
+    launch(x, weights, around, x.dim(0), tiles, None)
+}
+
+/// The same of stacked weights `[count, out, in]`: `x [rows, in] → [experts, out]`, where each row of `x` goes through the
+/// weights of as many of `experts`, one row after another. Rows of one expert beside each other read its weight once.
+pub(crate) fn gathered(x: &Array, experts: &Array, weights: Weights<'_>, gated: bool) -> Result<Array> {
+    let experts = experts.reshape(&[-1])?;
+    let around = Around { gated, ..Around::default() };
+    launch(x, weights, around, experts.dim(0), 1, Some(&experts))
+}
+
+fn launch(
+    x: &Array,
+    weights: Weights<'_>,
+    around: Around<'_>,
+    rows: i32,
+    tiles: i32,
+    experts: Option<&Array>,
+) -> Result<Array> {
+    let dtype = x.dtype();
+    let (out, width) = shape(weights);
     // Long sums are shared by more warps, as far as there are registers and memory for their partial sums.
     let warps_max = if tiles <= 2 { WARPS_MAX } else { WARPS_MAX / 2 };
     let warps = if width >= 4096 { warps_max } else { WARPS_MAX / 2 };
@@ -101,10 +133,11 @@ pub(crate) fn product(x: &Array, weights: Weights<'_>, around: Around<'_>) -> Re
     let groups = out / if around.gated { 8 } else { 16 };
     let threads = warps * kernels::WARP;
     let launch = Launch {
-        grid: [groups * threads, 1, 1],
+        grid: [groups * threads, if experts.is_some() { rows } else { 1 }, 1],
         group: [threads, 1, 1],
         constants: &[
             (c"T", Constant::Type(dtype)),
+            (c"GATHERED", Constant::Int(i32::from(experts.is_some()))),
             (c"DENSE", Constant::Int(i32::from(matches!(weights, Weights::Dense(_))))),
             (c"TILES", Constant::Int(tiles)),
             (c"WARPS_MAX", Constant::Int(warps_max)),
@@ -117,8 +150,10 @@ pub(crate) fn product(x: &Array, weights: Weights<'_>, around: Around<'_>) -> Re
     let mut settings = [0; 8];
     settings[0] = flags.iter().map(|(set, flag)| if *set { *flag } else { 0 }).sum();
     settings[1] = eps.to_bits().cast_signed();
+    settings[2] = rows / x.dim(0).max(1);
     let settings = Array::from_slice(&settings, &[8]);
-    let inputs = [x, weight, scales, biases, norm, &settings, around.added.unwrap_or(x)];
+    let (added, experts) = (around.added.unwrap_or(x), experts.unwrap_or(&settings));
+    let inputs = [x, weight, scales, biases, norm, &settings, added, experts];
     kernels::first(kernels::run(&PRODUCT, &inputs, &launch)?)
 }
 
@@ -138,7 +173,7 @@ pub(crate) fn dequantize(words: &Array, scales: &Array, biases: &Array) -> Resul
 /// Output and input width.
 fn shape(weights: Weights<'_>) -> (i32, i32) {
     match weights {
-        Weights::Dense(weight) => (weight.dim(0), weight.dim(1)),
-        Weights::FourBits { words, .. } => (words.dim(0), words.dim(1) * 8),
+        Weights::Dense(weight) => (weight.dim(-2), weight.dim(-1)),
+        Weights::FourBits { words, .. } => (words.dim(-2), words.dim(-1) * 8),
     }
 }

@@ -160,6 +160,42 @@ pub(crate) fn product_differences(dtype: Dtype, dense: bool) -> Result<Vec<Strin
             found.extend(off(&what, &ours, theirs, tolerance(Path::Kernel, dtype))?);
         }
     }
+    found.extend(gathered_differences(dtype, dense)?);
+    Ok(found)
+}
+
+/// The same of products through experts: some have no row, some one, one more than a tile.
+fn gathered_differences(dtype: Dtype, dense: bool) -> Result<Vec<String>> {
+    const EXPERTS: i32 = 5;
+    let taken = [3_u32, 3, 0, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4];
+    let rows = taken.len() as i32;
+    let experts = Array::from_slice(&taken, &[rows]);
+    let mut found = Vec::new();
+    for (each, width) in [(1, 256), (2, 4096)] {
+        let normal = |shape: &[i32], seed| {
+            mlx_rs::random::normal::<f32>(shape, None, None, &mlx_rs::random::key(seed)?)?.as_dtype(dtype)
+        };
+        let shrunk = Array::from_f32((width as f32).powf(-0.5)).as_dtype(dtype)?;
+        let stack = normal(&[EXPERTS, OUTPUTS, width], 21)?.multiply(shrunk)?;
+        let x = normal(&[rows / each, width], 22)?;
+        let (words, scales, biases) = mlx_rs::ops::quantize(&stack, 64, 4)?;
+        let (weights, whole) = if dense {
+            (Weights::Dense(&stack), stack.clone())
+        } else {
+            let whole = mlx_rs::ops::dequantize(&words, &scales, &biases, 64, 4)?;
+            (Weights::FourBits { words: &words, scales: &scales, biases: &biases, group_size: 64 }, whole)
+        };
+        let repeated: Vec<i32> = (0..rows).map(|row| row / each).collect();
+        let of_row = x.take_axis(Array::from_slice(&repeated, &[rows]), 0)?.expand_dims(1)?;
+        let theirs =
+            of_row.matmul(whole.take_axis(&experts, 0)?.swap_axes(1, 2)?)?.reshape(&[rows, OUTPUTS])?;
+        for gated in [false, true] {
+            let theirs = if gated { swiglu_of_parts(&theirs)? } else { theirs.clone() };
+            let ours = products::gathered(&x, &experts, weights, gated)?;
+            let what = format!("a product of experts, {width} wide, gated: {gated}");
+            found.extend(off(&what, &ours, &theirs, tolerance(Path::Kernel, dtype))?);
+        }
+    }
     Ok(found)
 }
 

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     checkpoint::{LoadError, Mode, Packed, Packing, Tensors, Weight},
-    layers::{Between, Compute, Gate, Linear},
+    layers::{Between, Compute, Gate, Linear, Path},
     products::{self, Weights},
     raw,
 };
@@ -28,6 +28,12 @@ const SORTED_PAIRS: i32 = 64;
 /// matrix's are: MLX's gathered products on CUDA take as long for each pair, however many there are of one expert (H100,
 /// 128 experts: the same at 13 rows of each for gate and up, at 20 for down).
 const DENSE_EXPERT_ROWS: i32 = 2;
+
+/// Up to how many rows of each expert, on average, the kernel of few rows is taken: it reads an expert's weights once for
+/// eight of them.
+const OWN_EXPERT_ROWS: i32 = 8;
+/// Up to how many pairs: a thread group of it looks for its neighbours among all of them.
+const OWN_PAIRS_MAX: i32 = 1024;
 
 /// The weights of one layer's experts.
 #[derive(Debug)]
@@ -115,6 +121,11 @@ impl Experts {
 
     /// `x [.., 1, hidden]` through the expert of each.
     fn products(&self, x: &Array, experts: &Array, sorted: bool, compute: Compute) -> Result<Array> {
+        if let Some((gate_up, down)) = self.own(experts, x.dtype(), compute) {
+            let x = x.reshape(&[-1, x.dim(-1)])?;
+            let gated = products::gathered(&x, experts, gate_up, true)?;
+            return products::gathered(&gated, experts, down, false);
+        }
         let gate_up = self.gate_up.product(x, experts, sorted, compute)?;
         let width = gate_up.dim(-1);
         let mut shape = gate_up.shape().to_vec();
@@ -124,6 +135,18 @@ impl Experts {
             *last = width / 2;
         }
         self.down.product(&gated.reshape(&shape)?, experts, sorted, compute)
+    }
+
+    /// The weights as our own products take them, if they do and if that pays.
+    fn own(&self, experts: &Array, dtype: Dtype, compute: Compute) -> Option<(Weights<'_>, Weights<'_>)> {
+        let (gate_up, down) = (self.gate_up.weights()?, self.down.weights()?);
+        let count = self.gate_up.weight.shape().first().copied().unwrap_or(1);
+        let most = OWN_PAIRS_MAX.min(count.saturating_mul(OWN_EXPERT_ROWS));
+        let few = experts.size() <= most.unsigned_abs() as usize;
+        let fits = |weights| compute.products.rows(weights) > 0 && products::fits(1, weights, dtype);
+        let own =
+            compute.path == Path::Kernel && self.gate == Gate::Silu && few && fits(gate_up) && fits(down);
+        own.then_some((gate_up, down))
     }
 
     /// Experts `[tokens, each]` and their weights.
@@ -188,15 +211,14 @@ fn best_groups(ranked: &Array, groups: Groups, by_two: bool) -> Result<Array> {
 fn unpacked(packed: &Packed, dtype: Dtype, compute: Compute) -> Result<Array> {
     let rows = |array: &Array| array.reshape(&[-1, array.dim(-1)]);
     let shape = packed.shape();
-    let Packed { words, scales, biases: Some(biases), packing } = packed else { return packed.dense(dtype) };
-    let (words, scales, biases) = (rows(words)?, rows(scales)?, rows(biases)?);
-    let weights =
-        Weights::FourBits { words: &words, scales: &scales, biases: &biases, group_size: packing.group_size };
-    let four_bits = packing.mode == Mode::Affine && packing.bits == 4;
-    if four_bits && compute.products.four_bits > 0 && products::fits(1, weights, dtype) {
-        return products::dequantize(&words, &scales, &biases)?.reshape(&shape);
+    match Weights::of_packed(packed) {
+        Some(weights @ Weights::FourBits { words, scales, biases, .. })
+            if compute.products.four_bits > 0 && products::fits(1, weights, dtype) =>
+        {
+            products::dequantize(&rows(words)?, &rows(scales)?, &rows(biases)?)?.reshape(&shape)
+        }
+        _ => packed.dense(dtype),
     }
-    packed.dense(dtype)
 }
 
 impl Stack {
@@ -299,6 +321,15 @@ impl Stack {
         }
     }
 
+    /// As our own products take it, if they may.
+    fn weights(&self) -> Option<Weights<'_>> {
+        match (&self.weight, &self.bias) {
+            (Weight::Dense(weight), None) => Some(Weights::Dense(weight)),
+            (Weight::Packed(packed), None) => Weights::of_packed(packed),
+            _ => None,
+        }
+    }
+
     /// Whether so many pairs are worth turning all experts into dense ones first.
     fn dense_pays(&self, pairs: i32, compute: Compute) -> bool {
         let experts = self.weight.shape().first().copied().unwrap_or(1);
@@ -317,7 +348,7 @@ impl Stack {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{layers::Path, products::Products};
+    use crate::products::Products;
     use mlx_rs::ops::all_close;
 
     #[test]
