@@ -283,4 +283,10 @@ fn show(values: &Values) {
     for (name, value) in values.shown() {
         println!("{name} = {value}");
     }
+    for pipeline in &values.pipelines {
+        println!("\n[[pipeline]]");
+        for (name, value) in pipeline.shown() {
+            println!("{name} = {value}");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 //! One list names every setting with its type, its default and its text for `--help`; a [`Config`] holds what one
 //! source says, and [`Config::over`] lays one over another. What is missing at the end takes its default.
 
+use crate::pipelines::Pipeline;
 use crate::values::{
     Auto, Bytes, Dequantize, Device, Limit, List, LogFilter, LogFormat, NamedFormat, Origin, Secret, Setting,
     Share, Span,
@@ -13,13 +14,18 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
 };
-use toml::de::{DeTable, DeValue};
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
 use types::Role;
 
 /// Begins the names of the environment variables that are settings.
 pub(crate) const VARIABLE_PREFIX: &str = "MLX_NODE_";
 /// The variable that names the file; not a setting, since it says where settings are.
 const VARIABLE_FILE: &str = "MLX_NODE_CONFIG";
+/// The name of the tables that are pipelines.
+const PIPELINE: &str = "pipeline";
 /// Bytes of a configuration file: no list in it is long.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -50,12 +56,17 @@ macro_rules! settings {
                 )]
                 pub(crate) $name: Option<$type>,
             )+
+            /// Each `[[pipeline]]` of the file.
+            #[arg(skip)]
+            pub(crate) pipelines: Vec<Pipeline>,
         }
 
         /// Every setting with a value.
         #[derive(Debug, Clone)]
         pub(crate) struct Values {
             $($(#[doc = $doc])+ pub(crate) $name: $type,)+
+            /// Each `[[pipeline]]` of the file.
+            pub(crate) pipelines: Vec<Pipeline>,
         }
 
         impl Config {
@@ -72,7 +83,8 @@ macro_rules! settings {
 
             /// What `self` says, and what `under` says where `self` says nothing.
             pub(crate) fn over(self, under: Self) -> Self {
-                Self { $($name: self.$name.or(under.$name),)+ }
+                let pipelines = if self.pipelines.is_empty() { under.pipelines } else { self.pipelines };
+                Self { $($name: self.$name.or(under.$name),)+ pipelines }
             }
 
             /// Fills in the defaults.
@@ -81,6 +93,7 @@ macro_rules! settings {
                     $($name: self.$name.unwrap_or_else(|| {
                         <$type as Setting>::parse($default).expect("a test parses every default")
                     }),)+
+                    pipelines: self.pipelines,
                 }
             }
         }
@@ -235,6 +248,11 @@ pub(crate) fn from_toml(text: &str, path: &Path) -> Result<Config, ConfigError> 
     let mut config = Config::default();
     for (key, value) in entries {
         let name: &str = key.get_ref();
+        if name == PIPELINE {
+            config.pipelines = pipelines(value)
+                .map_err(|(offset, message)| at(offset.unwrap_or_else(|| key.span().start), message))?;
+            continue;
+        }
         let known = Config::NAMES.contains(&name);
         let result = if known {
             plain_text(value.get_ref())
@@ -245,6 +263,18 @@ pub(crate) fn from_toml(text: &str, path: &Path) -> Result<Config, ConfigError> 
         result.map_err(|message| at(key.span().start, message))?;
     }
     Ok(config)
+}
+
+/// All of `[[pipeline]]`; an error says at which byte of the file it is, where that is known.
+fn pipelines(value: &Spanned<DeValue<'_>>) -> Result<Vec<Pipeline>, (Option<usize>, String)> {
+    let other =
+        || (None, format!("{PIPELINE}: write [[{PIPELINE}]] above its settings, once for each pipeline"));
+    let DeValue::Array(items) = value.get_ref() else { return Err(other()) };
+    let read = |item: &Spanned<DeValue<'_>>| {
+        let DeValue::Table(table) = item.get_ref() else { return Err(other()) };
+        Pipeline::parse(table, &item.span()).map_err(|(offset, message)| (Some(offset), message))
+    };
+    items.iter().map(read).collect()
 }
 
 fn from_variables(
@@ -271,7 +301,7 @@ fn from_variables(
 }
 
 /// The text form of a TOML value.
-fn plain_text(value: &DeValue<'_>) -> Result<String, String> {
+pub(crate) fn plain_text(value: &DeValue<'_>) -> Result<String, String> {
     Ok(match value {
         DeValue::String(text) => text.to_string(),
         DeValue::Boolean(value) => value.to_string(),
@@ -300,7 +330,7 @@ fn refused(name: &str, text: &str, expected: &str) -> String {
 }
 
 /// The message for a name that is not one of `names`.
-fn unknown(what: &str, name: &str, names: &[&str]) -> String {
+pub(crate) fn unknown(what: &str, name: &str, names: &[&str]) -> String {
     /// Names less alike than this are no help.
     const LIKENESS_MIN: f64 = 0.7;
     let likeness = |candidate: &&&str| strsim::jaro_winkler(name, candidate);

@@ -1,4 +1,5 @@
-//! `mlx-node engine`: the process that owns a model. Commands come on stdin, reports leave on stdout, as frames.
+//! `mlx-node engine`: the process that owns a model, or a part of one. Commands come on stdin, reports leave on stdout, as
+//! frames.
 
 use crate::{
     EXIT_FAILED, EXIT_USAGE, failed, logging,
@@ -6,11 +7,18 @@ use crate::{
     values::{Dequantize, Device},
 };
 use ::engine::{EngineSettings, Speculate};
-use mlx::{AnyModel, DeviceChoice, LoadSettings};
-use node::engine_process::{self, Loaded, LoadedEmbedder, LoadedModel};
-use std::process::ExitCode;
+use mlx::{
+    AnyModel, DeviceChoice, LoadSettings,
+    distributed::{Backend, Group},
+    pipeline::{self, StageEvent},
+};
+use node::engine_process::{self, Loaded, LoadedEmbedder, LoadedModel, RankTask, StageStep};
+use std::{fs::File, io::stdin, ops::Range, process::ExitCode};
 
-/// Loads the model and generates until the parent ends it or is gone. `json` is an [`EngineProcessSettings`].
+/// The environment's word for a rank's place, which MLX reads too.
+const VARIABLE_RANK: &str = "MLX_RANK";
+
+/// Loads the model and generates, or does what its task says, until the parent ends it or is gone. `json` is an [`EngineProcessSettings`].
 pub(crate) fn run(json: &str) -> ExitCode {
     let settings: EngineProcessSettings = match serde_json::from_str(json) {
         Ok(settings) => settings,
@@ -33,15 +41,76 @@ pub(crate) fn run(json: &str) -> ExitCode {
         speculation: if settings.speculation { Speculate::Auto } else { Speculate::Off },
         ..EngineSettings::default()
     };
+    let task = settings.task.clone();
     let load_settings = load_settings(settings);
+    match task {
+        None => whole(&load_settings, engine_settings, stdout),
+        Some(RankTask::Measure { rows }) => {
+            let measure = |progress: &mut dyn FnMut(&str, f32)| {
+                pipeline::measure(&load_settings, rows, progress).map_err(|error| error.to_string())
+            };
+            engine_process::run_measure(measure, stdin(), stdout)
+        }
+        Some(RankTask::Rank { layers, kv_tokens }) => {
+            let ranges: Vec<_> =
+                layers.iter().map(|&(first, after)| first as usize..after as usize).collect();
+            match std::env::var(VARIABLE_RANK).unwrap_or_default().parse::<usize>() {
+                Ok(0) => head(&load_settings, &ranges, kv_tokens, engine_settings, stdout),
+                Ok(_) => stage(&load_settings, &ranges, kv_tokens, stdout),
+                Err(error) => failed(EXIT_USAGE, format_args!("engine: {VARIABLE_RANK}: {error}")),
+            }
+        }
+    }
+}
+
+/// Serves a model.
+fn whole(load_settings: &LoadSettings, engine_settings: EngineSettings, stdout: File) -> ExitCode {
     let load = |progress: &mut dyn FnMut(&str, f32)| {
-        let (model, assets) = mlx::load_any(&load_settings, progress).map_err(|error| error.to_string())?;
+        let (model, assets) = mlx::load_any(load_settings, progress).map_err(|error| error.to_string())?;
         Ok(match model {
             AnyModel::Generator(model) => Loaded::Generator(LoadedModel { model, assets }),
             AnyModel::Embedder(model) => Loaded::Embedder(LoadedEmbedder { model, assets }),
         })
     };
-    engine_process::run(load, engine_settings, std::io::stdin(), stdout)
+    engine_process::run(load, engine_settings, stdin(), stdout)
+}
+
+/// Is the first rank of a pipeline, which serves its model.
+fn head(
+    load_settings: &LoadSettings,
+    ranges: &[Range<usize>],
+    kv_tokens: u64,
+    engine_settings: EngineSettings,
+    stdout: File,
+) -> ExitCode {
+    let load = |group: Group, progress: &mut dyn FnMut(&str, f32)| {
+        let loaded = pipeline::load_head(load_settings, group, ranges, Some(kv_tokens), progress);
+        let (model, assets) = loaded.map_err(|error| error.to_string())?;
+        Ok(Loaded::Generator(LoadedModel { model, assets }))
+    };
+    engine_process::run_head(join, load, engine_settings, stdin(), stdout)
+}
+
+/// Is another rank of a pipeline.
+fn stage(load_settings: &LoadSettings, ranges: &[Range<usize>], kv_tokens: u64, stdout: File) -> ExitCode {
+    let stage = |on: &mut dyn FnMut(StageStep<'_>)| {
+        let group = join()?;
+        on(StageStep::Joined);
+        let mut tell = |event: StageEvent<'_>| {
+            on(match event {
+                StageEvent::Loading { what, fraction } => StageStep::Loading { what, fraction },
+                StageEvent::Ready => StageStep::Ready,
+                StageEvent::Pass => StageStep::Pass,
+            });
+        };
+        let ended = pipeline::run_stage(load_settings, group, ranges, Some(kv_tokens), &mut tell);
+        ended.map_err(|error| error.to_string())
+    };
+    engine_process::run_stage(stage, stdin(), stdout)
+}
+
+fn join() -> Result<Group, String> {
+    Group::join(Backend::Ring).map_err(|error| error.to_string())
 }
 
 /// The same in `mlx`'s terms.

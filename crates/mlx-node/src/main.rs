@@ -17,6 +17,7 @@ mod hardware;
 mod inspect;
 mod key;
 mod logging;
+mod pipelines;
 mod pull;
 mod serve;
 mod settings;

@@ -7,16 +7,20 @@ use crate::{
     EXIT_FAILED, EXIT_USAGE,
     config::Values,
     failed, hardware, key, logging,
-    settings::{KeyOrigin, ModelSettings, Settings},
-    values::Secret,
+    settings::{EngineProcessSettings, KeyOrigin, ModelSettings, Settings},
+    values::{Goal, Secret},
 };
 use api::{ApiSettings, ApiState};
+use node::engine_process::RankTask;
+use node::pipeline::{PipelineSettings, RankCommand};
 use node::{
     ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeHandle, NodeSettings, StartEngine,
 };
+use router::placement;
 use std::{
     io,
     net::SocketAddr,
+    path::PathBuf,
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
@@ -43,20 +47,20 @@ pub(crate) fn run(values: Values) -> Result<(), ExitCode> {
     logging::start(&values.log.0, values.log_format);
     let settings = Settings::resolve(values).map_err(|error| failed(EXIT_USAGE, error))?;
     say_where_the_key_is_from(&settings);
-    let engine = settings.model.as_ref().map(engine_command).transpose()?;
+    let parts = settings.model.as_ref().map(|model| parts(&settings, model)).transpose()?.unwrap_or_default();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
         .thread_name("mlx-node")
         .enable_all()
         .build()
         .map_err(|error| failed(EXIT_FAILED, format_args!("the system gives no threads: {error}")))?;
-    let outcome = runtime.block_on(serve(settings, engine));
+    let outcome = runtime.block_on(serve(settings, parts));
     // What has not ended by now is not waited for: the engine process ends with its standard input.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(settings: Settings, engine: Option<EngineCommandLine>) -> Result<(), ExitCode> {
+async fn serve(settings: Settings, parts: Parts) -> Result<(), ExitCode> {
     let no_signals =
         |error: io::Error| failed(EXIT_FAILED, format_args!("cannot listen to signals: {error}"));
     let mut signals = Signals::new().map_err(no_signals)?;
@@ -74,7 +78,7 @@ async fn serve(settings: Settings, engine: Option<EngineCommandLine>) -> Result<
         ..ApiSettings::default()
     };
     let drain_timeout = settings.drain_timeout;
-    let starting = node::start(node_settings(settings, engine)?);
+    let starting = node::start(node_settings(settings, parts)?);
     let node = tokio::select! {
         started = starting => started.map_err(|error| failed(EXIT_FAILED, error))?,
         () = signals.next() => return Ok(()),
@@ -142,7 +146,7 @@ fn listen(
     })))
 }
 
-fn node_settings(settings: Settings, engine: Option<EngineCommandLine>) -> Result<NodeSettings, ExitCode> {
+fn node_settings(settings: Settings, Parts { engine, pipeline }: Parts) -> Result<NodeSettings, ExitCode> {
     let mut id = [0; 16];
     getrandom::fill(&mut id)
         .map_err(|error| failed(EXIT_FAILED, format_args!("the system gives no random numbers: {error}")))?;
@@ -162,32 +166,83 @@ fn node_settings(settings: Settings, engine: Option<EngineCommandLine>) -> Resul
         mdns: settings.mdns,
         peers: settings.peers,
         interfaces: settings.interfaces,
+        pipeline,
     })
 }
 
-/// Finds the model's files, downloading them if need be, and says how to start an engine on them: this same program.
-fn engine_command(model: &ModelSettings) -> Result<EngineCommandLine, ExitCode> {
-    /// At most one line of progress in this time.
-    const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
-    let mut told = Instant::now();
-    let mut progress = |what: &str, fraction: f32| {
-        if told.elapsed() >= PROGRESS_INTERVAL {
-            told = Instant::now();
-            tracing::info!(what, percent = (fraction * 100.0).round(), "fetching the model");
-        }
+/// What serves a model: an engine, or this node's part in a pipeline.
+#[derive(Debug, Default)]
+struct Parts {
+    engine: Option<EngineCommandLine>,
+    pipeline: Option<PipelineSettings>,
+}
+
+fn parts(settings: &Settings, model: &ModelSettings) -> Result<Parts, ExitCode> {
+    let command = EngineCommand::find(model)?;
+    let Some(pipeline) = &settings.pipeline else {
+        return Ok(Parts { engine: Some(command.of(None)), pipeline: None });
     };
-    let path = mlx::hub::resolve(&model.source, model.offline, &mut progress)
-        .map_err(|error| failed(EXIT_FAILED, error))?;
-    let mut engine = model.engine.clone();
-    engine.model = path;
-    let json = serde_json::to_string(&engine).expect("settings are plain data");
-    let program = std::env::current_exe()
-        .map_err(|error| failed(EXIT_FAILED, format_args!("cannot find this program's own file: {error}")))?;
-    Ok(EngineCommandLine {
-        program,
-        args: ["engine", "--settings", &json].map(Into::into).to_vec(),
-        env: Vec::new(),
-    })
+    let rows = pipeline.rows.clone().fixed().unwrap_or(settings.max_batch);
+    let pipeline = PipelineSettings {
+        model: model.engine.name.clone(),
+        members: pipeline.members(),
+        goal: match pipeline.goal {
+            Goal::Throughput => placement::Goal::Throughput { rows },
+            Goal::Latency => placement::Goal::Latency,
+        },
+        rows,
+        kv_tokens: pipeline.kv_tokens.into(),
+        memory_bytes: pipeline.memory.clone().fixed().map(|bytes| bytes.0),
+        direct: pipeline.direct,
+        forced: pipeline.forced,
+        command: Arc::new(command),
+    };
+    Ok(Parts { engine: None, pipeline: Some(pipeline) })
+}
+
+/// How engine processes are started: with this same program.
+#[derive(Debug)]
+struct EngineCommand {
+    program: PathBuf,
+    settings: EngineProcessSettings,
+}
+
+impl EngineCommand {
+    /// Finds the model's files, downloading them if need be.
+    fn find(model: &ModelSettings) -> Result<Self, ExitCode> {
+        /// At most one line of progress in this time.
+        const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+        let mut told = Instant::now();
+        let mut progress = |what: &str, fraction: f32| {
+            if told.elapsed() >= PROGRESS_INTERVAL {
+                told = Instant::now();
+                tracing::info!(what, percent = (fraction * 100.0).round(), "fetching the model");
+            }
+        };
+        let path = mlx::hub::resolve(&model.source, model.offline, &mut progress)
+            .map_err(|error| failed(EXIT_FAILED, error))?;
+        let settings = EngineProcessSettings { model: path, ..model.engine.clone() };
+        let program = std::env::current_exe().map_err(|error| {
+            failed(EXIT_FAILED, format_args!("cannot find this program's own file: {error}"))
+        })?;
+        Ok(Self { program, settings })
+    }
+
+    fn of(&self, task: Option<RankTask>) -> EngineCommandLine {
+        let settings = EngineProcessSettings { task, ..self.settings.clone() };
+        let json = serde_json::to_string(&settings).expect("settings are plain data");
+        EngineCommandLine {
+            program: self.program.clone(),
+            args: ["engine", "--settings", &json].map(Into::into).to_vec(),
+            env: Vec::new(),
+        }
+    }
+}
+
+impl RankCommand for EngineCommand {
+    fn command(&self, task: &RankTask) -> EngineCommandLine {
+        self.of(Some(task.clone()))
+    }
 }
 
 fn say_where_the_key_is_from(settings: &Settings) {

@@ -3,10 +3,11 @@
 use crate::{
     config::{self, Values},
     hardware,
+    pipelines::{self, Pipeline, PipelinesError},
     values::{Auto, Dequantize, Device, LogFormat, NamedFormat, Origin, Secret},
 };
 use api::{RateLimits, ToolFormat};
-use node::DispatchSettings;
+use node::{DispatchSettings, engine_process::RankTask};
 use router::RouterSettings;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -59,6 +60,8 @@ pub(crate) enum SettingsError {
     NoKey { what: &'static str },
     #[error("{0}")]
     RandomKey(transport::GenerateKeyError),
+    #[error(transparent)]
+    Pipelines(#[from] PipelinesError),
 }
 
 /// Where the cluster key came from.
@@ -79,6 +82,9 @@ pub(crate) struct Settings {
     pub(crate) name: String,
     pub(crate) roles: Vec<Role>,
     pub(crate) model: Option<ModelSettings>,
+    /// The pipeline whose model that is.
+    pub(crate) pipeline: Option<Pipeline>,
+    pub(crate) max_batch: u32,
     pub(crate) listen: SocketAddr,
     pub(crate) http: SocketAddr,
     pub(crate) api_keys: Vec<Secret>,
@@ -126,6 +132,9 @@ pub(crate) struct EngineProcessSettings {
     pub(crate) session_quota: f64,
     pub(crate) log: String,
     pub(crate) log_format: LogFormat,
+    /// What it is to do, if not to serve the whole model.
+    #[serde(default)]
+    pub(crate) task: Option<RankTask>,
 }
 
 impl Settings {
@@ -146,7 +155,14 @@ impl Settings {
         if roles.is_empty() {
             return Err(SettingsError::NoRoles);
         }
-        let model = roles.contains(&Role::Node).then(|| model_settings(&values)).transpose()?;
+        let (model, pipeline) = match roles.contains(&Role::Node) {
+            true => {
+                let pipeline = pipelines::of_node(&values.pipelines, &name, &values.model)?.cloned();
+                let model = pipeline.as_ref().map_or(&values.model, |pipeline| &pipeline.model).clone();
+                (Some(model_settings(&Values { model, ..values.clone() })?), pipeline)
+            }
+            false => (None, None),
+        };
         let api_keys = values.api_keys.0;
         if api_keys.iter().any(|key| key.0.is_empty()) {
             return Err(SettingsError::EmptyApiKey);
@@ -168,6 +184,9 @@ impl Settings {
         if alone && !values.peers.0.is_empty() {
             return Err(SettingsError::NoKey { what: "peers" });
         }
+        if alone && pipeline.is_some() {
+            return Err(SettingsError::NoKey { what: "a pipeline" });
+        }
         if alone && roles.len() < 2 {
             return Err(SettingsError::NoKey { what: "a process with one role" });
         }
@@ -176,6 +195,8 @@ impl Settings {
             name,
             roles,
             model,
+            pipeline,
+            max_batch: values.max_batch,
             // Nobody can come in without the key: no port that others could reach, or that could be taken.
             listen: if alone { (Ipv4Addr::LOCALHOST, 0).into() } else { values.listen },
             http: values.http,
@@ -243,6 +264,7 @@ pub(crate) fn model_settings(values: &Values) -> Result<ModelSettings, SettingsE
         session_quota: values.session_quota.0,
         log: values.log.0.clone(),
         log_format: values.log_format,
+        task: None,
     };
     Ok(ModelSettings { source: values.model.clone(), offline: values.offline, engine })
 }
@@ -296,7 +318,7 @@ mod tests {
     /// Settings from a file's text, in a place where no key lies around.
     fn resolve(text: &str) -> Result<Settings, String> {
         let text =
-            if text.contains("key_file") { text.to_owned() } else { format!("{text}\n{}", key_line()) };
+            if text.contains("key_file") { text.to_owned() } else { format!("{}\n{text}", key_line()) };
         let values = from_toml(&text, Path::new("c.toml")).expect("valid").resolve();
         Settings::resolve(values).map_err(|error| error.to_string())
     }
@@ -312,6 +334,11 @@ mod tests {
             assert!(error.contains(expected), "{text}: {error}");
         };
         check("", "no model is set");
+        check("model = \"m\"\n[[pipeline]]\nmodel = \"p\"", "leave `model` out");
+        check(
+            "name = \"n\"\n[[pipeline]]\nmodel = \"p\"\nmembers = [\"a\", \"b\"]",
+            "node \"n\" is a member of no pipeline",
+        );
         check("cluster = \"\"", "cluster = \"\": 1 to 128 bytes");
         check("roles = []", "roles = []");
         check("model = \"m\"\nmax_batch = 2000", "max_batch = 2000: at most 1024");
@@ -320,6 +347,16 @@ mod tests {
         check("model = \"m\"\npeers = [\"mac-2\"]", "\"mac-2\" is not host:port");
         check("model = \"m\"\npeers = [\"mac-2:0\"]", "\"mac-2:0\" is not host:port");
         check("model = \"m\"\nkey_file = \"/nonexistent/key\"", "/nonexistent/key: No such file");
+    }
+
+    #[test]
+    fn the_model_of_a_pipeline_is_that_of_its_members() {
+        let settings = resolve("[[pipeline]]\nmodel = \"org/p\"").expect("no other model is needed");
+        assert_eq!(settings.pipeline.map(|pipeline| pipeline.model).as_deref(), Some("org/p"));
+        let model = settings.model.expect("a node");
+        assert_eq!((model.source.as_str(), model.engine.name.as_str()), ("org/p", "org/p"));
+        let router = resolve("roles = [\"router\"]\n[[pipeline]]\nmodel = \"p\"").expect("no member");
+        assert!(router.model.is_none() && router.pipeline.is_none());
     }
 
     #[test]

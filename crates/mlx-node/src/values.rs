@@ -387,6 +387,16 @@ choice! {
 }
 
 choice! {
+    /// What a pipeline is for.
+    Goal {
+        /// Most tokens a second of all requests.
+        Throughput = "throughput",
+        /// The next token of a single request as soon as possible.
+        Latency = "latency",
+    }
+}
+
+choice! {
     /// How log lines look.
     LogFormat {
         /// For people.

@@ -1,6 +1,7 @@
 //! From a model's files to something that generates.
 
 pub(crate) mod inspect;
+pub(crate) mod layout;
 
 use crate::{
     checkpoint::{self, Checkpoint, LoadError},
@@ -318,6 +319,11 @@ impl Placement {
         let activations = if on_gpu { stored_dtype(checkpoint) } else { Dtype::Float32 };
         Ok(Self { on_gpu, activations, dequantize })
     }
+}
+
+/// Bytes of a number in dense weights and hidden states.
+fn element_bytes(activations: Dtype) -> u64 {
+    if activations == Dtype::Float32 { 4 } else { 2 }
 }
 
 /// Bytes that are left once the weights are loaded.

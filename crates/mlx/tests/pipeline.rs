@@ -191,12 +191,12 @@ fn rank() {
         if group.rank() > 0 {
             // The head decides of it.
             settings.name = "other".to_owned();
-            match pipeline::run_stage(&settings, group, &ranges, &mut |_| ()) {
+            match pipeline::run_stage(&settings, group, &ranges, Some(4000), &mut |_| ()) {
                 Ok(()) => "over".to_owned(),
                 Err(error) => format!("error: {error}"),
             }
         } else {
-            match pipeline::load_head(&settings, group, &ranges, &mut |_, _| ()) {
+            match pipeline::load_head(&settings, group, &ranges, Some(4000), &mut |_, _| ()) {
                 Ok((model, assets)) => {
                     format!("answers: {}", serde_json::to_string(&answers(model, &assets)).unwrap())
                 }
@@ -335,4 +335,30 @@ fn ranks_that_do_not_agree_say_so() {
     check("other ranges", &["15,30", "14,30"], "has layers");
     check("layers left out", &["15,29", "15,29"], "are no partition of 30");
     check("a stage without layers", &["30,30", "30,30"], "are no partition of 30");
+}
+
+#[test]
+fn a_member_measures_what_a_placement_needs() {
+    let Some(settings) = settings() else { return };
+    let mut told = Vec::new();
+    let begin = Instant::now();
+    let profile = pipeline::measure(&settings, 16, &mut |what, _| told.push(what.to_owned())).unwrap();
+    let took = begin.elapsed();
+    println!("{took:?}: {profile:?}");
+    assert!(took.as_secs() < 20, "{took:?}");
+    assert!(told.iter().any(|what| what == "weights"));
+    assert_eq!(profile.layer_bytes.len(), LAYERS);
+    let first = profile.layer_bytes[0];
+    assert!(profile.layer_bytes.iter().all(|&bytes| bytes == first), "{profile:?}");
+    // 576 wide, 9 heads and 3 of keys of 64, 1536 within; expanded to f32 on a CPU.
+    let layer = 4 * (576 * (576 + 2 * 192 + 576 + 3 * 1536) + 2 * 576);
+    assert_eq!(first, layer);
+    assert_eq!(profile.embedding_bytes, 4 * 49152 * 576);
+    assert_eq!(profile.head_bytes, profile.embedding_bytes + 4 * 576, "the embedding is the head");
+    assert_eq!((profile.hidden_bytes, profile.kv_bytes_per_token), (4 * 576, 2 * 4 * 3 * 64));
+    let rows: Vec<u32> = profile.layer_s.iter().map(|entry| entry.0).collect();
+    assert!(rows.starts_with(&[1, 2]) && rows.iter().all(|&rows| rows <= 16), "{rows:?}");
+    assert_eq!(profile.head_s.len(), rows.len());
+    assert!(profile.layer_s.iter().all(|entry| entry.1 > 0.0));
+    assert!(profile.memory_bytes > profile.layer_bytes.iter().sum::<u64>() + profile.head_bytes);
 }

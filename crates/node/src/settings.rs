@@ -2,6 +2,7 @@
 
 use crate::dispatch::DispatchSettings;
 use crate::engine_start::StartEngine;
+use crate::pipeline::PipelineSettings;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,7 +80,7 @@ pub struct NodeSettings {
     pub listen: SocketAddr,
     /// What proves that others belong to the cluster.
     pub key: ClusterKey,
-    /// How to start the engine; needed for [`Role::Node`].
+    /// How to start the engine; needed for [`Role::Node`] without a pipeline.
     pub engine: Option<Arc<dyn StartEngine>>,
     /// How its router dispatches; of no use without [`Role::Router`].
     pub dispatch: DispatchSettings,
@@ -95,6 +96,8 @@ pub struct NodeSettings {
     pub peers: Vec<String>,
     /// Network interfaces to use for mDNS; empty means all.
     pub interfaces: Vec<String>,
+    /// The pipeline that it is a member of, instead of an engine of its own.
+    pub pipeline: Option<PipelineSettings>,
 }
 
 /// Why a node did not start.

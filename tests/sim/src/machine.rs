@@ -116,6 +116,7 @@ impl Machine {
             mdns: false,
             peers: self.peers.clone(),
             interfaces: Vec::new(),
+            pipeline: None,
         }
     }
 

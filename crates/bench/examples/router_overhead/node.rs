@@ -48,6 +48,7 @@ pub(crate) fn run(http: SocketAddr, router: &str, key: &Path, model: &str) -> Re
         mdns: false,
         peers: vec![router.to_owned()],
         interfaces: Vec::new(),
+        pipeline: None,
     };
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(WORKER_THREADS).enable_all().build()?;

@@ -65,7 +65,7 @@ pub fn convert(
             "its weights are quantized already; give the original ones",
         ));
     }
-    let parameters = checkpoint.tensors.sizes().iter().map(|size| size.elements).sum();
+    let parameters = checkpoint.tensors.sizes().iter().map(|(_, size)| size.elements).sum();
     let plan = Plan::of(&checkpoint.tensors, &spec, settings);
     let mut writer = Writer { to, held: Vec::new(), held_bytes: 0, files: Vec::new(), bytes: 0 };
     let mut overrides = Map::new();

@@ -33,7 +33,6 @@ pub use error::LoadError;
 pub(crate) use memory::available as available_memory;
 pub use memory::memory_check;
 pub use packed::{Mode, Packed, Packing};
-pub(crate) use tensors::Size;
 pub use tensors::{Tensors, Weight};
 pub use verify::verify;
 

@@ -60,6 +60,16 @@ pub(crate) struct Size {
     pub(crate) packing: Option<Packing>,
 }
 
+impl Size {
+    /// Bytes once it is loaded, dense elements of so many each.
+    pub(crate) fn loaded(&self, dequantize: bool, element: u64) -> u64 {
+        match self.packing {
+            Some(_) if !dequantize => self.bytes,
+            _ => self.elements * element,
+        }
+    }
+}
+
 /// All tensors that were not taken yet.
 #[derive(Debug)]
 pub struct Tensors {
@@ -129,8 +139,8 @@ impl Tensors {
         })
     }
 
-    /// What each matrix or vector holds, told by shapes alone.
-    pub(crate) fn sizes(&self) -> Vec<Size> {
+    /// What each matrix or vector holds, told by shapes alone, by the name of its largest tensor.
+    pub(crate) fn sizes(&self) -> Vec<(&str, Size)> {
         let mut sizes = Vec::new();
         let elements = |shape: &[i32]| shape.iter().map(|&length| u64::from(length.unsigned_abs())).product();
         for (name, entry) in &self.entries {
@@ -143,7 +153,7 @@ impl Tensors {
                         let (bits, group) = (packing.bits.unsigned_abs(), packing.group_size.unsigned_abs());
                         elements * u64::from(bits) / 8 + elements / u64::from(group) * 4
                     });
-                    sizes.push(Size { elements, bytes, packing });
+                    sizes.push((name.as_str(), Size { elements, bytes, packing }));
                     continue;
                 }
                 Entry::Lazy { array, .. } => array,
@@ -154,11 +164,12 @@ impl Tensors {
                 (scales, self.quantization.of(prefix))
             {
                 let arrays = if packing.mode == Mode::Affine { 2 } else { 1 };
-                sizes.push(Size {
+                let size = Size {
                     elements: elements(array.shape()) * 32 / u64::from(packing.bits.unsigned_abs()),
                     bytes: (array.nbytes() + arrays * scales.nbytes()) as u64,
                     packing: Some(packing),
-                });
+                };
+                sizes.push((name.as_str(), size));
             } else if let Some(scales) =
                 name.strip_suffix("_blocks").and_then(|prefix| self.entries.get(&format!("{prefix}_scales")))
             {
@@ -168,12 +179,13 @@ impl Tensors {
                 };
                 let packing = Some(Packing { group_size: 32, bits: 4, mode: Mode::Mxfp4 });
                 let bytes = (array.nbytes() + scales) as u64;
-                sizes.push(Size { elements: 2 * elements(array.shape()), bytes, packing });
+                sizes.push((name.as_str(), Size { elements: 2 * elements(array.shape()), bytes, packing }));
             } else if !["scales", "biases"].iter().any(|part| name.ends_with(&format!(".{part}")))
                 && !name.ends_with("_scales")
             {
                 let bytes = array.nbytes() as u64;
-                sizes.push(Size { elements: elements(array.shape()), bytes, packing: None });
+                let size = Size { elements: elements(array.shape()), bytes, packing: None };
+                sizes.push((name.as_str(), size));
             }
         }
         sizes

@@ -1,8 +1,8 @@
 //! What a model is and what this machine can do with it, told by its files' headers: no weight is read.
 
-use super::{KV_SHARE, Placement, kv_memory};
+use super::{KV_SHARE, Placement, element_bytes, kv_memory};
 use crate::{
-    checkpoint::{self, Checkpoint, LoadError, Size},
+    checkpoint::{self, Checkpoint, LoadError},
     kv::KvShape,
     models,
 };
@@ -68,15 +68,11 @@ pub fn inspect(model: &Path, kv_bits: Option<i32>) -> Result<Inspection, LoadErr
         dtype: activations,
         packing: spec.kv_packing,
     };
-    let element = if activations == mlx_rs::Dtype::Float32 { 4 } else { 2 };
+    let element = element_bytes(activations);
     let sizes = checkpoint.tensors.sizes();
-    let in_memory = |size: &Size| match size.packing {
-        Some(_) if !dequantize => size.bytes,
-        _ => size.elements * element,
-    };
-    let weight_bytes = sizes.iter().map(in_memory).sum();
+    let weight_bytes = sizes.iter().map(|(_, size)| size.loaded(dequantize, element)).sum();
     let mut packings: Vec<(String, u64)> = Vec::new();
-    for size in &sizes {
+    for (_, size) in &sizes {
         let name = size.packing.map_or_else(|| "dense".to_owned(), |packing| packing.to_string());
         match packings.iter_mut().find(|(known, _)| *known == name) {
             Some((_, elements)) => *elements += size.elements,
@@ -92,7 +88,7 @@ pub fn inspect(model: &Path, kv_bits: Option<i32>) -> Result<Inspection, LoadErr
     Ok(Inspection {
         model_type: model_type.unwrap_or_default().to_owned(),
         layers: kv.layers,
-        parameters: sizes.iter().map(|size| size.elements).sum(),
+        parameters: sizes.iter().map(|(_, size)| size.elements).sum(),
         file_bytes: checkpoint.bytes,
         weight_bytes,
         packings: packings.into_iter().map(|(name, _)| name).collect(),

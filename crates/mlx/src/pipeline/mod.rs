@@ -16,12 +16,14 @@ mod frame;
 mod head;
 mod hello;
 mod link;
+mod measure;
 mod plan;
 mod results;
 mod stage;
 mod times;
 
 pub use frame::FrameError;
+pub use measure::measure;
 pub use plan::PlanError;
 pub use stage::{StageEvent, run_stage};
 
@@ -36,7 +38,7 @@ use engine::Model;
 use hello::{Hello, Ready};
 use link::Link;
 use std::ops::Range;
-use types::ModelAssets;
+use types::{BLOCK_TOKENS, ModelAssets};
 
 /// Why a rank is none, or is none any more.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +89,8 @@ impl PipelineError {
 }
 
 /// Loads the first range of layers onto the calling thread and returns the whole pipeline as a model, once all other ranks
-/// have loaded theirs and said that they have the same. `ranges`: the layers of each rank, in order.
+/// have loaded theirs and said that they have the same. `ranges`: the layers of each rank, in order. `kv_tokens`: tokens of KV
+/// that there is to be room for, instead of what the settings say in bytes.
 ///
 /// # Errors
 /// [`PipelineError`] names the rank, file or setting that is wrong.
@@ -95,13 +98,14 @@ pub fn load_head(
     settings: &LoadSettings,
     group: Group,
     ranges: &[Range<usize>],
+    kv_tokens: Option<u64>,
     progress: &mut dyn FnMut(&str, f32),
 ) -> Result<(Box<dyn Model>, ModelAssets), PipelineError> {
     if group.rank() != 0 {
         let reason = format!("the head is rank 0, and this is rank {}", group.rank());
         return Err(PipelineError::Place { reason });
     }
-    let joined = Joined::new(settings, group, ranges, progress)?;
+    let joined = Joined::new(settings, group, ranges, kv_tokens, progress)?;
     let (head, assets) = head::Head::new(joined)?;
     Ok((Box::new(head), assets))
 }
@@ -122,6 +126,7 @@ impl Joined {
         settings: &LoadSettings,
         group: Group,
         ranges: &[Range<usize>],
+        kv_tokens: Option<u64>,
         progress: &mut dyn FnMut(&str, f32),
     ) -> Result<Self, PipelineError> {
         let link = Link::new(group);
@@ -144,6 +149,11 @@ impl Joined {
             hello.agree(rank, &all)?;
         }
         let layers = opened.spec.layers.len();
+        let kv_bytes = kv_tokens.map(|tokens| {
+            let tokens = tokens.next_multiple_of(BLOCK_TOKENS as u64);
+            tokens.saturating_mul(opened.kv_bytes_per_token(ranges[rank].clone()))
+        });
+        let settings = &LoadSettings { kv_bytes: kv_bytes.or(settings.kv_bytes), ..settings.clone() };
         let loaded =
             Part::of(&opened.spec, &ranges[rank]).and_then(|part| opened.load(part, settings, progress));
         let room = |blocks: usize| Ready { blocks: blocks as u32, times: Vec::new() }.words();

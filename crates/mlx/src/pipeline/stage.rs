@@ -37,7 +37,7 @@ pub enum StageEvent<'a> {
 }
 
 /// Loads a range of layers onto the calling thread and computes them for the head, until that says that it is over.
-/// `ranges`: the layers of each rank, in order.
+/// `ranges` and `kv_tokens` as [`super::load_head`] has them.
 ///
 /// # Errors
 /// [`PipelineError`] names the rank, file or setting that is wrong, or says that a neighbour was lost; the process should
@@ -46,6 +46,7 @@ pub fn run_stage(
     settings: &LoadSettings,
     group: Group,
     ranges: &[Range<usize>],
+    kv_tokens: Option<u64>,
     on: &mut dyn FnMut(StageEvent<'_>),
 ) -> Result<(), PipelineError> {
     if group.rank() == 0 {
@@ -53,7 +54,7 @@ pub fn run_stage(
         return Err(PipelineError::Place { reason });
     }
     let mut progress = |what: &str, fraction: f32| on(StageEvent::Loading { what, fraction });
-    let Joined { link, runner, .. } = Joined::new(settings, group, ranges, &mut progress)?;
+    let Joined { link, runner, .. } = Joined::new(settings, group, ranges, kv_tokens, &mut progress)?;
     on(StageEvent::Ready);
     let mut stage = Stage { link, runner, undrawn: None };
     loop {

@@ -17,7 +17,7 @@ const ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 /// Tokens before each row's own.
 const CONTEXT: usize = 2 * BLOCK_TOKENS;
 /// Blocks of a row.
-const ROW_BLOCKS: usize = CONTEXT / BLOCK_TOKENS + 1;
+pub(super) const ROW_BLOCKS: usize = CONTEXT / BLOCK_TOKENS + 1;
 
 const _: () = assert!(ROWS.len() <= TIMES_MAX);
 

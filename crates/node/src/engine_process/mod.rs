@@ -9,9 +9,11 @@ mod compiler;
 mod embed_host;
 mod host;
 mod probe;
+mod task;
 
 pub use embed_host::EmbedHost;
 pub use host::EngineHost;
+pub use task::{RankTask, StageStep, run_measure, run_stage};
 
 use bytes::BytesMut;
 use compiler::Compiler;
@@ -22,6 +24,7 @@ use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
+use task::Told;
 use types::{GenerateError, ModelAssets, RequestId, limits};
 use wire::{Decoder, EngineCommand, EngineReport, FrameClass};
 
@@ -33,6 +36,8 @@ const STEPS_UNWRITTEN_MAX: usize = 256;
 const READ_BYTES: usize = 64 << 10;
 /// How long the process may live without its parent: a step may have to end first.
 const PARENT_GONE_TIME_MAX: Duration = Duration::from_secs(5);
+/// The same of a pipeline's first rank.
+const RANK_GONE_TIME_MAX: Duration = Duration::from_secs(1);
 /// At most one progress report of the same thing in this time.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -81,13 +86,49 @@ pub fn run<L: Into<Loaded>>(
     stdin: impl Read + Send + 'static,
     stdout: impl Write + Send + 'static,
 ) -> ExitCode {
+    live(stdin, stdout, PARENT_GONE_TIME_MAX, |link| serve(load, settings, link))
+}
+
+/// The same of a pipeline's first rank: joins the others, then loads. Tells that it joined, and every 250 ms that it lives,
+/// from a thread of its own. Without its parent it ends within a second: the other ranks are being ended too, and inside MLX
+/// it would wait for them for ever.
+pub fn run_head<J, L: Into<Loaded>>(
+    join: impl FnOnce() -> Result<J, String>,
+    load: impl FnOnce(J, &mut dyn FnMut(&str, f32)) -> Result<L, String>,
+    settings: EngineSettings,
+    stdin: impl Read + Send + 'static,
+    stdout: impl Write + Send + 'static,
+) -> ExitCode {
+    let code = live(stdin, stdout, RANK_GONE_TIME_MAX, |link| {
+        let _beats = task::beat(link.reports.clone());
+        let joined = join().map_err(Failure)?;
+        if link.send(vec![EngineReport::Joined]).is_err() {
+            return Ok(());
+        }
+        serve(|progress: &mut dyn FnMut(&str, f32)| load(joined, progress), settings, link)
+    });
+    task::end_process_within(RANK_GONE_TIME_MAX);
+    code
+}
+
+/// The threads around what `work` does on the calling one.
+fn live(
+    stdin: impl Read + Send + 'static,
+    stdout: impl Write + Send + 'static,
+    gone_time_max: Duration,
+    work: impl FnOnce(&mut Link) -> Result<(), Failure>,
+) -> ExitCode {
     let (sender, inputs) = sync_channel(COMMANDS_MAX);
     let (report_sender, reports) = sync_channel(STEPS_UNWRITTEN_MAX);
     let commands = sender.clone();
-    thread::spawn(move || read_commands(stdin, commands));
+    thread::spawn(move || {
+        if read_commands(stdin, commands) {
+            end_process_later(gone_time_max);
+        }
+    });
     let writer = thread::spawn(move || write_reports(stdout, reports));
     let mut link = Link { inputs, sender, reports: report_sender };
-    let ended = catch_unwind(AssertUnwindSafe(|| serve(load, settings, &mut link)));
+    let ended = catch_unwind(AssertUnwindSafe(|| work(&mut link)));
     let ended = ended.unwrap_or_else(|panic| Err(Failure(format!("panicked: {}", panic_message(&*panic)))));
     let code = match ended {
         Ok(()) => ExitCode::SUCCESS,
@@ -162,16 +203,8 @@ fn serve<L: Into<Loaded>>(
     settings: EngineSettings,
     link: &mut Link,
 ) -> Result<(), Failure> {
-    let mut told = None::<(String, Instant)>;
-    let mut progress = |what: &str, fraction: f32| {
-        let now = Instant::now();
-        let same = |(last, at): &(String, Instant)| last == what && now - *at < PROGRESS_INTERVAL;
-        if fraction >= 1.0 || !told.as_ref().is_some_and(same) {
-            told = Some((what.to_owned(), now));
-            // A parent that is gone is noticed soon enough.
-            let _ = link.send(vec![EngineReport::Loading { what: what.to_owned(), fraction }]);
-        }
-    };
+    let mut told = Told::default();
+    let mut progress = |what: &str, fraction: f32| told.loading(&link.reports, what, fraction);
     let loaded = load(&mut progress).map_err(Failure)?.into();
     progress("measuring", 0.0);
     match loaded {
@@ -249,8 +282,8 @@ fn generate(loaded: LoadedModel, settings: EngineSettings, link: &mut Link) -> R
     }
 }
 
-/// The reader thread: until the end of the input, and then until the process has ended.
-fn read_commands(mut stdin: impl Read, commands: SyncSender<Input>) {
+/// The reader thread, until the end of the input. True: the process is to end; false: it does.
+fn read_commands(mut stdin: impl Read, commands: SyncSender<Input>) -> bool {
     let decoder = Decoder::<EngineCommand>::new(FrameClass::Engine);
     let mut buffer = BytesMut::new();
     let mut chunk = vec![0; READ_BYTES];
@@ -268,7 +301,7 @@ fn read_commands(mut stdin: impl Read, commands: SyncSender<Input>) {
             match decoder.next(&mut buffer) {
                 Ok(Some(command)) => {
                     if commands.send(Input::Command(command)).is_err() {
-                        return;
+                        return false;
                     }
                 }
                 Ok(None) => break,
@@ -276,21 +309,20 @@ fn read_commands(mut stdin: impl Read, commands: SyncSender<Input>) {
                     tracing::error!(%error, "standard input is not from an mlx-node");
                     // Who does not take it has ended.
                     let _ = commands.send(Input::End);
-                    end_process_later();
-                    return;
+                    return true;
                 }
             }
         }
     }
     let _ = commands.send(Input::End);
-    end_process_later();
+    true
 }
 
 /// The engine's thread may be in the middle of loading, or of a long step, and not look at its channel for minutes.
-fn end_process_later() {
-    thread::sleep(PARENT_GONE_TIME_MAX);
+fn end_process_later(most: Duration) {
+    thread::sleep(most);
     tracing::error!("the parent process is gone");
-    std::process::exit(1);
+    task::end_process();
 }
 
 /// The writer thread: one write for all that is there.

@@ -1,10 +1,12 @@
 //! How fast a model is, measured with dummy tokens before it serves: a seed for the engine's and the routers' estimates.
 //!
 //! The probe writes to blocks from the first one on and counts its sequences down from the largest id. The engine that
-//! comes after it takes every block for free and counts up, so neither has to know of the other. Steps of decoding overlap
-//! as the engine's do: what is measured is the time from one step's tokens to the next one's.
+//! comes after it takes every block for free and counts up, so neither has to know of the other. Steps overlap as the
+//! engine's do: what is measured is the time from one step's tokens to the next one's. With a pipeline that is less than a
+//! row waits for its next token, since its rows are in several passes.
 
-use engine::{BlockId, Input, Model, ModelError, RowSampling, SequenceId, Slice};
+use engine::{BlockId, Input, Model, ModelError, Overlap, RowSampling, SequenceId, Slice};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 use types::{BLOCK_TOKENS, NodeRates, SamplingParams, TokenId};
 
@@ -12,6 +14,8 @@ use types::{BLOCK_TOKENS, NodeRates, SamplingParams, TokenId};
 const PROBE_TIME_MAX: Duration = Duration::from_secs(2);
 /// Tokens of the measured prompt: long enough to be like prompts, short enough for a slow machine.
 const PREFILL_TOKENS: usize = 128;
+/// Slices of a pipeline's prompt that are measured beyond those that fill it.
+const SLICES_MORE: usize = 2;
 /// Decode steps measured with each number of rows, after one that only warms up.
 const DECODE_STEPS: usize = 6;
 /// Blocks of a row of decode steps: with 1, 2, 4 and so on up to 1024 rows the first one comes to have 88 tokens.
@@ -23,7 +27,8 @@ const ROW_SHARE_UNKNOWN: f64 = 0.1;
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Measured {
     pub(super) rates: NodeRates,
-    /// Seconds of a decode step, by rows: 1, 2, 4 and so on, as far as there was time.
+    /// Seconds of a decode step, by its rows: 1, 2, 4 and so on, as far as there was time. With a pipeline, from one pass's
+    /// end to the next one's, with as many in flight as the engine will have.
     pub(super) decode_step_s: Vec<(u32, f32)>,
 }
 
@@ -32,24 +37,27 @@ pub(super) fn measure(model: &mut dyn Model, clock: impl Fn() -> Instant) -> Res
     let mut probe = Probe::new(model, clock);
     // The first only warms up: buffers, kernels, pages.
     probe.read(PREFILL_TOKENS)?;
-    let prefill_tokens_per_s = probe.read(PREFILL_TOKENS)?;
-    let mut decode_step_s = vec![(1, probe.decode(1)?)];
+    let prefill_tokens_per_s = match probe.model.overlap(0) {
+        Overlap::Lookahead => probe.read(PREFILL_TOKENS)?,
+        Overlap::Stages { flights, .. } => probe.read_staged(PREFILL_TOKENS, flights)?,
+    };
+    let mut measured = vec![probe.decode(1)?];
     for rows in row_counts(probe.rows_max()).skip(1) {
         if !probe.has_time() {
             break;
         }
-        decode_step_s.push((rows as u32, probe.decode(rows)?));
+        measured.push(probe.decode(rows)?);
     }
     // Fewer rows never take longer: where they seem to, something else ran meanwhile. A node must not look slow for that:
     // routers would send it nothing, and it could not correct itself.
-    let mut least_s = f64::INFINITY;
-    for (_, seconds) in decode_step_s.iter_mut().rev() {
-        least_s = least_s.min(*seconds);
-        *seconds = least_s;
+    let mut least = (f64::INFINITY, f64::INFINITY);
+    for decode in measured.iter_mut().rev() {
+        least = (least.0.min(decode.token_s), least.1.min(decode.pass_s));
+        (decode.token_s, decode.pass_s) = least;
     }
-    let (_, one_s) = decode_step_s[0];
-    let row_s = match decode_step_s.last() {
-        Some(&(rows, many_s)) if rows > 1 => (many_s - one_s) / f64::from(rows - 1),
+    let one_s = measured[0].token_s;
+    let row_s = match measured.last() {
+        Some(many) if many.rows > 1 => (many.token_s - one_s) / (many.rows - 1) as f64,
         _ => one_s * ROW_SHARE_UNKNOWN,
     };
     let rates = NodeRates {
@@ -57,8 +65,26 @@ pub(super) fn measure(model: &mut dyn Model, clock: impl Fn() -> Instant) -> Res
         decode_step_s: one_s as f32,
         decode_row_s: row_s as f32,
     };
-    let decode_step_s = decode_step_s.into_iter().map(|(rows, seconds)| (rows, seconds as f32)).collect();
+    // Of passes with equally many rows those count that were measured last: more of them were in flight.
+    let mut decode_step_s: Vec<(u32, f32)> = Vec::new();
+    for decode in &measured {
+        let rows = decode.pass_rows as u32;
+        decode_step_s.retain(|entry| entry.0 != rows);
+        decode_step_s.push((rows, decode.pass_s as f32));
+    }
     Ok(Measured { rates, decode_step_s })
+}
+
+/// Decoding with some rows.
+#[derive(Debug, Clone, Copy)]
+struct Decode {
+    rows: usize,
+    /// Seconds from a row's token to its next one.
+    token_s: f64,
+    /// Rows of the largest pass.
+    pass_rows: usize,
+    /// Seconds from the end of a pass to the end of the next one.
+    pass_s: f64,
 }
 
 /// 1, 2, 4 and so on, `most` last.
@@ -135,55 +161,147 @@ impl<'a, C: Fn() -> Instant> Probe<'a, C> {
         Ok(tokens as f64 / time.as_secs_f64().max(1e-6))
     }
 
-    /// Decodes with so many rows; gives the median seconds of a step: tokens that are taken late come after too long a time,
+    /// The same of a pipeline: slices of so many tokens follow each other, `flights` at a time; the time from one's end to
+    /// the next one's counts.
+    fn read_staged(&mut self, tokens: usize, flights: usize) -> Result<f64, ModelError> {
+        let room = self.model.limits().blocks * BLOCK_TOKENS;
+        let room = room.min(self.model.card().context_tokens as usize);
+        let slices = (flights + SLICES_MORE).min(room / tokens);
+        if slices < 2 || !self.has_time() {
+            return self.read(tokens);
+        }
+        let vocab = self.model.card().vocab_size.max(1);
+        let prompt: Vec<TokenId> = (0..tokens as u32).map(|index| (index * 7 + 1) % vocab).collect();
+        let blocks: Vec<BlockId> =
+            (0..(slices * tokens).div_ceil(BLOCK_TOKENS) as u32).map(BlockId).collect();
+        let sequence = self.sequence();
+        let (mut submitted, mut collected) = (0, 0);
+        let (mut first, mut last) = (None, (self.clock)());
+        while collected < slices {
+            if submitted < slices && submitted - collected < flights {
+                let slice = Slice {
+                    sequence,
+                    blocks: &blocks,
+                    start: submitted * tokens,
+                    input: Input::Tokens(&prompt),
+                    sample: None,
+                    drafts: 0,
+                    score: None,
+                };
+                self.model.submit(&[slice])?;
+                submitted += 1;
+                continue;
+            }
+            self.model.collect()?;
+            collected += 1;
+            last = (self.clock)();
+            first.get_or_insert(last);
+        }
+        let time = last.saturating_duration_since(first.unwrap_or(last)).as_secs_f64();
+        Ok(((slices - 1) * tokens) as f64 / time.max(1e-6))
+    }
+
+    /// Decodes with so many rows; of each time the median counts: tokens that are taken late come after too long a time,
     /// and those after them after too short a one.
-    fn decode(&mut self, rows: usize) -> Result<f64, ModelError> {
+    fn decode(&mut self, rows: usize) -> Result<Decode, ModelError> {
         while self.rows.len() < rows {
             let id = self.sequence();
             let first = (self.rows.len() * self.row_blocks) as u32;
             let blocks = (first..first + self.row_blocks as u32).map(BlockId).collect();
             self.rows.push(Row { id, blocks, tokens: vec![0], submitted: 0 });
         }
+        match self.model.overlap(rows) {
+            Overlap::Lookahead => {
+                let step_s = self.decode_ahead()?;
+                Ok(Decode { rows, token_s: step_s, pass_rows: rows, pass_s: step_s })
+            }
+            Overlap::Stages { groups, .. } => {
+                let groups = groups.clamp(1, rows);
+                let token_s = self.decode_staged(groups)?;
+                let pass_rows = rows.div_ceil(groups);
+                Ok(Decode { rows, token_s, pass_rows, pass_s: token_s / groups as f64 })
+            }
+        }
+    }
+
+    /// Seconds of a step while the one after it is in flight.
+    fn decode_ahead(&mut self) -> Result<f64, ModelError> {
+        let all = 0..self.rows.len();
         let mut last = (self.clock)();
-        self.submit()?;
+        self.submit(all.clone())?;
         let mut times: Vec<f64> = Vec::new();
         while times.len() <= DECODE_STEPS && (times.is_empty() || self.has_time()) && self.fits() {
-            self.submit()?;
-            self.collect()?;
+            self.submit(all.clone())?;
+            self.collect(all.clone())?;
             let now = (self.clock)();
             times.push(now.saturating_duration_since(last).as_secs_f64());
             last = now;
         }
-        self.collect()?;
+        self.collect(all)?;
         times.push((self.clock)().saturating_duration_since(last).as_secs_f64());
         // The first one warms up, the last one had nothing behind it; either counts only where there is no other.
         let last = times.len() - 1;
         let counted = if times.len() > 2 { &mut times[1..last] } else { &mut times[..] };
-        counted.sort_unstable_by(f64::total_cmp);
-        Ok(counted[(counted.len() - 1) / 2])
+        Ok(median(counted))
+    }
+
+    /// Seconds from a pass's end to its next one's, with the rows in `groups` passes that are in flight together.
+    fn decode_staged(&mut self, groups: usize) -> Result<f64, ModelError> {
+        let rows = self.rows.len();
+        let part = |group: usize| group * rows / groups..(group + 1) * rows / groups;
+        let mut last = vec![(self.clock)(); groups];
+        for group in 0..groups {
+            self.submit(part(group))?;
+        }
+        let mut times: Vec<f64> = Vec::new();
+        let mut turns = 0;
+        while turns <= DECODE_STEPS && (turns == 0 || self.has_time()) && self.fits() {
+            for (group, last) in last.iter_mut().enumerate() {
+                self.collect(part(group))?;
+                let now = (self.clock)();
+                times.push(now.saturating_duration_since(*last).as_secs_f64());
+                *last = now;
+                self.submit(part(group))?;
+            }
+            turns += 1;
+        }
+        for (group, last) in last.into_iter().enumerate() {
+            self.collect(part(group))?;
+            if turns == 0 {
+                times.push((self.clock)().saturating_duration_since(last).as_secs_f64());
+            }
+        }
+        // The first turn warms up; it counts only where there is no other.
+        let counted = if turns > 1 { &mut times[groups..] } else { &mut times[..] };
+        Ok(median(counted))
     }
 
     fn fits(&self) -> bool {
         self.rows.iter().all(|row| row.submitted < self.row_tokens)
     }
 
-    fn submit(&mut self) -> Result<(), ModelError> {
-        let rows = self.rows.iter().enumerate();
+    fn submit(&mut self, part: Range<usize>) -> Result<(), ModelError> {
+        let rows = self.rows[part.clone()].iter().enumerate();
         let slices: Vec<Slice<'_>> = rows.map(|(index, row)| row.slice(index, &self.sampling)).collect();
         self.model.submit(&slices)?;
-        for row in &mut self.rows {
+        for row in &mut self.rows[part] {
             row.submitted = row.tokens.len().max(row.submitted + 1);
         }
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<(), ModelError> {
+    fn collect(&mut self, part: Range<usize>) -> Result<(), ModelError> {
         let drawn = self.model.collect()?;
-        for (row, drawn) in self.rows.iter_mut().zip(drawn.drawn) {
+        for (row, drawn) in self.rows[part].iter_mut().zip(drawn.drawn) {
             row.tokens.push(drawn.token);
         }
         Ok(())
     }
+}
+
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_unstable_by(f64::total_cmp);
+    times[(times.len() - 1) / 2]
 }
 
 impl Row {
@@ -215,6 +333,16 @@ mod tests {
 
     /// The fake model panics where the contract of models is broken.
     fn measured(slots: usize, blocks: usize, context_tokens: u32, base_ms: u64) -> (Measured, Duration) {
+        measured_in(1, slots, blocks, context_tokens, base_ms)
+    }
+
+    fn measured_in(
+        stages: usize,
+        slots: usize,
+        blocks: usize,
+        context_tokens: u32,
+        base_ms: u64,
+    ) -> (Measured, Duration) {
         let ms = Duration::from_millis;
         let limits = ModelLimits { slots, blocks, kv_bytes_per_token: 1 };
         let cost = StepCost {
@@ -224,7 +352,7 @@ mod tests {
             kv_1024: Duration::ZERO,
             ..StepCost::none()
         };
-        let settings = FakeSettings { context_tokens, limits, cost, ..FakeSettings::default() };
+        let settings = FakeSettings { context_tokens, limits, cost, stages, ..FakeSettings::default() };
         let clock = VirtualClock::new();
         let (mut model, _) = FakeModel::new(settings, clock.clone());
         let measured = measure(&mut model, || clock.now()).expect("nothing fails");
@@ -258,6 +386,34 @@ mod tests {
         // Few blocks for many slots, and a context that one block holds.
         check(64, 16, 512, &[1, 2, 4, 5]);
         check(4, 1, 32, &[1]);
+    }
+
+    /// Stages that take a part of a pass each, with a pass for each of them in flight.
+    #[test]
+    fn a_pipeline_is_measured_with_its_passes_in_flight() {
+        let check = |stages: usize, slots: usize, blocks: usize, context_tokens: u32, passes: &[u32]| {
+            let (measured, elapsed) = measured_in(stages, slots, blocks, context_tokens, 4);
+            let counts: Vec<u32> = measured.decode_step_s.iter().map(|entry| entry.0).collect();
+            assert_eq!(counts, passes, "{stages} stages: {measured:?}");
+            for (rows, seconds) in &measured.decode_step_s {
+                // A row alone has no other pass beside it.
+                let beside = if slots == 1 { 1.0 } else { stages as f64 };
+                let expected = (0.004 + 0.001 * f64::from(*rows)) / beside;
+                assert!((f64::from(*seconds) - expected).abs() < 1e-4, "{stages} stages: {measured:?}");
+            }
+            assert!((measured.rates.decode_step_s - 0.005).abs() < 1e-4, "{measured:?}");
+            let slices = (context_tokens / 128).min(blocks as u32 / 4);
+            let beside = if slices < 2 { 1.0 } else { stages as f32 };
+            let tokens = context_tokens.min(128) as f32;
+            let expected = tokens * beside / (0.004 + tokens * 0.001);
+            let prefill = measured.rates.prefill_tokens_per_s;
+            assert!((prefill / expected - 1.0).abs() < 0.01, "{prefill}, not {expected}");
+            assert!(elapsed < PROBE_TIME_MAX, "{elapsed:?}");
+        };
+        check(2, 8, 1024, 8192, &[1, 2, 4]);
+        check(4, 16, 1024, 8192, &[1, 2, 4]);
+        check(3, 1, 1024, 8192, &[1]);
+        check(2, 4, 16, 128, &[1, 2]);
     }
 
     /// As when a compiler runs beside it: the first steps with one row are slow.

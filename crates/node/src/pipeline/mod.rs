@@ -4,5 +4,7 @@
 //! `transport` (`Peer::measure`, `stage`, `tunnel`, `probe`).
 
 mod group;
+mod settings;
 
 pub use group::{Action, Event, Group, PipelineMembers, Seen, Stand, Unplanned};
+pub use settings::{PipelineSettings, RankCommand};

@@ -84,6 +84,7 @@ impl Cluster {
             mdns: false,
             peers: self.nodes.iter().map(|node| node.local_address().to_string()).collect(),
             interfaces: Vec::new(),
+            pipeline: None,
         }
     }
 

@@ -1,0 +1,36 @@
+//! What a member is told of its pipeline.
+
+use super::PipelineMembers;
+use crate::{engine_process::RankTask, engine_start::EngineCommandLine};
+use router::placement::Goal;
+use std::{fmt, sync::Arc};
+
+/// How a member's processes are started: all but their rank and their neighbours' addresses, which are added to the
+/// environment as MLX has them.
+pub trait RankCommand: fmt::Debug + Send + Sync {
+    /// The command line of a process with this task.
+    fn command(&self, task: &RankTask) -> EngineCommandLine;
+}
+
+/// A pipeline that this node is a member of.
+#[derive(Debug, Clone)]
+pub struct PipelineSettings {
+    /// The model's name, as clients call it: members of one pipeline have the same.
+    pub model: String,
+    /// Who may belong to it.
+    pub members: PipelineMembers,
+    /// What it is for.
+    pub goal: Goal,
+    /// Rows that members measure up to.
+    pub rows: u32,
+    /// Tokens of KV that there is to be room for.
+    pub kv_tokens: u64,
+    /// The most memory that this node gives to weights and KV; none: what it finds.
+    pub memory_bytes: Option<u64>,
+    /// Ranks reach each other without tunnels: a network that nobody else is on.
+    pub direct: bool,
+    /// Also where one member alone would be faster.
+    pub forced: bool,
+    /// How its processes are started.
+    pub command: Arc<dyn RankCommand>,
+}
