@@ -12,7 +12,8 @@
 //
 // Where GATHERED the weight is a stack of them, [count, N, K], and row r of the product is row r / `each` of x times the
 // transpose of weight experts[r]. A thread group has up to 8 rows beside each other that go through the same weight: there
-// are as many groups as rows, and those whose row another one has end at once.
+// are as many groups as rows, and those whose row another one has end at once. To know that it looks back no further than
+// to the last multiple of 64, where all begin anew.
 constexpr int SPAN = WORDS * 32;
 SHARED float partial[WARPS_MAX * TILES * 8 * 16];
 SHARED float squares[WARPS_MAX * TILES * 8];
@@ -40,14 +41,15 @@ if constexpr (GATHERED) {
   each = settings[2];
   expert = int(experts[first]);
   int before = 0;
-  while (before < first && int(experts[first - before - 1]) == expert) {
+  while (before < first % 64 && int(experts[first - before - 1]) == expert) {
     before++;
   }
   if (before % 8 != 0) {
     return;
   }
   count = 1;
-  while (count < 8 && first + count < experts_shape[0] && int(experts[first + count]) == expert) {
+  const int end = min(first / 64 * 64 + 64, int(experts_shape[0]));
+  while (count < 8 && first + count < end && int(experts[first + count]) == expert) {
     count++;
   }
 }

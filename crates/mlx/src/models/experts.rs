@@ -31,9 +31,7 @@ const DENSE_EXPERT_ROWS: i32 = 2;
 
 /// Up to how many rows of each expert, on average, the kernel of few rows is taken: it reads an expert's weights once for
 /// eight of them.
-const OWN_EXPERT_ROWS: i32 = 8;
-/// Up to how many pairs: a thread group of it looks for its neighbours among all of them.
-const OWN_PAIRS_MAX: i32 = 1024;
+const OWN_EXPERT_ROWS: i32 = 16;
 
 /// The weights of one layer's experts.
 #[derive(Debug)]
@@ -141,8 +139,10 @@ impl Experts {
     fn own(&self, experts: &Array, dtype: Dtype, compute: Compute) -> Option<(Weights<'_>, Weights<'_>)> {
         let (gate_up, down) = (self.gate_up.weights()?, self.down.weights()?);
         let count = self.gate_up.weight.shape().first().copied().unwrap_or(1);
-        let most = OWN_PAIRS_MAX.min(count.saturating_mul(OWN_EXPERT_ROWS));
-        let few = experts.size() <= most.unsigned_abs() as usize;
+        let pairs = experts.size() as i32;
+        let packed = matches!(gate_up, Weights::FourBits { .. });
+        let few = pairs <= count.saturating_mul(OWN_EXPERT_ROWS)
+            && !(packed && self.gate_up.dense_pays(pairs, compute));
         let fits = |weights| compute.products.rows(weights) > 0 && products::fits(1, weights, dtype);
         let own =
             compute.path == Path::Kernel && self.gate == Gate::Silu && few && fits(gate_up) && fits(down);
