@@ -49,9 +49,9 @@ class Node:
         )
 
     @contextlib.contextmanager
-    def beside(self, folder, *flags):
-        """Another node of the same program and model, with flags of its own, until the block ends."""
-        other = Node(self.binary, self.model_path, folder, *flags)
+    def beside(self, folder, *flags, model=None):
+        """Another node of the same program, with flags of its own and maybe another model, until the block ends."""
+        other = Node(self.binary, model or self.model_path, folder, *flags)
         try:
             other.wait_ready()
             yield other

@@ -11,6 +11,7 @@ import traceback
 import anthropic_api
 import chat
 import conformance
+import embeddings
 import javascript
 import limits
 import log_likelihood
@@ -19,7 +20,9 @@ import responses
 import structured
 from harness import TESTS, Node
 
-MODULES = [chat, structured, responses, anthropic_api, ollama_api, limits, log_likelihood, javascript, conformance]
+MODULES = [
+    chat, structured, responses, anthropic_api, ollama_api, embeddings, limits, log_likelihood, javascript, conformance,
+]
 
 
 def main():
