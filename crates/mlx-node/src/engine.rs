@@ -85,8 +85,8 @@ fn head(
 ) -> ExitCode {
     let load = |group: Group, progress: &mut dyn FnMut(&str, f32)| {
         let loaded = pipeline::load_head(load_settings, group, ranges, Some(kv_tokens), progress);
-        let (model, assets) = loaded.map_err(|error| error.to_string())?;
-        Ok(Loaded::Generator(LoadedModel { model, assets }))
+        let (head, assets) = loaded.map_err(|error| error.to_string())?;
+        Ok(Loaded::Generator(LoadedModel { model: Box::new(head), assets }))
     };
     engine_process::run_head(join, load, engine_settings, stdin(), stdout)
 }

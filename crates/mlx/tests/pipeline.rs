@@ -197,8 +197,8 @@ fn rank() {
             }
         } else {
             match pipeline::load_head(&settings, group, &ranges, Some(4000), &mut |_, _| ()) {
-                Ok((model, assets)) => {
-                    format!("answers: {}", serde_json::to_string(&answers(model, &assets)).unwrap())
+                Ok((head, assets)) => {
+                    format!("answers: {}", serde_json::to_string(&answers(Box::new(head), &assets)).unwrap())
                 }
                 Err(error) => format!("error: {error}"),
             }

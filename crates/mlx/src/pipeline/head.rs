@@ -17,9 +17,9 @@ use types::{ModelAssets, ModelCard};
 /// Times around that are measured; the shortest counts.
 const PINGS: u32 = 8;
 
-/// The first rank of a pipeline.
+/// The first rank of a pipeline, which stands for all of them.
 #[derive(Debug)]
-pub(crate) struct Head {
+pub struct Head {
     link: Link,
     runner: Runner,
     limits: ModelLimits,
@@ -58,6 +58,11 @@ impl Head {
         );
         let awaited = VecDeque::new();
         Ok((Self { link, runner, limits, times, awaited, pass: 0, broken: false }, assets))
+    }
+
+    /// How long stages and links take, as measured at the start.
+    pub fn times(&self) -> &StageTimes {
+        &self.times
     }
 
     fn begin(&mut self, slices: &[Slice<'_>]) -> Result<(), PipelineError> {

@@ -23,6 +23,7 @@ mod stage;
 mod times;
 
 pub use frame::FrameError;
+pub use head::Head;
 pub use measure::measure;
 pub use plan::PlanError;
 pub use stage::{StageEvent, run_stage};
@@ -34,7 +35,6 @@ use crate::{
     models::Part,
     runner::Runner,
 };
-use engine::Model;
 use hello::{Hello, Ready};
 use link::Link;
 use std::ops::Range;
@@ -100,14 +100,13 @@ pub fn load_head(
     ranges: &[Range<usize>],
     kv_tokens: Option<u64>,
     progress: &mut dyn FnMut(&str, f32),
-) -> Result<(Box<dyn Model>, ModelAssets), PipelineError> {
+) -> Result<(Head, ModelAssets), PipelineError> {
     if group.rank() != 0 {
         let reason = format!("the head is rank 0, and this is rank {}", group.rank());
         return Err(PipelineError::Place { reason });
     }
     let joined = Joined::new(settings, group, ranges, kv_tokens, progress)?;
-    let (head, assets) = head::Head::new(joined)?;
-    Ok((Box::new(head), assets))
+    Head::new(joined)
 }
 
 /// A rank that has loaded its layers, and knows what the others have.
