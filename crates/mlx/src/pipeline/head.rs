@@ -181,7 +181,7 @@ impl Drop for Head {
     fn drop(&mut self) {
         if !self.broken {
             let frame = Frame { kind: Kind::Stop, pass: self.pass, words: Vec::new() };
-            if let Err(error) = self.link.send_frame(&frame) {
+            if let Err(error) = self.link.send_last(&frame) {
                 tracing::warn!(%error, "the other ranks were not told that it is over");
             }
         }

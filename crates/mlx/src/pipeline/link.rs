@@ -60,6 +60,14 @@ impl Link {
         self.send(&Array::from_slice(rest, &[rest.len() as i32]))
     }
 
+    /// The same, on its way when this returns: the last frame, after which the process may end.
+    pub(crate) fn send_last(&self, frame: &Frame) -> Result<(), PipelineError> {
+        let (first, _) = frame.split();
+        let next = (self.rank() + 1) % self.size();
+        let sent = self.group.send(&Array::from_slice(&first, &[first.len() as i32]), next)?;
+        sent.eval().map_err(|error| PipelineError::lost("sending to the next rank", &error))
+    }
+
     /// Waits for something from the rank before; false after `most` without.
     pub(crate) fn wait(&self, most: Option<Duration>) -> Result<bool, PipelineError> {
         Ok(self.group.wait_for_message(most)?)

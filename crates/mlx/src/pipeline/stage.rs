@@ -61,7 +61,10 @@ pub fn run_stage(
         stage.idle()?;
         let frame = stage.link.frame()?;
         if !stage.link.is_last() {
-            stage.link.send_frame(&frame)?;
+            match frame.kind {
+                Kind::Stop => stage.link.send_last(&frame)?,
+                _ => stage.link.send_frame(&frame)?,
+            }
         }
         match frame.kind {
             Kind::Plan => {
