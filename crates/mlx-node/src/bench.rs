@@ -2,7 +2,7 @@
 #![expect(clippy::print_stdout, reason = "what the command prints is its result")]
 
 use crate::{
-    EXIT_FAILED, EXIT_USAGE,
+    EXIT_FAILED, EXIT_USAGE, bench_speculation,
     config::Values,
     engine::load_settings,
     failed, hardware, logging,
@@ -67,15 +67,25 @@ struct Report<'a> {
     under_load: Option<LoadFigures>,
 }
 
-/// Loads the model of `values` in this process, measures, prints.
+/// Loads the model of `values` in this process, measures, prints; with `speculation` instead of steps what guessing tokens
+/// ahead gains.
 ///
 /// # Errors
 /// The exit code; what was wrong has been said.
-pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(), ExitCode> {
+pub(crate) fn engine(
+    values: &Values,
+    arguments: &EngineArguments,
+    speculation: bool,
+) -> Result<(), ExitCode> {
     logging::start(&values.log.0, values.log_format);
     let usage = |what: String| Err(failed(EXIT_USAGE, what));
     if arguments.batches.is_empty() || arguments.batches.contains(&0) {
         return usage("--batches has a 0; a batch has at least 1 row".to_owned());
+    }
+    if speculation && (arguments.under_load || arguments.sampled) {
+        return usage(
+            "--speculation is a measurement of its own, without --under-load and --sampled".to_owned(),
+        );
     }
     let &EngineArguments { prompt_tokens, new_tokens, step_tokens, .. } = arguments;
     if prompt_tokens == 0 || new_tokens < 2 || step_tokens == 0 {
@@ -88,6 +98,10 @@ pub(crate) fn engine(values: &Values, arguments: &EngineArguments) -> Result<(),
         settings::model_settings(values).map_err(|error| failed(EXIT_USAGE, error))?;
     engine.model =
         mlx::hub::resolve(&source, offline, &mut |_, _| ()).map_err(|error| failed(EXIT_FAILED, error))?;
+    if speculation {
+        let batches = arguments.batches.iter().copied().map(usize::from).collect();
+        return bench_speculation::run(engine, batches, new_tokens, arguments.json);
+    }
     let load = under_load_settings(arguments, &engine);
     let largest = arguments.batches.iter().copied().max().map_or(1, usize::from);
     engine.slots = largest.max(load.as_ref().map_or(1, LoadBenchSettings::slots)) as u32;

@@ -132,7 +132,8 @@ struct Shown {
 
 #[derive(Debug, Subcommand)]
 enum BenchCommand {
-    /// Prefill and decode rates of the model at several batch sizes, in a process of their own
+    /// Prefill and decode rates of the model at several batch sizes, in a process of their own; with --speculation what
+    /// guessing tokens ahead gains instead
     Engine {
         #[command(flatten)]
         arguments: bench::EngineArguments,
@@ -244,7 +245,9 @@ pub(crate) fn run() -> ExitCode {
             })
         }
         Some(Command::Bench(BenchCommand::Engine { arguments, settings })) => {
-            load(*settings).and_then(|values| bench::engine(&values, &arguments))
+            // Asked for here: a file that turns it on does not ask to measure it.
+            let speculation = settings.speculation == Some(true);
+            load(*settings).and_then(|values| bench::engine(&values, &arguments, speculation))
         }
         Some(Command::Bench(BenchCommand::Router { arguments })) => bench_router::router(*arguments),
         Some(Command::Config(ConfigCommand::Check { settings })) => load(settings).and_then(check),

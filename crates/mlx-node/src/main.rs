@@ -7,6 +7,7 @@
 mod bench;
 mod bench_router;
 mod bench_serve;
+mod bench_speculation;
 mod chat;
 mod cli;
 mod config;

@@ -33,6 +33,26 @@ fn engine_figures_are_one_json_object() {
 }
 
 #[test]
+fn what_guesses_gain_is_one_json_object() {
+    let Ok(model) = std::env::var("MLX_TEST_MODEL") else {
+        println!("skipped: MLX_TEST_MODEL is not set");
+        return;
+    };
+    let output = bench(&["--speculation", "--batches", "1,4", "--new-tokens", "12", "--json"], &model);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(report["same_text"], true, "{report}");
+    for name in ["copy_heavy_ratio_1", "copy_heavy_ratio_4", "plain_ratio_min"] {
+        assert!(report[name].as_f64().is_some_and(|value| value > 0.0), "{name} in {report}");
+    }
+    assert!(report["copy_heavy_ratio_16"].is_null(), "not measured: {report}");
+    let guessed = report["measurements"].as_array().expect("measurements").iter();
+    let accepted = guessed.map(|of| of["guesses"][0].as_u64().unwrap_or(0)).sum::<u64>();
+    assert!(accepted > 0, "nothing was guessed: {report}");
+}
+
+#[test]
 fn what_cannot_be_measured_is_said() {
     let check = |arguments: &[&str], expected: &str| {
         let output = bench(arguments, "./missing");
@@ -41,5 +61,6 @@ fn what_cannot_be_measured_is_said() {
     };
     check(&["--batches", "0"], "--batches has a 0");
     check(&["--new-tokens", "1"], "--new-tokens 1");
+    check(&["--speculation", "--under-load"], "--under-load");
     check(&[], "./missing");
 }
