@@ -146,6 +146,21 @@ fn listen(
     })))
 }
 
+/// Whether this version can do what is asked for: a node that waited for a pipeline that nobody starts would look like one
+/// that is slow to load.
+fn check_pipeline(settings: &Settings) -> Result<(), ExitCode> {
+    match &settings.pipeline {
+        Some(pipeline) => Err(failed(
+            EXIT_FAILED,
+            format_args!(
+                "[[pipeline]] {:?}: this version reads pipelines' configuration, but its nodes do not start their processes yet",
+                pipeline.model
+            ),
+        )),
+        None => Ok(()),
+    }
+}
+
 fn node_settings(settings: Settings, Parts { engine, pipeline }: Parts) -> Result<NodeSettings, ExitCode> {
     let mut id = [0; 16];
     getrandom::fill(&mut id)
@@ -178,6 +193,7 @@ struct Parts {
 }
 
 fn parts(settings: &Settings, model: &ModelSettings) -> Result<Parts, ExitCode> {
+    check_pipeline(settings)?;
     let command = EngineCommand::find(model)?;
     let Some(pipeline) = &settings.pipeline else {
         return Ok(Parts { engine: Some(command.of(None)), pipeline: None });
