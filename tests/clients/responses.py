@@ -86,6 +86,44 @@ def a_streamed_response_is_the_same(node):
 
 
 @test
+def a_response_tells_how_probable_it_was(node):
+    client, model = node.client(), node.model()
+    question = dict(
+        model=model, input=ask("What is the capital of France?"), temperature=0, max_output_tokens=24, top_logprobs=3,
+        include=["message.output_text.logprobs"],
+    )
+    whole = client.responses.create(**question)
+    told = whole.output[0].content[0].logprobs
+    assert "".join(token.token for token in told) == whole.output_text, (told, whole.output_text)
+    for token in told:
+        assert len(token.top_logprobs) == 3 and token.top_logprobs[0].token == token.token, token
+        assert token.logprob <= 0 and token.top_logprobs[0].logprob == token.logprob, token
+    chat = client.chat.completions.create(
+        model=model, messages=question["input"], temperature=0, max_tokens=24, logprobs=True, top_logprobs=3
+    )
+    for one, other in zip(told, chat.choices[0].logprobs.content):
+        assert one.token == other.token and abs(one.logprob - other.logprob) < 1e-3, (one, other)
+    events = list(client.responses.create(**question, stream=True))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    for delta in deltas:
+        assert "".join(token.token for token in delta.logprobs) == delta.delta, delta
+    streamed = [token.token for delta in deltas for token in delta.logprobs]
+    assert streamed == [token.token for token in told], (streamed, told)
+    last = events[-1].response
+    assert [token.token for token in last.output[0].content[0].logprobs] == streamed, last
+    assert last.top_logprobs == 3 and client.responses.retrieve(last.id).output[0].content[0].logprobs
+    without = client.responses.create(model=model, input="Hi", max_output_tokens=4)
+    assert without.output[0].content[0].logprobs == [] and without.top_logprobs == 0, without
+    create = client.responses.create
+    error = expect(openai.BadRequestError, lambda: create(model=model, input="x", top_logprobs=2), "include")
+    assert error.param == "top_logprobs", error.body
+    error = expect(openai.BadRequestError, lambda: create(**dict(question, top_logprobs=21)), "21")
+    assert error.param == "top_logprobs", error.body
+    error = expect(openai.BadRequestError, lambda: create(model=model, input="x", include=["web.x"]), "web.x")
+    assert error.param == "include[0]", error.body
+
+
+@test
 def a_response_may_be_of_a_schema(node):
     client, model = node.client(), node.model()
     response = client.responses.parse(

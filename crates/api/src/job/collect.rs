@@ -9,6 +9,7 @@ use futures_util::{
     StreamExt,
     stream::{self, BoxStream, SelectAll},
 };
+use std::ops::Range;
 
 /// One whole answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +21,10 @@ pub(crate) struct Whole {
     pub(crate) calls: Vec<ToolCall>,
     /// Of the answer, where it was asked for.
     pub(crate) tokens: Vec<TokenInfo>,
+    /// Those of them that are `content`: neither reasoning, nor calls, nor the end.
+    content_tokens: Vec<Range<usize>>,
+    /// How many of them are of what was told.
+    told_tokens: usize,
     pub(crate) ending: Ending,
 }
 
@@ -31,6 +36,8 @@ impl Whole {
             content: String::new(),
             calls: Vec::new(),
             tokens: Vec::new(),
+            content_tokens: Vec::new(),
+            told_tokens: 0,
             ending: Ending { reason: EndReason::Stop, stop_string: None, usage: TextUsage::default() },
         }
     }
@@ -39,12 +46,24 @@ impl Whole {
         match event {
             AnswerEvent::Prompt(infos) => self.prompt.extend(infos),
             AnswerEvent::Tokens(infos) => self.tokens.extend(infos),
-            AnswerEvent::Reasoning(text) => self.reasoning.push_str(&text),
-            AnswerEvent::Content(text) => self.content.push_str(&text),
+            AnswerEvent::Reasoning(text) => {
+                self.told_tokens = self.tokens.len();
+                self.reasoning.push_str(&text);
+            }
+            AnswerEvent::Content(text) => {
+                let from = std::mem::replace(&mut self.told_tokens, self.tokens.len());
+                match self.content_tokens.last_mut().filter(|last| last.end == from) {
+                    Some(last) => last.end = self.tokens.len(),
+                    None => self.content_tokens.push(from..self.tokens.len()),
+                }
+                self.content.push_str(&text);
+            }
             AnswerEvent::ToolCall { call: _, id, name } => {
+                self.told_tokens = self.tokens.len();
                 self.calls.push(ToolCall { id, name, arguments: String::new() });
             }
             AnswerEvent::Arguments { call, text } => {
+                self.told_tokens = self.tokens.len();
                 if let Some(call) = self.calls.get_mut(call) {
                     call.arguments.push_str(&text);
                 }
@@ -52,6 +71,11 @@ impl Whole {
             AnswerEvent::ToolCallEnd { .. } => {}
             AnswerEvent::Ended(ending) => self.ending = ending,
         }
+    }
+
+    /// The tokens of `content`, where they were asked for.
+    pub(crate) fn content_tokens(&self) -> impl Iterator<Item = &[TokenInfo]> {
+        self.content_tokens.iter().map(|range| &self.tokens[range.clone()])
     }
 
     /// How probable the model found the answer, for each token.
@@ -119,4 +143,42 @@ pub(crate) fn total_usage(usages: impl IntoIterator<Item = TextUsage>, n: usize)
         });
     }
     total.unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tokens_of_the_content_are_told_apart() {
+        let info = |token| TokenInfo { token, logprobs: None };
+        let tokens = |tokens: &[u32]| AnswerEvent::Tokens(tokens.iter().map(|&token| info(token)).collect());
+        let check = |events: Vec<AnswerEvent>, expected: &[u32]| {
+            let mut whole = Whole::new();
+            events.into_iter().for_each(|event| whole.add(event));
+            let found: Vec<u32> = whole.content_tokens().flatten().map(|info| info.token).collect();
+            assert_eq!(found, expected);
+        };
+        let content = || AnswerEvent::Content("x".to_owned());
+        let reasoning = || AnswerEvent::Reasoning("x".to_owned());
+        let call = || AnswerEvent::ToolCall { call: 0, id: String::new(), name: String::new() };
+        let arguments = || AnswerEvent::Arguments { call: 0, text: "x".to_owned() };
+        check(vec![content()], &[]);
+        check(vec![tokens(&[1, 2]), content(), tokens(&[3]), tokens(&[4]), content()], &[1, 2, 3, 4]);
+        // The last one is the end of the text.
+        check(vec![tokens(&[1]), reasoning(), tokens(&[2]), content(), tokens(&[3])], &[2]);
+        check(
+            vec![
+                tokens(&[1]),
+                content(),
+                tokens(&[2]),
+                call(),
+                tokens(&[3]),
+                arguments(),
+                tokens(&[4]),
+                content(),
+            ],
+            &[1, 4],
+        );
+    }
 }

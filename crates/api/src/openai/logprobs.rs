@@ -16,14 +16,15 @@ pub(crate) struct ChatLogprobs {
     refusal: (),
 }
 
-#[derive(Debug, Serialize, JsonSchema)]
-struct ChatToken {
+/// One token of an answer; `/v1/responses` writes it in the same words.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+pub(crate) struct ChatToken {
     #[serde(flatten)]
     token: ChatAlternative,
     top_logprobs: Vec<ChatAlternative>,
 }
 
-#[derive(Debug, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 struct ChatAlternative {
     token: String,
     logprob: f32,
@@ -32,24 +33,31 @@ struct ChatAlternative {
 
 impl ChatLogprobs {
     pub(crate) fn new(tokens: &[TokenInfo], text: &ModelText) -> Self {
-        let alternative = |token: TokenId, logprob: f32| {
-            let bytes = text.token_bytes(token);
-            let token = String::from_utf8_lossy(&bytes).into_owned();
-            ChatAlternative { token, logprob: logprob.max(LOGPROB_MIN), bytes }
-        };
-        let content = tokens.iter().filter_map(|info| {
-            let logprobs = info.logprobs.as_ref()?;
-            Some(ChatToken {
-                token: alternative(info.token, logprobs.logprob),
-                top_logprobs: logprobs
-                    .top
-                    .iter()
-                    .map(|&(token, logprob)| alternative(token, logprob))
-                    .collect(),
-            })
-        });
-        Self { content: content.collect(), refusal: () }
+        Self { content: chat_tokens(tokens, text), refusal: () }
     }
+}
+
+impl ChatToken {
+    /// About how much memory it takes.
+    pub(crate) fn memory(&self) -> usize {
+        let all = self.top_logprobs.iter().chain([&self.token]);
+        all.map(|one| size_of::<ChatAlternative>() + one.token.len() + one.bytes.len()).sum()
+    }
+}
+
+/// Each of these tokens, with its alternatives.
+pub(crate) fn chat_tokens(tokens: &[TokenInfo], text: &ModelText) -> Vec<ChatToken> {
+    let alternative = |token: TokenId, logprob: f32| {
+        let bytes = text.token_bytes(token);
+        let token = String::from_utf8_lossy(&bytes).into_owned();
+        ChatAlternative { token, logprob: logprob.max(LOGPROB_MIN), bytes }
+    };
+    let told = tokens.iter().filter_map(|info| {
+        let logprobs = info.logprobs.as_ref()?;
+        let top = logprobs.top.iter().map(|&(token, logprob)| alternative(token, logprob));
+        Some(ChatToken { token: alternative(info.token, logprobs.logprob), top_logprobs: top.collect() })
+    });
+    told.collect()
 }
 
 /// `logprobs` of a completion's choice.

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     error::ApiError,
     job::Whole,
-    prompt::unix_seconds,
+    prompt::{ModelText, unix_seconds},
     text::{EndReason, TextUsage},
 };
 use schemars::JsonSchema;
@@ -106,8 +106,8 @@ impl ResponseJson {
     }
 
     /// The same, complete.
-    pub(super) fn answered(self, id: RequestId, whole: &Whole) -> Self {
-        let output = output(id, whole, item_status(whole.ending.reason));
+    pub(super) fn answered(self, id: RequestId, whole: &Whole, text: &ModelText) -> Self {
+        let output = output(id, whole, text, item_status(whole.ending.reason));
         self.ended(output, whole.ending.reason, whole.ending.usage)
     }
 

@@ -8,17 +8,20 @@ use super::{
 use crate::{
     error::ApiError,
     handlers::stream::{Format, Frames},
-    text::{AnswerEvent, Ending, TextUsage},
+    openai::logprobs::{ChatToken, chat_tokens},
+    prompt::ModelText,
+    text::{AnswerEvent, Ending, TextUsage, TokenInfo},
 };
 use serde::Serialize;
 use serde_json::{Value, json};
+use std::sync::Arc;
 use types::RequestId;
 
 /// The item that grows.
 #[derive(Debug)]
 enum Open {
     Reasoning { id: String, text: String },
-    Message { id: String, text: String },
+    Message { id: String, text: String, logprobs: Vec<ChatToken> },
     Call { id: String, call_id: String, name: String, arguments: String },
 }
 
@@ -27,6 +30,9 @@ enum Open {
 pub(super) struct ResponseEvents {
     request: RequestId,
     response: ResponseJson,
+    text: Arc<ModelText>,
+    /// Tokens whose text is told next; none where nobody asked for them.
+    tokens: Vec<TokenInfo>,
     /// Where the response goes once it is over; none where it is not stored.
     keep: Option<Keep>,
     sequence_number: u64,
@@ -35,8 +41,14 @@ pub(super) struct ResponseEvents {
 }
 
 impl ResponseEvents {
-    pub(super) fn new(request: RequestId, response: ResponseJson, keep: Option<Keep>) -> Self {
-        Self { request, response, keep, sequence_number: 0, open: None, output: Vec::new() }
+    pub(super) fn new(
+        request: RequestId,
+        response: ResponseJson,
+        text: Arc<ModelText>,
+        keep: Option<Keep>,
+    ) -> Self {
+        let (tokens, output) = (Vec::new(), Vec::new());
+        Self { request, response, text, tokens, keep, sequence_number: 0, open: None, output }
     }
 
     fn reasoning(&mut self, piece: &str, out: &mut Frames) {
@@ -56,14 +68,16 @@ impl ResponseEvents {
         if !matches!(self.open, Some(Open::Message { .. })) {
             self.close("completed", out);
             let id = item_id("msg", self.request, self.output.len());
-            self.add(Open::Message { id, text: String::new() }, out);
+            self.add(Open::Message { id, text: String::new(), logprobs: Vec::new() }, out);
         }
+        let told = chat_tokens(&std::mem::take(&mut self.tokens), &self.text);
         let index = self.output.len();
-        let Some(Open::Message { id, text }) = &mut self.open else { return };
+        let Some(Open::Message { id, text, logprobs }) = &mut self.open else { return };
         text.push_str(piece);
         let fields = json!({
-            "item_id": id, "output_index": index, "content_index": 0, "delta": piece, "logprobs": [],
+            "item_id": id, "output_index": index, "content_index": 0, "delta": piece, "logprobs": told,
         });
+        logprobs.extend(told);
         self.write("response.output_text.delta", fields, out);
     }
 
@@ -85,7 +99,7 @@ impl ResponseEvents {
                 (id, reasoning_item(id.clone(), "", GROWING), Some(to_value(&part)))
             }
             Open::Message { id, .. } => {
-                let part = OutputPart::new("");
+                let part = OutputPart::new("", Vec::new());
                 (id, message_item(id.clone(), Vec::new(), GROWING), Some(to_value(&part)))
             }
             Open::Call { id, call_id, name, .. } => {
@@ -117,11 +131,11 @@ impl ResponseEvents {
                 self.write("response.content_part.done", with(&at, "part", to_value(&part)), out);
                 reasoning_item(id, &text, status)
             }
-            Open::Message { id, text } => {
+            Open::Message { id, text, logprobs } => {
                 let at = json!({"item_id": id, "output_index": index, "content_index": 0});
-                let done = with(&with(&at, "text", text.as_str()), "logprobs", json!([]));
+                let done = with(&with(&at, "text", text.as_str()), "logprobs", to_value(&logprobs));
                 self.write("response.output_text.done", done, out);
-                let part = OutputPart::new(text);
+                let part = OutputPart::new(text, logprobs);
                 self.write("response.content_part.done", with(&at, "part", to_value(&part)), out);
                 message_item(id, vec![part], status)
             }
@@ -141,7 +155,7 @@ impl ResponseEvents {
         // An answer without anything is an empty text.
         if self.open.is_none() && self.output.is_empty() {
             let id = item_id("msg", self.request, 0);
-            self.add(Open::Message { id, text: String::new() }, out);
+            self.add(Open::Message { id, text: String::new(), logprobs: Vec::new() }, out);
         }
         self.close(status, out);
         let output = std::mem::take(&mut self.output);
@@ -174,9 +188,14 @@ impl Format for ResponseEvents {
     }
 
     fn event(&mut self, _choice: usize, event: AnswerEvent, out: &mut Frames) {
+        // Tokens go with the text that they are; those of anything else are not told in this protocol.
+        if !matches!(event, AnswerEvent::Content(_) | AnswerEvent::Tokens(_)) {
+            self.tokens.clear();
+        }
         match event {
             // Not asked for in this protocol.
-            AnswerEvent::Prompt(_) | AnswerEvent::Tokens(_) => {}
+            AnswerEvent::Prompt(_) => {}
+            AnswerEvent::Tokens(tokens) => self.tokens.extend(tokens),
             AnswerEvent::Reasoning(text) => self.reasoning(&text, out),
             AnswerEvent::Content(text) => self.content(&text, out),
             AnswerEvent::ToolCall { call: _, id: call_id, name } => {

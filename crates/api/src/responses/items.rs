@@ -2,7 +2,11 @@
 
 use crate::{
     job::{Message, ToolCall, Whole},
-    openai::request::Role,
+    openai::{
+        logprobs::{ChatToken, chat_tokens},
+        request::Role,
+    },
+    prompt::ModelText,
     text_or::TextOr,
 };
 use schemars::JsonSchema;
@@ -207,14 +211,14 @@ pub(super) enum OutputPart {
         text: String,
         /// Always empty.
         annotations: [(); 0],
-        /// Always empty.
-        logprobs: [(); 0],
+        /// Of the text's tokens, where `include` asked for them.
+        logprobs: Vec<ChatToken>,
     },
 }
 
 impl OutputPart {
-    pub(super) fn new(text: impl Into<String>) -> Self {
-        Self::OutputText { text: text.into(), annotations: [], logprobs: [] }
+    pub(super) fn new(text: impl Into<String>, logprobs: Vec<ChatToken>) -> Self {
+        Self::OutputText { text: text.into(), annotations: [], logprobs }
     }
 }
 
@@ -236,13 +240,19 @@ pub(super) fn message_item(id: String, content: Vec<OutputPart>, status: &'stati
 }
 
 /// The items of a whole answer.
-pub(super) fn output(request: RequestId, whole: &Whole, status: &'static str) -> Vec<OutputItem> {
+pub(super) fn output(
+    request: RequestId,
+    whole: &Whole,
+    text: &ModelText,
+    status: &'static str,
+) -> Vec<OutputItem> {
     let mut items = Vec::new();
     if !whole.reasoning.is_empty() {
         items.push(reasoning_item(item_id("rs", request, 0), &whole.reasoning, status));
     }
     if !whole.content.is_empty() || whole.reasoning.is_empty() && whole.calls.is_empty() {
-        let content = vec![OutputPart::new(whole.content.as_str())];
+        let logprobs = whole.content_tokens().flat_map(|tokens| chat_tokens(tokens, text)).collect();
+        let content = vec![OutputPart::new(whole.content.as_str(), logprobs)];
         items.push(message_item(item_id("msg", request, items.len()), content, status));
     }
     for ToolCall { id, name, arguments } in &whole.calls {
@@ -255,6 +265,15 @@ pub(super) fn output(request: RequestId, whole: &Whole, status: &'static str) ->
         });
     }
     items
+}
+
+/// About how much memory the log-probabilities of these items take.
+pub(super) fn logprobs_memory(items: &[OutputItem]) -> usize {
+    let parts = items.iter().flat_map(|item| match item {
+        OutputItem::Message { content, .. } => content.as_slice(),
+        _ => &[],
+    });
+    parts.flat_map(|OutputPart::OutputText { logprobs, .. }| logprobs).map(ChatToken::memory).sum()
 }
 
 /// The message that an answer is to whoever goes on from it.

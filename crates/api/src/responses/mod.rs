@@ -55,12 +55,13 @@ pub(crate) async fn create(
     let responses = state.responses.clone();
     let keep = store.then(|| Keep { store: responses, client: caller.client, input, messages, bytes });
     let started = start(&state, job).await?;
+    let text = started.text.clone();
     if streamed {
-        return Ok(stream(started, 1, ResponseEvents::new(caller.id, response, keep)));
+        return Ok(stream(started, 1, ResponseEvents::new(caller.id, response, text, keep)));
     }
     let route = started.route;
     let answers = collect(started.outputs).await?;
-    let response = response.answered(caller.id, &answers[0]);
+    let response = response.answered(caller.id, &answers[0], &text);
     if let Some(keep) = keep {
         keep.keep(response.clone());
     }

@@ -15,6 +15,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de::Error};
 use serde_json::{Map, Value, json};
 
+/// What `include` may have: the log-probabilities of the text's tokens.
+const TEXT_LOGPROBS: &str = "message.output_text.logprobs";
+/// Characters of another name that an error repeats.
+const SHOWN_CHARS_MAX: usize = 64;
+
 /// `POST /v1/responses`.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct ResponsesRequest {
@@ -58,12 +63,15 @@ pub(crate) struct ResponsesRequest {
     prompt_cache_key: Option<String>,
     #[serde(default)]
     truncation: Given,
+    /// What is told beside the usual.
     #[serde(default)]
-    include: Given,
+    include: Option<Vec<String>>,
     #[serde(default)]
     background: Given,
+    /// Alternatives to each token of the text, where `include` asks for its log-probabilities.
     #[serde(default)]
-    top_logprobs: Given,
+    #[schemars(range(min = 0, max = 20))]
+    top_logprobs: Option<i64>,
     #[serde(default)]
     max_tool_calls: Given,
     #[serde(default)]
@@ -157,6 +165,7 @@ pub(super) struct Echo {
     text: EchoText,
     tool_choice: ToolChoiceParam,
     tools: Vec<ToolParam>,
+    top_logprobs: i64,
     top_p: f32,
     truncation: &'static str,
     user: Option<String>,
@@ -196,9 +205,15 @@ impl ResponsesRequest {
             false => Err(ApiError::Unsupported { param: param.to_owned(), value: given.to_string() }),
         };
         off("truncation", &request.truncation, request.truncation.is_text(&["disabled"]))?;
-        off("include", &request.include, request.include.is_nothing())?;
+        let included = request.include.iter().flatten().enumerate();
+        if let Some((index, other)) = included.into_iter().find(|(_, name)| *name != TEXT_LOGPROBS) {
+            let shown: String = other.chars().take(SHOWN_CHARS_MAX).collect();
+            return Err(ApiError::Unsupported {
+                param: format!("include[{index}]"),
+                value: format!("{shown:?}"),
+            });
+        }
         off("background", &request.background, request.background.is_off())?;
-        off("top_logprobs", &request.top_logprobs, request.top_logprobs.is_number(0.0))?;
         off("max_tool_calls", &request.max_tool_calls, request.max_tool_calls.is_nothing())?;
         off("prompt", &request.prompt, request.prompt.is_nothing())?;
         off("conversation", &request.conversation, request.conversation.is_nothing())?;
@@ -221,6 +236,14 @@ impl ResponsesRequest {
             return Err(ApiError::parameter("input", "input is empty; at least one item is needed"));
         }
         let messages = messages(&input);
+        let logprobs = match (self.include.is_some_and(|names| !names.is_empty()), self.top_logprobs) {
+            (true, top) => Some(top.unwrap_or(0)),
+            (false, None | Some(0)) => None,
+            (false, Some(top)) => {
+                let message = format!("top_logprobs is {top}; include must have {TEXT_LOGPROBS:?} then");
+                return Err(ApiError::parameter("top_logprobs", message));
+            }
+        };
         let params: Vec<ToolParam> =
             self.tools.unwrap_or_default().into_iter().map(|Object(tool)| tool).collect();
         let tools = params.iter().enumerate().map(|(index, tool)| tool.to_tool(index));
@@ -242,6 +265,7 @@ impl ResponsesRequest {
             text: EchoText { format: format.clone() },
             tool_choice: tool_choice.clone(),
             tools: params,
+            top_logprobs: logprobs.unwrap_or(0),
             top_p: self.top_p.unwrap_or(1.0),
             truncation: "disabled",
             user: self.user.clone(),
@@ -266,6 +290,8 @@ impl ResponsesRequest {
             parameters: RawParameters {
                 temperature: self.temperature,
                 top_p: self.top_p,
+                logprobs,
+                logprobs_param: "top_logprobs",
                 max_tokens: self.max_output_tokens,
                 user: self.user,
                 prompt_cache_key: self.prompt_cache_key,

@@ -4,7 +4,7 @@
 
 use super::{
     answer::ResponseJson,
-    items::{InputItem, said},
+    items::{InputItem, logprobs_memory, said},
 };
 use crate::job::Message;
 use std::{
@@ -56,6 +56,7 @@ impl Keep {
         });
         // The request is there as input and in what the response repeats of it; the answer twice, too.
         let bytes = size_of::<Stored>() + 2 * self.bytes + 2 * texts.sum::<usize>();
+        let bytes = bytes + logprobs_memory(&response.output);
         self.store.insert(
             self.client,
             bytes,
