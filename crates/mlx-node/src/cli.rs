@@ -7,12 +7,17 @@ use crate::{
     config::{self, Config, Values},
     doctor,
     endpoint::AskError,
-    engine, failed, inspect, key, pull, serve,
+    engine, failed, inspect, key, pull, serve, service,
     settings::Settings,
     status::{self, Sight},
 };
 use clap::{CommandFactory, Parser, Subcommand};
-use std::{future::Future, io, path::PathBuf, process::ExitCode};
+use std::{
+    future::Future,
+    io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 /// One OpenAI-compatible endpoint out of the Macs on a network.
 ///
@@ -111,6 +116,9 @@ enum Command {
         /// Which shell
         shell: clap_complete::Shell,
     },
+    /// Have the system run `serve` at every login
+    #[command(subcommand)]
+    Service(ServiceCommand),
     /// Measure this machine
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -167,6 +175,16 @@ enum KeyCommand {
         /// The key's file [default: the one that the settings name]
         file: Option<PathBuf>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum ServiceCommand {
+    /// Install and start it for this user, with the settings of the configuration file
+    Install,
+    /// Stop and remove it; requests that run are finished first
+    Uninstall,
+    /// Say whether it is installed and runs
+    Status,
 }
 
 #[derive(Debug, Subcommand)]
@@ -236,6 +254,7 @@ pub(crate) fn run() -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "mlx-node", &mut io::stdout());
             Ok(())
         }
+        Some(Command::Service(command)) => run_service(&command, file.as_deref(), &top),
         Some(Command::Bench(BenchCommand::Serve { arguments, settings })) => {
             load(*settings).and_then(|values| {
                 block_on(bench_serve::run(&values, &arguments))?.map_err(|error| match error {
@@ -267,6 +286,19 @@ fn block_on<T>(command: impl Future<Output = T>) -> Result<T, ExitCode> {
     Ok(outcome)
 }
 
+fn run_service(command: &ServiceCommand, file: Option<&Path>, flags: &Config) -> Result<(), ExitCode> {
+    let outcome = match command {
+        ServiceCommand::Install => service::install(file, flags).map(|()| true),
+        ServiceCommand::Uninstall => service::uninstall().map(|()| true),
+        ServiceCommand::Status => service::status(),
+    };
+    match outcome {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(ExitCode::from(EXIT_FAILED)),
+        Err(error) => Err(failed(if error.is_usage() { EXIT_USAGE } else { EXIT_FAILED }, error)),
+    }
+}
+
 fn failed_to_ask(error: AskError) -> ExitCode {
     let code = if matches!(error, AskError::Unreachable { .. }) { EXIT_UNREACHABLE } else { EXIT_FAILED };
     failed(code, error)
@@ -291,5 +323,116 @@ fn show(values: &Values) {
         for (name, value) in pipeline.shown() {
             println!("{name} = {value}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::error::ErrorKind;
+    use std::{collections::BTreeSet, fs};
+
+    /// Every command line that a text shows: lines that begin with the program, and the same between backticks. An
+    /// explanation begins after two blanks or at a `#`; brackets mean that a part may be left out.
+    fn shown(text: &str) -> Vec<Vec<String>> {
+        let inline = text.split('`').skip(1).step_by(2).map(|code| code.replace('\n', " "));
+        text.lines()
+            .map(str::to_owned)
+            .chain(inline)
+            .filter_map(|line| {
+                let line = line.trim();
+                (line == "mlx-node" || line.starts_with("mlx-node ")).then(|| {
+                    let command = line.split("  ").next().unwrap_or_default();
+                    let command = command.split(" #").next().unwrap_or_default().replace(['[', ']'], "");
+                    command.split_whitespace().filter(|&word| word != "…").map(str::to_owned).collect()
+                })
+            })
+            .collect()
+    }
+
+    /// Why the program would not take a line; parts that a line leaves out do not matter.
+    fn refused(words: &[String]) -> Option<String> {
+        match Cli::try_parse_from(words) {
+            Ok(_) => None,
+            Err(error) => match error.kind() {
+                ErrorKind::MissingRequiredArgument
+                | ErrorKind::MissingSubcommand
+                | ErrorKind::DisplayHelp
+                | ErrorKind::DisplayVersion
+                | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => None,
+                _ => Some(error.to_string()),
+            },
+        }
+    }
+
+    fn flags(command: &clap::Command, into: &mut BTreeSet<String>) {
+        into.extend(
+            command.get_arguments().filter_map(|argument| Some(format!("--{}", argument.get_long()?))),
+        );
+        for command in command.get_subcommands() {
+            flags(command, into);
+        }
+    }
+
+    #[test]
+    fn documents_show_commands_that_exist() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let mut files = vec![root.join("README.md"), root.join("SECURITY.md"), root.join("crates/README.md")];
+        let docs = fs::read_dir(root.join("docs")).expect("there").map(|entry| entry.expect("read").path());
+        files.extend(docs.filter(|path| path.extension().is_some_and(|extension| extension == "md")));
+        let mut known = BTreeSet::new();
+        flags(&Cli::command(), &mut known);
+        let mut commands = 0;
+        for file in files {
+            let text = fs::read_to_string(&file).expect("there");
+            for words in shown(&text) {
+                commands += 1;
+                assert_eq!(refused(&words), None, "{}: {}", file.display(), words.join(" "));
+            }
+            // Settings named by their variables, programs of this repository.
+            for word in text.split(|c: char| !(c.is_alphanumeric() || "_-/.".contains(c))) {
+                if let Some(setting) = word.strip_prefix("MLX_NODE_").filter(|setting| !setting.is_empty()) {
+                    let setting = setting.to_ascii_lowercase();
+                    let is_known = Config::NAMES.contains(&setting.as_str())
+                        || ["config", "relocatable"].contains(&setting.as_str());
+                    assert!(is_known, "{}: {word}", file.display());
+                }
+                let program = word.trim_end_matches(['.', '/']);
+                if program.starts_with("scripts/") {
+                    assert!(root.join(program).exists(), "{}: {program}", file.display());
+                }
+            }
+            // A flag alone between backticks is one of ours; the measurements' page names other programs' flags, too.
+            if file.ends_with("docs/performance.md") {
+                continue;
+            }
+            for code in text.split('`').skip(1).step_by(2).filter(|code| code.starts_with("--")) {
+                let flag = code.split([' ', '=', '\n']).next().unwrap_or_default();
+                assert!(known.contains(flag), "{}: {flag}", file.display());
+            }
+        }
+        assert!(
+            commands >= 20,
+            "only {commands} commands were found: is it still looked for them as they are written?"
+        );
+    }
+
+    #[test]
+    fn commands_that_do_not_exist_are_found() {
+        let check = |text: &str, expected: &[&str], taken: bool| {
+            let found = shown(text);
+            assert_eq!(found, [expected], "{text:?}");
+            assert_eq!(refused(&found[0]).is_none(), taken, "{text:?}");
+        };
+        check("    mlx-node status [--watch]    looks", &["mlx-node", "status", "--watch"], true);
+        check(
+            "so `mlx-node bench\nserve … --rate 4` does",
+            &["mlx-node", "bench", "serve", "--rate", "4"],
+            true,
+        );
+        check("    mlx-node convert   # packs", &["mlx-node", "convert"], true);
+        check("    mlx-node status --wach", &["mlx-node", "status", "--wach"], false);
+        check("`mlx-node stats`", &["mlx-node", "stats"], false);
+        check("mlx-node --max-batch many", &["mlx-node", "--max-batch", "many"], false);
     }
 }

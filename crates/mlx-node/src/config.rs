@@ -87,6 +87,11 @@ macro_rules! settings {
                 Self { $($name: self.$name.or(under.$name),)+ pipelines }
             }
 
+            /// Whether nothing is said at all.
+            pub(crate) fn is_empty(&self) -> bool {
+                self.pipelines.is_empty() $(&& self.$name.is_none())+
+            }
+
             /// Fills in the defaults.
             pub(crate) fn resolve(self) -> Values {
                 Values {

@@ -21,6 +21,7 @@ mod logging;
 mod pipelines;
 mod pull;
 mod serve;
+mod service;
 mod settings;
 mod status;
 mod table;

@@ -333,3 +333,67 @@ mod endpoint {
         )
     }
 }
+
+/// A `systemctl` that writes down how it was called and answers as the file beside it says.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_service_is_installed_looked_at_and_removed() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name);
+    let unit = at("config/systemd/user/mlx-node.service");
+    let path = |with: &str| vec![("PATH".to_owned(), at(with).display().to_string())];
+    let service = |arguments: &[&str], path: &[(String, String)], code: i32, expected: &str| {
+        let variables: Vec<(&str, &str)> = path.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+        let output = run(folder.path(), arguments, &variables);
+        let said = text(&output.stdout) + &text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        assert!(said.contains(expected), "{arguments:?}: {expected:?} is not in\n{said}");
+    };
+    // Nothing to run, nothing that would run, nobody to run it: each is said, and nothing is left.
+    service(&["service", "install"], &path("none"), 2, "no configuration file");
+    fs::write(at("cluster.toml"), "max_batch = 4\n").expect("written");
+    service(&["service", "install"], &path("none"), 2, "no model is set");
+    fs::write(at("cluster.toml"), "model = \"org/model\"\ndrain_timeout = \"20 s\"\n").expect("written");
+    service(&["--max-batch", "2", "service", "install"], &path("none"), 2, "instead of giving flags");
+    service(&["service", "install"], &path("none"), 1, "systemd is not to be had");
+    service(&["service", "uninstall"], &path("none"), 0, "not installed");
+    service(&["service", "status"], &path("none"), 1, "not installed");
+    assert!(!unit.exists());
+
+    let systemctl = at("bin/systemctl");
+    fs::create_dir(at("bin")).expect("made");
+    let answers = |script: &str| {
+        let log = at("called").display().to_string();
+        fs::write(&systemctl, format!("#!/bin/sh\necho \"$*\" >>'{log}'\n{script}\n")).expect("written");
+        fs::set_permissions(&systemctl, fs::Permissions::from_mode(0o700)).expect("made a program");
+    };
+    let called = || {
+        let log = fs::read_to_string(at("called")).unwrap_or_default();
+        let _ = fs::remove_file(at("called"));
+        log
+    };
+    answers("case $* in *enable*) echo no such unit >&2; exit 1 ;; esac");
+    service(&["service", "install"], &path("bin"), 1, "no such unit");
+    assert!(!unit.exists(), "a unit that does not start is not left behind");
+    called();
+
+    answers("echo ActiveState=active");
+    service(&["service", "install"], &path("bin"), 0, "installed");
+    assert_eq!(
+        called(),
+        "--user show-environment\n--user daemon-reload\n--user enable --now mlx-node.service\n"
+    );
+    let written = fs::read_to_string(&unit).expect("installed");
+    let config = fs::canonicalize(at("cluster.toml")).expect("there");
+    let line = format!("serve --config \"{}\"", config.display());
+    assert!(written.contains(&line) && written.contains("TimeoutStopSec=30\n"), "{written}");
+    service(&["service", "install"], &path("bin"), 1, "is there already");
+    service(&["service", "status"], &path("bin"), 0, "runs");
+    answers("echo ActiveState=failed");
+    service(&["service", "status"], &path("bin"), 1, "ActiveState=failed");
+    called();
+    service(&["service", "uninstall"], &path("bin"), 0, "removed");
+    assert_eq!(called(), "--user disable --now mlx-node.service\n--user daemon-reload\n");
+    assert!(!unit.exists() && at("cluster.toml").exists());
+}
