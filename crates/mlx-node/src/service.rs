@@ -109,7 +109,7 @@ pub(crate) fn install(file: Option<&Path>, flags: &Config) -> Result<(), Service
     let config = fs::canonicalize(&used).map_err(failed(&used))?;
     let program = std::env::current_exe().map_err(failed(Path::new("mlx-node")))?;
     let job = Job {
-        folder: plain(config.parent().unwrap_or(Path::new("/")))?,
+        folder: plain(config.parent().unwrap_or_else(|| Path::new("/")))?,
         program: plain(&program)?,
         config: plain(&config)?,
         log: plain(&account.home.join("Library/Logs/mlx-node.log"))?,
