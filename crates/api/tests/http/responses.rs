@@ -214,9 +214,9 @@ async fn refusals() {
         ),
         (r#""input": "x", "truncation": "auto""#, "unsupported_parameter", "truncation", "auto"),
         (r#""input": "x", "background": true"#, "unsupported_parameter", "background", "true"),
-        (r#""input": "x", "include": ["x"]"#, "unsupported_parameter", "include", "…"),
+        (r#""input": "x", "include": ["x"]"#, "unsupported_parameter", "include[0]", "\"x\""),
         (r#""input": "x", "conversation": "c""#, "unsupported_parameter", "conversation", "c"),
-        (r#""input": "x", "top_logprobs": 2"#, "unsupported_parameter", "top_logprobs", "2"),
+        (r#""input": "x", "top_logprobs": 2"#, "invalid_value", "top_logprobs", "2"),
         (
             r#""input": "x", "tools": [{"type": "web_search"}]"#,
             "unsupported_parameter",
