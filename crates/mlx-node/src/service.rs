@@ -405,13 +405,13 @@ mod tests {
         );
         check(
             Init::Launchd,
-            "/Users/a & b/<x>",
+            "/accounts/a & b/<x>",
             &[
                 "<key>Label</key><string>mlx-cluster.mlx-node</string>",
-                "<array><string>/Users/a &amp; b/&lt;x&gt;/bin/mlx-node</string><string>serve</string>\
-                 <string>--config</string><string>/Users/a &amp; b/&lt;x&gt;/cluster.toml</string></array>",
-                "<key>WorkingDirectory</key><string>/Users/a &amp; b/&lt;x&gt;</string>",
-                "<key>StandardErrorPath</key><string>/Users/a &amp; b/&lt;x&gt;/mlx-node.log</string>",
+                "<array><string>/accounts/a &amp; b/&lt;x&gt;/bin/mlx-node</string><string>serve</string>\
+                 <string>--config</string><string>/accounts/a &amp; b/&lt;x&gt;/cluster.toml</string></array>",
+                "<key>WorkingDirectory</key><string>/accounts/a &amp; b/&lt;x&gt;</string>",
+                "<key>StandardErrorPath</key><string>/accounts/a &amp; b/&lt;x&gt;/mlx-node.log</string>",
                 "<key>ExitTimeOut</key><integer>70</integer>",
             ],
         );
@@ -420,7 +420,7 @@ mod tests {
     #[test]
     fn commands_name_the_user_and_the_service() {
         let check = |init, start: &[&str], stop: &str, look: &str| {
-            let account = Account { home: PathBuf::from("/Users/ada"), uid: 501, init };
+            let account = Account { home: PathBuf::from("/accounts/ada"), uid: 501, init };
             let joined = |commands: Vec<Vec<String>>| -> Vec<String> {
                 commands.iter().map(|command| command.join(" ")).collect()
             };
@@ -430,7 +430,7 @@ mod tests {
         };
         check(
             Init::Launchd,
-            &["launchctl bootstrap gui/501 /Users/ada/Library/LaunchAgents/mlx-cluster.mlx-node.plist"],
+            &["launchctl bootstrap gui/501 /accounts/ada/Library/LaunchAgents/mlx-cluster.mlx-node.plist"],
             "launchctl bootout gui/501/mlx-cluster.mlx-node",
             "launchctl print gui/501/mlx-cluster.mlx-node",
         );
