@@ -3,13 +3,15 @@
 use std::{
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
-    sync::mpsc::{Receiver, Sender, channel},
+    sync::mpsc::{Receiver, sync_channel},
     thread,
     time::{Duration, Instant},
 };
 
 /// Bytes read at once.
 const CHUNK_BYTES: usize = 256 << 10;
+/// Chunks on their way: far more than ranks have in flight.
+const CHUNKS_MAX: usize = 4096;
 /// How long who is relayed to may take to listen.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(20);
 /// Between two attempts.
@@ -53,7 +55,7 @@ fn relay(from: &TcpStream, to: SocketAddrV4, delay: Duration) -> io::Result<()> 
 
 /// Two threads: one notes when bytes came, one hands them on when it is time.
 fn one_way(mut from: TcpStream, to: TcpStream, delay: Duration) {
-    let (sender, receiver): (Sender<(Instant, Vec<u8>)>, _) = channel();
+    let (sender, receiver) = sync_channel::<(Instant, Vec<u8>)>(CHUNKS_MAX);
     thread::spawn(move || {
         let mut chunk = vec![0; CHUNK_BYTES];
         while let Ok(count) = from.read(&mut chunk) {

@@ -93,7 +93,7 @@ pub enum Action {
     Plan { round: u64, members: Vec<NodeId> },
     /// Start what the round planned.
     Start { epoch: u64, round: u64 },
-    /// End the epoch. Where a member was `lost`, its requests are to go on elsewhere.
+    /// End the epoch; requests that its engine had are to go on in the next one, or elsewhere.
     Tear { epoch: u64, reason: String },
 }
 
