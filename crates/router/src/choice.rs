@@ -1,6 +1,6 @@
 //! Which of the nodes that could take a request gets it, by each policy.
 
-use crate::cost::Work;
+use crate::cost::{Usual, Work};
 use crate::node::KnownNode;
 use crate::query::Excluded;
 use crate::settings::{Policy, RivalSettings, RouterSettings};
@@ -40,8 +40,7 @@ pub(crate) struct Occasion<'a> {
     pub(crate) session: Option<NodeId>,
     /// Requests routed so far.
     pub(crate) turn: u64,
-    /// See [`KnownNode::work`].
-    pub(crate) answer_tokens: f64,
+    pub(crate) usual: Usual,
     pub(crate) now: Instant,
 }
 
@@ -78,7 +77,7 @@ impl Occasion<'_> {
     }
 
     fn work<'a>(&self, one: &Candidate<'a>) -> Work<'a> {
-        one.known.work(self.answer_tokens, 0.0, self.now)
+        one.known.work(self.usual, 0.0, self.now)
     }
 
     fn lmetric(&self, one: &Candidate<'_>) -> f64 {

@@ -85,6 +85,16 @@ impl Job {
     }
 }
 
+/// What is usual, of all nodes together.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Usual {
+    /// Tokens of an answer.
+    pub(crate) answer_tokens: f64,
+    /// How long decode steps turn out to take, relative to what engines measure before their first pass: what disturbs that
+    /// (machines that start together, clocks that are not up yet) disturbs it on all.
+    pub(crate) correction: f64,
+}
+
 /// A node's work as seen now, booked requests included.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Work<'a> {
@@ -104,7 +114,7 @@ pub(crate) struct Work<'a> {
     /// Requests a second that it gets, and the share of its time that their prompts take.
     pub(crate) arrivals_per_s: f64,
     pub(crate) utilization: f64,
-    pub(crate) answer_tokens: f64,
+    pub(crate) usual: Usual,
     pub(crate) rtt: Duration,
 }
 
@@ -146,7 +156,8 @@ impl Work<'_> {
     /// Seconds of a decode step with so many rows.
     pub(crate) fn step_s(&self, rows: u32) -> f64 {
         let Some(load) = self.load else { return self.predictor.step_s(0.05) };
-        let told = if load.decode_step_s[0] > 0.0 { table_s(load, rows) } else { rates_s(load, rows) };
+        let correction = if load.passes == 0 { self.usual.correction } else { 1.0 };
+        let told = told_step_s(load, rows) * correction;
         self.predictor.step_s(if told.is_finite() { told.max(0.0) } else { 0.0 })
     }
 
@@ -162,7 +173,7 @@ impl Work<'_> {
         }
         let told = self.load.map_or(0, |load| load.decode_backlog_tokens.min(TOKENS_MAX));
         let tokens_left = told.saturating_add(self.booked_decode);
-        let tokens_left = (tokens_left as f64).min(f64::from(self.requests) * self.answer_tokens);
+        let tokens_left = (tokens_left as f64).min(f64::from(self.requests) * self.usual.answer_tokens);
         // Rows end one after the other, so the first of `slots` ends after a fraction of a row's mean.
         let turns = f64::from(self.requests - slots + 1) / f64::from(slots.max(1));
         tokens_left / f64::from(self.requests.max(1)) * self.step_s(self.rows()) * turns
@@ -214,6 +225,11 @@ impl Work<'_> {
             others_s: job.others * (weights.others * delayed * prefill_s + read_s),
         }
     }
+}
+
+/// Seconds of a decode step with so many rows, as a node tells.
+pub(crate) fn told_step_s(load: &NodeLoad, rows: u32) -> f64 {
+    if load.decode_step_s[0] > 0.0 { table_s(load, rows) } else { rates_s(load, rows) }
 }
 
 fn rates_s(load: &NodeLoad, rows: u32) -> f64 {

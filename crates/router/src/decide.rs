@@ -50,7 +50,7 @@ impl Router {
             prompt_tokens: query.prompt_tokens,
             session: query.session.and_then(|session| self.sessions.node(session)),
             turn: self.booked,
-            answer_tokens: self.answer_tokens,
+            usual: self.usual(),
             now,
         };
         match (occasion.choose(&all), free_s) {
@@ -82,7 +82,7 @@ impl Router {
     /// Whether some node that serves the model has room for one more: only then is it worth asking for who waits.
     pub fn has_room(&self, model: &str, now: Instant) -> bool {
         self.nodes.values().any(|known| {
-            let work = || known.work(self.answer_tokens, 0.0, now);
+            let work = || known.work(self.usual(), 0.0, now);
             known.is_ready() && known.serves(model) && known.lacks_room(&work(), &self.settings).is_none()
         })
     }
@@ -125,7 +125,7 @@ impl Router {
         let mut fits_somewhere = false;
         let all = self.nodes.iter().map(|(&node, known)| {
             let card = known.card(query.model);
-            let work = known.work(self.answer_tokens, plan.planned_s(node), now);
+            let work = known.work(self.usual(), plan.planned_s(node), now);
             // The last token is always computed: its logits are the answer.
             let reusable = query.prompt_tokens.saturating_sub(1) as usize;
             let matched_tokens = (matches.blocks(known.slot) * BLOCK_TOKENS).min(reusable) as u32;
@@ -153,7 +153,7 @@ impl Router {
         if !fits_somewhere {
             // A node says so, with the numbers.
             for one in all.iter_mut().filter(|one| one.excluded == Some(Excluded::SmallContext)) {
-                let work = one.known.work(self.answer_tokens, 0.0, now);
+                let work = one.known.work(self.usual(), 0.0, now);
                 one.excluded = one.known.lacks_room(&work, &self.settings);
             }
         }
@@ -168,7 +168,7 @@ impl Router {
         plan: &Plan,
         now: Instant,
     ) -> Cost {
-        let work = one.known.work(self.answer_tokens, plan.planned_s(one.node), now);
+        let work = one.known.work(self.usual(), plan.planned_s(one.node), now);
         let job = Job::new(query, matched_tokens, self.shared_tokens(query), self.answer_tokens);
         work.cost(&job, &self.settings.cost, self.token_s)
     }

@@ -15,7 +15,7 @@ const DRIFT_VARIANCE: f64 = 5e-5;
 /// Variance of a request's time, relative to the predicted one.
 const NOISE_VARIANCE: f64 = 0.1;
 /// Factors and their inverses stay below this, so that no run of odd requests makes a node free, or lost.
-const DRIFT_MAX: f64 = 8.0;
+pub(crate) const DRIFT_MAX: f64 = 8.0;
 /// Errors below this are noise, in seconds; also keeps weights finite.
 const TIME_S_MIN: f64 = 0.02;
 /// Weight of one more request in the mean errors.

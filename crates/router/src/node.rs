@@ -1,9 +1,9 @@
 //! [`KnownNode`]: one node as a router knows it.
 
 use crate::booking::{BookedWork, Booking, BookingStage};
-use crate::cost::Work;
+use crate::cost::{Usual, Work, told_step_s};
 use crate::index::Slot;
-use crate::learned::{Learned, Predictor, RATES_UNKNOWN};
+use crate::learned::{DRIFT_MAX, Learned, Predictor, RATES_UNKNOWN};
 use crate::query::Excluded;
 use crate::settings::RouterSettings;
 use std::collections::BTreeMap;
@@ -32,6 +32,8 @@ pub struct KnownNode {
     /// Requests that it was given so far.
     pub(crate) given: u64,
     pub(crate) predictor: Predictor,
+    /// Seconds of a decode step with one row, as told before its engine had done a pass.
+    untried_step_s: Option<f64>,
     pub(crate) flow: Flow,
 }
 
@@ -83,6 +85,7 @@ impl KnownNode {
             full: false,
             given: 0,
             predictor: Predictor::new(&RATES_UNKNOWN),
+            untried_step_s: None,
             flow: Flow::default(),
         }
     }
@@ -149,8 +152,16 @@ impl KnownNode {
         self.models.iter().find(|card| card.name == model)
     }
 
+    /// How long its decode steps take by what its engine learned from passes, relative to what that measured before its
+    /// first one; none where either is not known.
+    pub(crate) fn correction(&self) -> Option<f64> {
+        let (load, untried_s) = (self.load()?, self.untried_step_s?);
+        let ratio = told_step_s(load, 1) / untried_s;
+        (load.passes > 0 && ratio.is_finite()).then(|| ratio.clamp(1.0 / DRIFT_MAX, DRIFT_MAX))
+    }
+
     /// Its work at `now`, where `planned_s` of what waits at the router comes before the next request.
-    pub(crate) fn work(&self, answer_tokens: f64, planned_s: f64, now: Instant) -> Work<'_> {
+    pub(crate) fn work(&self, usual: Usual, planned_s: f64, now: Instant) -> Work<'_> {
         let (arrivals_per_s, utilization) = self.flow.rates(now);
         let load = self.load();
         let reported = load.map_or(0, |load| load.running.saturating_add(load.waiting));
@@ -165,7 +176,7 @@ impl KnownNode {
             planned_s,
             arrivals_per_s,
             utilization,
-            answer_tokens,
+            usual,
             rtt: self.rtt,
         }
     }
@@ -188,6 +199,9 @@ impl KnownNode {
     pub(crate) fn reported(&mut self, load: NodeLoad, now: Instant) {
         if self.load.is_none() {
             self.predictor = Predictor::new(&load.rates);
+        }
+        if load.passes == 0 {
+            self.untried_step_s = Some(told_step_s(&load, 1));
         }
         self.load = Some((load, now));
         self.ended = 0;

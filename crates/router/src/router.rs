@@ -1,7 +1,7 @@
 //! The state machine: nodes, what was sent to them, and the choice between them.
 
 use crate::booking::{Booking, BookingId, BookingStage};
-use crate::cost::Job;
+use crate::cost::{Job, Usual};
 use crate::index::{CacheIndex, Slot};
 use crate::learned::Learned;
 use crate::node::KnownNode;
@@ -37,6 +37,8 @@ pub struct Router {
     pub(crate) models_seen: BTreeSet<String>,
     /// Mean tokens of an answer.
     pub(crate) answer_tokens: f64,
+    /// Sum and number of what nodes' decode steps turned out to take ([`KnownNode::correction`]).
+    corrections: (f64, u32),
     /// Seconds in which a usual node reads a token.
     pub(crate) token_s: f64,
     /// Load reports so far.
@@ -55,6 +57,7 @@ impl Router {
             booked: 0,
             models_seen: BTreeSet::new(),
             answer_tokens: ANSWER_TOKENS,
+            corrections: (0.0, 0),
             token_s: 0.0,
             reports: 0,
         }
@@ -96,7 +99,10 @@ impl Router {
     pub fn load(&mut self, node: NodeId, load: NodeLoad, now: Instant) {
         if let Some(known) = self.nodes.get_mut(&node) {
             let first = known.load.is_none();
+            let before = known.correction();
             known.reported(load, now);
+            let after = known.correction();
+            self.corrected(before, after);
             self.reports += 1;
             if first || self.reports.is_multiple_of(REPORTS_LOOKED_AT) {
                 let told = || self.nodes.values().filter(|known| known.load.is_some());
@@ -123,6 +129,7 @@ impl Router {
     /// A node is gone.
     pub fn node_down(&mut self, node: NodeId) {
         if let Some(known) = self.nodes.remove(&node) {
+            self.corrected(known.correction(), None);
             self.forget(known.slot);
             for booking in known.bookings.into_values() {
                 self.speculation.dropped(booking.guess);
@@ -181,9 +188,10 @@ impl Router {
 
     /// Commits to a route just given: counts its work as the node's until the node's reports do.
     pub fn book(&mut self, route: &Route, query: &RouteQuery<'_>, now: Instant) -> Option<BookingId> {
+        let usual = self.usual();
         let known = self.nodes.get_mut(&route.node)?;
-        let job = Job::new(query, route.matched_tokens, 0, self.answer_tokens);
-        let work = known.work(self.answer_tokens, 0.0, now);
+        let job = Job::new(query, route.matched_tokens, 0, usual.answer_tokens);
+        let work = known.work(usual, 0.0, now);
         let booking = Booking {
             stage: BookingStage::Sent,
             prefill_tokens: job.uncached_tokens,
@@ -318,6 +326,19 @@ impl Router {
     /// Blocks that nodes were sent and have not told of yet.
     pub fn expected_blocks(&self) -> usize {
         self.speculation.noted()
+    }
+
+    pub(crate) fn usual(&self) -> Usual {
+        let (sum, count) = self.corrections;
+        let correction = if count == 0 { 1.0 } else { sum / f64::from(count) };
+        Usual { answer_tokens: self.answer_tokens, correction }
+    }
+
+    /// A node's correction is another one now.
+    fn corrected(&mut self, before: Option<f64>, after: Option<f64>) {
+        let (sum, count) = &mut self.corrections;
+        *sum += after.unwrap_or(0.0) - before.unwrap_or(0.0);
+        *count = *count + u32::from(after.is_some()) - u32::from(before.is_some());
     }
 
     fn forget(&mut self, slot: Slot) {

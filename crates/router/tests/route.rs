@@ -394,3 +394,28 @@ fn who_is_in_a_hurry_costs_others_more() {
     // The urgent one leaves the busy node first, the one that can wait last.
     assert_eq!(seen, [[2, 1, 1], [2, 2, 1], [2, 2, 2]]);
 }
+
+/// Two engines that started together measured themselves at half their speed. One has worked since, and tells better; the
+/// other, which had nothing to do and so nothing to learn from, is as fast.
+#[test]
+fn a_node_that_had_no_work_yet_is_taken_to_be_as_wrong_as_those_that_had() {
+    let told = |step_s: f32, passes: u64, running: u32| {
+        let mut load = load(700.0, running, 0);
+        (load.slots, load.passes, load.decode_step_s) = (4, passes, [step_s; 8]);
+        load
+    };
+    let fresh = |step_s: f32| told(step_s, 0, 0);
+    let mut case = Case::new(&[fresh(0.030), fresh(0.030)]);
+    // Four answers are being written there.
+    case.load(1, told(0.015, 20, 4));
+    case.check(&prompt(3, 39), 2, RouteReason::LeastWork);
+    // Who comes later did not hear what was told before the first pass, and has to believe what it hears.
+    let later = Case::new(&[told(0.015, 20, 4), fresh(0.030)]);
+    later.check(&prompt(3, 39), 1, RouteReason::LeastWork);
+    // Who has gone is no measure any more.
+    case.router.node_down(NodeId(1));
+    assert!(case.router.node_up(NodeId(3)));
+    case.state(3, EngineState::Ready);
+    case.load(3, told(0.015, 20, 4));
+    case.check(&prompt(3, 39), 3, RouteReason::LeastWork);
+}
