@@ -91,7 +91,8 @@ pub(crate) struct Usual {
     /// Tokens of an answer.
     pub(crate) answer_tokens: f64,
     /// How long decode steps turn out to take, relative to what engines measure before their first pass: what disturbs that
-    /// (machines that start together, clocks that are not up yet) disturbs it on all.
+    /// (machines that start together, clocks that are not up yet) disturbs it on all. At most 1: a node that seems too fast
+    /// gets a request and learns, one that seems too slow gets none and never would.
     pub(crate) correction: f64,
 }
 

@@ -330,7 +330,7 @@ impl Router {
 
     pub(crate) fn usual(&self) -> Usual {
         let (sum, count) = self.corrections;
-        let correction = if count == 0 { 1.0 } else { sum / f64::from(count) };
+        let correction = if count == 0 { 1.0 } else { (sum / f64::from(count)).min(1.0) };
         Usual { answer_tokens: self.answer_tokens, correction }
     }
 

@@ -412,6 +412,10 @@ fn a_node_that_had_no_work_yet_is_taken_to_be_as_wrong_as_those_that_had() {
     // Who comes later did not hear what was told before the first pass, and has to believe what it hears.
     let later = Case::new(&[told(0.015, 20, 4), fresh(0.030)]);
     later.check(&prompt(3, 39), 1, RouteReason::LeastWork);
+    // Where steps turn out longer than measured, who has not worked is believed: else it might never be asked to.
+    let mut slower = Case::new(&[fresh(0.010), fresh(0.015)]);
+    slower.load(1, told(0.060, 20, 2));
+    slower.check(&prompt(3, 39), 2, RouteReason::LeastWork);
     // Who has gone is no measure any more.
     case.router.node_down(NodeId(1));
     assert!(case.router.node_up(NodeId(3)));
