@@ -146,21 +146,6 @@ fn listen(
     })))
 }
 
-/// Whether this version can do what is asked for: a node that waited for a pipeline that nobody starts would look like one
-/// that is slow to load.
-fn check_pipeline(settings: &Settings) -> Result<(), ExitCode> {
-    match &settings.pipeline {
-        Some(pipeline) => Err(failed(
-            EXIT_FAILED,
-            format_args!(
-                "[[pipeline]] {:?}: this version reads pipelines' configuration, but its nodes do not start their processes yet",
-                pipeline.model
-            ),
-        )),
-        None => Ok(()),
-    }
-}
-
 fn node_settings(settings: Settings, Parts { engine, pipeline }: Parts) -> Result<NodeSettings, ExitCode> {
     let mut id = [0; 16];
     getrandom::fill(&mut id)
@@ -193,7 +178,6 @@ struct Parts {
 }
 
 fn parts(settings: &Settings, model: &ModelSettings) -> Result<Parts, ExitCode> {
-    check_pipeline(settings)?;
     let command = EngineCommand::find(model)?;
     let Some(pipeline) = &settings.pipeline else {
         return Ok(Parts { engine: Some(command.of(None)), pipeline: None });
@@ -209,7 +193,6 @@ fn parts(settings: &Settings, model: &ModelSettings) -> Result<Parts, ExitCode> 
         rows,
         kv_tokens: pipeline.kv_tokens.into(),
         memory_bytes: pipeline.memory.clone().fixed().map(|bytes| bytes.0),
-        direct: pipeline.direct,
         forced: pipeline.forced,
         command: Arc::new(command),
     };
@@ -256,8 +239,12 @@ impl EngineCommand {
 }
 
 impl RankCommand for EngineCommand {
-    fn command(&self, task: &RankTask) -> EngineCommandLine {
+    fn task(&self, task: &RankTask) -> EngineCommandLine {
         self.of(Some(task.clone()))
+    }
+
+    fn whole(&self) -> EngineCommandLine {
+        self.of(None)
     }
 }
 

@@ -64,7 +64,7 @@ impl Actor for EngineActor {
                 let (settings, engine) = (state.settings.clone(), state.engine.clone());
                 let stop = state.stop.subscribe();
                 state.child = Some(tokio::spawn(async move {
-                    let end = engine_child::run(&settings, &engine, stop).await;
+                    let end = engine_child::run(&settings, &engine, stop, None).await;
                     // Fails only where the actor has stopped, which knows already.
                     let _ = myself.send_message(EngineMsg::Ended(end));
                 }));

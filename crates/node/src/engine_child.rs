@@ -6,7 +6,7 @@
 use crate::engine_actor::EngineActorSettings;
 use crate::engine_handle::{EngineHandle, ProtocolError};
 use crate::engine_start::{EngineLife, StartedEngine};
-use crate::settings::{ENGINE_EXIT_TIME_MAX, ENGINE_REAP_TIME_MAX};
+use crate::settings::{ENGINE_EXIT_TIME_MAX, ENGINE_REAP_TIME_MAX, RANK_SILENCE_MAX, RANK_START_TIME_MAX};
 use bytes::BytesMut;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -25,17 +25,43 @@ pub(crate) struct ChildEnd {
     pub(crate) ready_for: Option<Duration>,
 }
 
-/// Runs a child until it ends or `stop` turns true. When this returns, the process is gone and `engine` says so.
+/// What the supervisor of a pipeline hears of the first rank, beside what that serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HeadNews {
+    /// It and its neighbours have found each other.
+    Joined,
+    /// It serves.
+    Ready,
+}
+
+/// That supervisor.
+#[derive(Clone, Copy)]
+pub(crate) struct HeadWatch<'a> {
+    /// Told of news.
+    pub(crate) on: &'a (dyn Fn(HeadNews) + Send + Sync),
+    /// It has neighbours, and so beats.
+    pub(crate) beats: bool,
+}
+
+/// Runs a child until it ends or `stop` turns true. When this returns, the process is gone and `engine` says so. A
+/// pipeline's first rank is killed where it stops beating, and when it is to stop: its neighbours go at the same time.
 pub(crate) async fn run(
     EngineActorSettings { starter, load_time_max, silence_max }: &EngineActorSettings,
     engine: &EngineHandle,
     mut stop: watch::Receiver<bool>,
+    watch: Option<HeadWatch<'_>>,
 ) -> ChildEnd {
     let end = match starter.start() {
         Ok(StartedEngine { commands, reports, life: mut child }) => {
             let writer = tokio::spawn(write_commands(commands, engine.child_started()));
-            let mut life =
-                Life { engine, loading: String::new(), ready: None, failed: None, silence_max: *silence_max };
+            let mut life = Life {
+                engine,
+                watch,
+                loading: String::new(),
+                ready: None,
+                failed: None,
+                silence_max: *silence_max,
+            };
             let seen = life.read(reports, Instant::now() + *load_time_max, &mut stop).await;
             // Whatever happens from here on, nothing more is accepted for it.
             let status = reap(&mut *child, seen.is_some()).await;
@@ -55,6 +81,7 @@ pub(crate) async fn run(
 
 struct Life<'a> {
     engine: &'a EngineHandle,
+    watch: Option<HeadWatch<'a>>,
     /// What it was last loading.
     loading: String,
     ready: Option<Instant>,
@@ -74,15 +101,13 @@ impl Life<'_> {
         let decoder = Decoder::<EngineReport>::new(FrameClass::Engine);
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
         let mut stopping = false;
-        let mut deadline = Some(load_deadline);
+        let mut deadline = load_deadline;
+        let beats = self.watch.is_some_and(|watch| watch.beats);
+        let mut beaten = Instant::now() + RANK_START_TIME_MAX;
         loop {
             buffer.reserve(READ_BYTES);
-            let expired = async {
-                match deadline {
-                    Some(at) => sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
+            let silent = beats && beaten < deadline;
+            let expired = sleep_until(if silent { beaten } else { deadline });
             tokio::select! {
                 read = reports.read_buf(&mut buffer) => match read {
                     Ok(0) => return decoder.finish(&buffer).err().map(|error| error.to_string()),
@@ -92,24 +117,30 @@ impl Life<'_> {
                 () = expired => {
                     let waited = match self.ready {
                         _ if stopping => "did not exit when asked",
+                        _ if silent => "does not beat: it hangs or is stopped",
                         None => "was not ready in time",
                         Some(_) => "has said nothing for too long: it hangs",
                     };
                     return Some(format!("the engine {waited}"));
                 }
                 () = stopped(stop), if !stopping => {
+                    if self.watch.is_some() {
+                        return Some("the pipeline is formed anew".to_owned());
+                    }
                     if self.ready.is_none() {
                         // It does not listen while it loads, and has nothing to finish.
                         return Some("the engine was stopped as it was loading".to_owned());
                     }
                     stopping = true;
-                    deadline = Some(Instant::now() + ENGINE_EXIT_TIME_MAX);
+                    deadline = Instant::now() + ENGINE_EXIT_TIME_MAX;
                     self.engine.ask_child_to_exit();
                 }
             }
+            let mut told = false;
             loop {
                 match decoder.next(&mut buffer) {
                     Ok(Some(report)) => {
+                        told |= !matches!(report, EngineReport::Beat { .. });
                         if let Err(error) = self.take(report) {
                             return Some(error.to_string());
                         }
@@ -118,9 +149,17 @@ impl Life<'_> {
                     Err(error) => return Some(format!("protocol error: {error}")),
                 }
             }
-            if self.ready.is_some() && !stopping {
-                deadline = Some(Instant::now() + self.silence_max);
+            beaten = Instant::now() + RANK_SILENCE_MAX;
+            // A rank that beats lives; that it works, what else it says has to show.
+            if told && self.ready.is_some() && !stopping {
+                deadline = Instant::now() + self.silence_max;
             }
+        }
+    }
+
+    fn tell(&self, news: HeadNews) {
+        if let Some(watch) = self.watch {
+            (watch.on)(news);
         }
     }
 
@@ -142,8 +181,11 @@ impl Life<'_> {
                 tracing::info!(model = %card.name, slots, ?rates, "engine ready");
                 self.ready = Some(Instant::now());
                 self.engine.child_ready(card, assets, slots);
+                self.tell(HeadNews::Ready);
             }
             EngineReport::Failed { message } => self.failed = Some(message),
+            EngineReport::Joined if self.watch.is_some() => self.tell(HeadNews::Joined),
+            EngineReport::Beat { .. } if self.watch.is_some() => {}
             EngineReport::Joined
             | EngineReport::StageReady
             | EngineReport::Beat { .. }
@@ -199,7 +241,7 @@ async fn write_commands(
 }
 
 /// Makes sure that the engine is gone, and says how it went.
-async fn reap(life: &mut dyn EngineLife, kill: bool) -> String {
+pub(crate) async fn reap(life: &mut dyn EngineLife, kill: bool) -> String {
     if kill {
         life.kill();
     }

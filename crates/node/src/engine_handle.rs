@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, oneshot, watch};
 use types::{
     AssetsHash, CacheEvent, EngineState, GenerateError, GenerateRequest, ModelAssets, ModelCard, NodeLoad,
-    RequestId, SessionInfo, SessionRequest, TokenEvent, limits,
+    PipelineReport, RequestId, SessionInfo, SessionRequest, TokenEvent, limits,
 };
 use wire::EngineCommand;
 
@@ -31,6 +31,8 @@ pub(crate) struct NodeReport {
     pub(crate) models: Vec<ModelCard>,
     /// None until the engine was ready.
     pub(crate) load: Option<NodeLoad>,
+    /// Of a pipeline's member.
+    pub(crate) pipeline: Option<PipelineReport>,
 }
 
 /// Clones share the engine.
@@ -61,6 +63,7 @@ struct Table {
     /// Answers that are on their way to other machines.
     deliveries: usize,
     commands: Option<mpsc::Sender<EngineCommand>>,
+    pipeline: Option<PipelineReport>,
     /// All requests have been ended here; what the child still says of them is of no use.
     abandoned: bool,
 }
@@ -98,6 +101,7 @@ impl EngineHandle {
             called: 0,
             deliveries: 0,
             commands: None,
+            pipeline: None,
             abandoned: false,
         };
         Self { table: Arc::new(Mutex::new(table)), cache: Arc::default(), changed: watch::Sender::new(()) }
@@ -172,7 +176,8 @@ impl EngineHandle {
             (state, _) => state.clone(),
         };
         let load = table.load.map(|load| table.with_unseen(load));
-        NodeReport { state, models: table.card.iter().cloned().collect(), load }
+        let models = table.card.iter().cloned().collect();
+        NodeReport { state, models, load, pipeline: table.pipeline.clone() }
     }
 
     /// What a router that was told up to `told` has to be told of the cache, and up to where that goes.
@@ -234,6 +239,22 @@ impl EngineHandle {
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
         self.lock().commands = Some(sender);
         commands
+    }
+
+    /// How the pipeline stands that this node is a member of. Where this node's engine does not serve, that is its state.
+    pub(crate) fn pipeline(&self, report: PipelineReport) {
+        let mut table = self.lock();
+        let state = EngineState::Pipeline(report.detail.clone());
+        let same = table.state == EngineState::Ready || table.state == state;
+        if same && table.pipeline.as_ref() == Some(&report) {
+            return;
+        }
+        if table.state != EngineState::Ready {
+            table.state = state;
+        }
+        table.pipeline = Some(report);
+        drop(table);
+        self.changed.send_replace(());
     }
 
     /// Its load is known with its first report of it, which comes with this one.
@@ -388,6 +409,9 @@ impl Table {
             (EngineState::Ready, Some(card)) => card,
             (EngineState::Restarting(seen), _) => {
                 return Err(unavailable(format!("the node's engine is restarting ({seen})")));
+            }
+            (EngineState::Pipeline(how), _) => {
+                return Err(unavailable(format!("the node's pipeline is not up: {how}")));
             }
             _ => return Err(unavailable("the node is loading its model".to_owned())),
         };

@@ -6,8 +6,9 @@ use crate::dispatch::Dispatch;
 use crate::engine_actor::EngineActorSettings;
 use crate::engine_handle::EngineHandle;
 use crate::generate::RouterHandle;
-use crate::node_actor::{NodeActor, NodeActorSettings, NodeMsg};
+use crate::node_actor::{NodeActor, NodeActorSettings, NodeMsg, Serves};
 use crate::peer::PeerSource;
+use crate::pipeline::{EngineTimes, PipelineHost};
 use crate::router_actor::{RouterActor, RouterActorSettings, RouterMsg};
 use crate::settings::{ACTOR_STOP_TIME_MAX, NodeSettings, StartError};
 use crate::uplink::{Claims, UplinkSettings};
@@ -101,25 +102,38 @@ impl Parts {
         is_node: bool,
         is_router: bool,
     ) -> Result<(), StartError> {
+        let dispatch =
+            is_router.then(|| Arc::new(Dispatch::new(settings.cluster.clone(), settings.dispatch.clone())));
+        let mut pipeline = None;
         if is_node {
-            let starter = settings.engine.clone().ok_or(StartError::NoEngine)?;
             let handle = EngineHandle::new();
             let (reports, watched) = watch::channel(handle.report());
-            let engine = EngineActorSettings {
-                starter,
-                load_time_max: settings.model_load_time_max,
-                silence_max: settings.engine_silence_max,
+            let serves = match &settings.pipeline {
+                Some(of) => {
+                    let dispatch = dispatch.clone().ok_or(StartError::PipelineRoles)?;
+                    let host = PipelineHost::new(of.clone(), settings.id, dispatch, handle.clone());
+                    pipeline = Some(host.clone());
+                    let times = EngineTimes {
+                        load_max: settings.model_load_time_max,
+                        silence_max: settings.engine_silence_max,
+                    };
+                    Serves::Pipeline(host, settings.name.clone(), times)
+                }
+                None => Serves::Engine(EngineActorSettings {
+                    starter: settings.engine.clone().ok_or(StartError::NoEngine)?,
+                    load_time_max: settings.model_load_time_max,
+                    silence_max: settings.engine_silence_max,
+                }),
             };
-            let arguments = NodeActorSettings { engine, handle: handle.clone(), reports };
+            let arguments = NodeActorSettings { serves, handle: handle.clone(), reports };
             let (actor, _) = Actor::spawn(None, NodeActor, arguments).await?;
             self.engine = Some((handle.clone(), actor, watched));
-            if settings.wait_for_model {
+            if settings.wait_for_model && pipeline.is_none() {
                 wait_for_model(&handle).await?;
             }
         }
         let engine = self.engine.as_ref();
-        if is_router {
-            let dispatch = Arc::new(Dispatch::new(settings.cluster.clone(), settings.dispatch.clone()));
+        if let Some(dispatch) = dispatch {
             let local = engine.map(|(engine, _, reports)| PeerSource::Local {
                 hello: hello.clone(),
                 engine: engine.clone(),
@@ -149,6 +163,7 @@ impl Parts {
             engine: engine.clone(),
             reports: reports.clone(),
             claims: Claims::default(),
+            pipeline: pipeline.clone(),
         });
         let arguments = DiscoveryActorSettings { discovery, id: settings.id, uplinks };
         let (actor, _) = Actor::spawn(None, DiscoveryActor, arguments).await?;

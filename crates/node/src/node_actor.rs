@@ -1,4 +1,4 @@
-//! The node: hosts the engine supervisor and tells routers how the engine is.
+//! The node: hosts the supervisor of its engine, or of its part in a pipeline, and tells routers how that is.
 //!
 //! [`NodeActor`] owns the supervisor and the reporter, a task that turns the engine's changes into [`NodeReport`]s:
 //! at most one in [`limits::LOAD_INTERVAL_MIN`], at least one in [`limits::LOAD_INTERVAL_MAX`]. Peers watch the last one;
@@ -6,8 +6,9 @@
 
 use crate::engine_actor::{EngineActor, EngineActorSettings};
 use crate::engine_handle::{EngineHandle, NodeReport};
+use crate::pipeline::{EngineTimes, PipelineActor, PipelineHost};
 use crate::settings::ACTOR_STOP_TIME_MAX;
-use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout_at};
@@ -15,8 +16,16 @@ use types::limits;
 
 pub(crate) struct NodeActor;
 
+/// What serves a node's model.
+pub(crate) enum Serves {
+    /// An engine of its own.
+    Engine(EngineActorSettings),
+    /// A pipeline, in which it has a part under this name.
+    Pipeline(PipelineHost, String, EngineTimes),
+}
+
 pub(crate) struct NodeActorSettings {
-    pub(crate) engine: EngineActorSettings,
+    pub(crate) serves: Serves,
     pub(crate) handle: EngineHandle,
     pub(crate) reports: watch::Sender<NodeReport>,
 }
@@ -28,7 +37,8 @@ pub(crate) enum NodeMsg {
 
 pub(crate) struct NodeActorState {
     handle: EngineHandle,
-    engine: ActorRef<crate::engine_actor::EngineMsg>,
+    /// The supervisor of its engine, or of its part in a pipeline.
+    supervisor: ActorCell,
     reporter: JoinHandle<()>,
 }
 
@@ -42,11 +52,21 @@ impl Actor for NodeActor {
         myself: ActorRef<NodeMsg>,
         settings: NodeActorSettings,
     ) -> Result<NodeActorState, ActorProcessingErr> {
-        let NodeActorSettings { engine, handle, reports } = settings;
+        let NodeActorSettings { serves, handle, reports } = settings;
         let reporter = tokio::spawn(report(handle.clone(), reports));
-        let arguments = (engine, handle.clone());
-        let (engine, _) = Actor::spawn_linked(None, EngineActor, arguments, myself.get_cell()).await?;
-        Ok(NodeActorState { handle, engine, reporter })
+        let supervisor = match serves {
+            Serves::Engine(engine) => {
+                let arguments = (engine, handle.clone());
+                let started = Actor::spawn_linked(None, EngineActor, arguments, myself.get_cell()).await?;
+                started.0.get_cell()
+            }
+            Serves::Pipeline(host, name, times) => {
+                let arguments = (host, name, times);
+                let started = Actor::spawn_linked(None, PipelineActor, arguments, myself.get_cell()).await?;
+                started.0.get_cell()
+            }
+        };
+        Ok(NodeActorState { handle, supervisor, reporter })
     }
 
     async fn handle(
@@ -79,7 +99,7 @@ impl Actor for NodeActor {
         _: ActorRef<NodeMsg>,
         state: &mut NodeActorState,
     ) -> Result<(), ActorProcessingErr> {
-        if let Err(error) = state.engine.stop_and_wait(None, Some(ACTOR_STOP_TIME_MAX)).await {
+        if let Err(error) = state.supervisor.stop_and_wait(None, Some(ACTOR_STOP_TIME_MAX)).await {
             tracing::warn!(%error, "the engine supervisor does not stop");
         }
         state.reporter.abort();

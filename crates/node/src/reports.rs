@@ -5,18 +5,21 @@
 
 use crate::cache_mirror::{CacheCursor, CacheNews, blocks_of};
 use crate::engine_handle::{EngineHandle, NodeReport};
-use types::{CacheEvent, CacheSnapshot, EngineState, ModelCard, limits::CACHE_BLOCKS_SENT_MAX};
+use types::{
+    CacheEvent, CacheSnapshot, EngineState, ModelCard, PipelineReport, limits::CACHE_BLOCKS_SENT_MAX,
+};
 use wire::Control;
 
 pub(crate) struct Teller {
     engine: EngineHandle,
     state: Option<(EngineState, Vec<ModelCard>)>,
+    pipeline: Option<PipelineReport>,
     cache: Option<CacheCursor>,
 }
 
 impl Teller {
     pub(crate) fn new(engine: EngineHandle) -> Self {
-        Self { engine, state: None, cache: None }
+        Self { engine, state: None, pipeline: None, cache: None }
     }
 
     /// The router has to be told the whole cache again.
@@ -26,8 +29,13 @@ impl Teller {
 
     /// What is new, in the order in which it is to be told: what a load counts as done is in the cache before.
     pub(crate) fn news(&mut self, report: NodeReport) -> Vec<Control> {
-        let NodeReport { state, models, load } = report;
+        let NodeReport { state, models, load, pipeline } = report;
         let mut news = Vec::new();
+        // First, as it says whether a state without an engine will pass.
+        if let Some(report) = pipeline.filter(|report| self.pipeline.as_ref() != Some(report)) {
+            self.pipeline = Some(report.clone());
+            news.push(Control::Pipeline(report));
+        }
         let now = (state, models);
         if self.state.as_ref() != Some(&now) {
             let (state, models) = now.clone();

@@ -26,6 +26,11 @@ pub(crate) const RESTART_DELAY_MAX: Duration = Duration::from_secs(30);
 pub(crate) const STABLE_AFTER: Duration = Duration::from_secs(60);
 /// Slots believed of an engine child, whatever it reports: bounds everything sized by them.
 pub(crate) const ENGINE_SLOTS_MAX: u32 = 1024;
+/// A rank of a pipeline tells every 250 ms that it lives; one that does not for this long hangs or is stopped, and the others
+/// wait for it.
+pub(crate) const RANK_SILENCE_MAX: Duration = Duration::from_millis(1800);
+/// From the start of a rank's process to its first word: it is loaded by the system, on a machine that may be busy.
+pub(crate) const RANK_START_TIME_MAX: Duration = Duration::from_secs(10);
 /// First wait before a router is dialled again.
 pub(crate) const REDIAL_DELAY: Duration = Duration::from_millis(200);
 /// The longest: a router that returns should have its nodes back within 2 s.
@@ -109,6 +114,11 @@ pub enum StartError {
     /// The node role without an engine.
     #[error("the role \"node\" needs an engine to start, and none is configured")]
     NoEngine,
+    /// A pipeline's member that others cannot reach.
+    #[error(
+        "a member of a pipeline needs both roles, \"node\" and \"router\": members reach each other through them"
+    )]
+    PipelineRoles,
     /// The socket cannot be had.
     #[error(transparent)]
     Transport(#[from] transport::TransportError),

@@ -5,6 +5,7 @@
 //! one that turns out to be this process, is connected to once, or not at all.
 
 use crate::engine_handle::{EngineHandle, NodeReport};
+use crate::pipeline::PipelineHost;
 use crate::reports::Teller;
 use crate::settings::{ACCEPT_HELD_MAX, REDIAL_DELAY, REDIAL_DELAY_MAX, REDIAL_DELAY_REFUSED};
 use futures_util::StreamExt;
@@ -26,6 +27,8 @@ pub(crate) struct UplinkSettings {
     pub(crate) engine: EngineHandle,
     pub(crate) reports: watch::Receiver<NodeReport>,
     pub(crate) claims: Claims,
+    /// What this node does for a pipeline.
+    pub(crate) pipeline: Option<PipelineHost>,
 }
 
 /// Routers that some uplink is connected to.
@@ -227,7 +230,7 @@ async fn serve(settings: &UplinkSettings, link: RouterLink) -> Served {
     let teller = Teller::new(settings.engine.clone());
     let reason = tokio::select! {
         LinkClosed { reason } = send_reports(&link, teller, settings.reports.clone(), &resync) => reason,
-        () = serve_requests(&link, &settings.engine, &resync) => link.closed().await,
+        () = serve_requests(&link, settings, &resync) => link.closed().await,
         reason = link.closed() => reason,
     };
     drop(claim);
@@ -258,7 +261,8 @@ async fn send_reports(
 }
 
 /// Each request in a task of its own; all end with the connection. The transport bounds how many there are.
-async fn serve_requests(link: &RouterLink, engine: &EngineHandle, resync: &Notify) {
+async fn serve_requests(link: &RouterLink, settings: &UplinkSettings, resync: &Notify) {
+    let UplinkSettings { engine, pipeline, .. } = settings;
     let mut running = JoinSet::new();
     while let Some(request) = link.next_request().await {
         while running.try_join_next().is_some() {}
@@ -285,16 +289,28 @@ async fn serve_requests(link: &RouterLink, engine: &EngineHandle, resync: &Notif
             IncomingRequest::Embed { request, replies } => {
                 running.spawn(serve_embed(engine.clone(), *request, replies));
             }
-            IncomingRequest::Measure { replies, .. } | IncomingRequest::Stage { replies, .. } => {
-                running.spawn(serve_once(replies, std::future::ready(Reply::Rejected(no_pipeline()))));
-            }
-            IncomingRequest::Tunnel(opening) => drop(running.spawn(opening.refuse(no_pipeline()))),
+            IncomingRequest::Measure { query, replies } => drop(match pipeline.clone() {
+                Some(pipeline) => running.spawn(pipeline.serve_measure(query, replies)),
+                None => running.spawn(refuse(replies)),
+            }),
+            IncomingRequest::Stage { order, replies } => drop(match pipeline.clone() {
+                Some(pipeline) => running.spawn(pipeline.serve_stage(order, replies)),
+                None => running.spawn(refuse(replies)),
+            }),
+            IncomingRequest::Tunnel(opening) => drop(match pipeline.clone() {
+                Some(pipeline) => running.spawn(pipeline.serve_tunnel(opening)),
+                None => running.spawn(opening.refuse(no_pipeline())),
+            }),
             IncomingRequest::Resync { replies } => {
                 resync.notify_one();
                 running.spawn(serve_once(replies, std::future::ready(Reply::Resyncing)));
             }
         }
     }
+}
+
+async fn refuse(replies: ReplySender) {
+    serve_once(replies, std::future::ready(Reply::Rejected(no_pipeline()))).await;
 }
 
 /// What is said to another node that takes this one for a member of its pipeline.
@@ -416,7 +432,14 @@ mod tests {
         let (to, hello_router) = (router.local_address(), hello(2));
         let (accepted, link) = tokio::join!(router.accept(&hello_router), endpoint.join(to, hello(1)));
         let (served, claims) = (engine.clone(), Claims::default());
-        let settings = UplinkSettings { endpoint, hello: hello(1), engine: served, reports: watched, claims };
+        let settings = UplinkSettings {
+            endpoint,
+            hello: hello(1),
+            engine: served,
+            reports: watched,
+            claims,
+            pipeline: None,
+        };
         let link = link.expect("joined");
         tokio::spawn(async move { serve(&settings, link).await });
         let (peer, control) = accepted.expect("open");
@@ -527,7 +550,14 @@ mod tests {
         let (reports, watched) = watch::channel(engine.report());
         let claims = Claims::default();
         let claim = claims.claim(NodeId(2)).expect("the first");
-        let settings = UplinkSettings { endpoint: node, hello: hello(1), engine, reports: watched, claims };
+        let settings = UplinkSettings {
+            endpoint: node,
+            hello: hello(1),
+            engine,
+            reports: watched,
+            claims,
+            pipeline: None,
+        };
         let addresses = watch::Sender::new(vec![known.local_address()]);
         let dialling = tokio::spawn(dial(settings, addresses.subscribe()));
         let joined = async |router: &Endpoint, id: u128| {

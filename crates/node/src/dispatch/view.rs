@@ -2,9 +2,11 @@
 
 use super::ask::Ask;
 use super::{Dispatch, State, now};
+use crate::pipeline::Seen;
 use crate::settings::TRIES_MAX;
 use crate::target::Target;
 use router::RouteError;
+use std::collections::BTreeMap;
 use transport::Peer;
 use types::{
     AssetsHash, ClusterView, EngineState, GenerateError, ModelCard, NodeId, NodePrediction, NodeView,
@@ -61,6 +63,29 @@ impl Dispatch {
             matches!(known, Some(EngineState::Ready | EngineState::Draining))
         });
         holders.map(|(&node, entry)| (node, entry.hello.name.clone(), entry.target.clone())).collect()
+    }
+
+    /// Another node that is connected.
+    pub(crate) fn peer(&self, node: NodeId) -> Option<Peer> {
+        self.lock().nodes.get(&node)?.target.peer().cloned()
+    }
+
+    /// A node's name for people, or its id.
+    pub(crate) fn name(&self, node: NodeId) -> String {
+        let state = self.lock();
+        state.nodes.get(&node).map_or_else(|| node.to_string(), |entry| entry.hello.name.clone())
+    }
+
+    /// Other nodes that tell of a pipeline of this model, and do not leave.
+    pub(crate) fn pipeline_members(&self, model: &str) -> BTreeMap<NodeId, Seen> {
+        let state = self.lock();
+        let seen = state.nodes.iter().filter_map(|(&node, entry)| {
+            let report = entry.pipeline.as_ref().filter(|report| report.model == model)?;
+            let leaves = state.router.node(node).is_none_or(|it| *it.state() == EngineState::Draining);
+            let is_other = entry.target.peer().is_some();
+            (is_other && !leaves).then(|| (node, Seen { name: entry.hello.name.clone(), head: report.head }))
+        });
+        seen.collect()
     }
 
     pub(crate) fn view(&self) -> ClusterView {

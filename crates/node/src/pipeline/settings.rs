@@ -9,7 +9,10 @@ use std::{fmt, sync::Arc};
 /// environment as MLX has them.
 pub trait RankCommand: fmt::Debug + Send + Sync {
     /// The command line of a process with this task.
-    fn command(&self, task: &RankTask) -> EngineCommandLine;
+    fn task(&self, task: &RankTask) -> EngineCommandLine;
+
+    /// The command line of an engine with the whole model: where one member is left that can hold it.
+    fn whole(&self) -> EngineCommandLine;
 }
 
 /// A pipeline that this node is a member of.
@@ -27,8 +30,6 @@ pub struct PipelineSettings {
     pub kv_tokens: u64,
     /// The most memory that this node gives to weights and KV; none: what it finds.
     pub memory_bytes: Option<u64>,
-    /// Ranks reach each other without tunnels: a network that nobody else is on.
-    pub direct: bool,
     /// Also where one member alone would be faster.
     pub forced: bool,
     /// How its processes are started.

@@ -1,0 +1,376 @@
+//! [`PipelineHost`]: what this node does for a pipeline when another member, or its own head, asks: measure, host a stage,
+//! and let the stage before it in.
+//!
+//! A stage lasts as long as the stream on which it was asked for: its process, its ways and its lease are one task's, and go
+//! with it. There is one part at a time on a node: a stage, or the head's own.
+
+use super::PipelineSettings;
+use super::child::{self, Patience};
+use super::group::Event;
+use super::ring::{self, Seat};
+use crate::dispatch::Dispatch;
+use crate::engine_handle::EngineHandle;
+use crate::engine_process::RankTask;
+use futures_util::future::join_all;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+use transport::limits::MEASURE_TIME_MAX;
+use transport::{ReplySender, TunnelOpening};
+use types::{
+    EpochId, GenerateError, LinkProfile, MeasureQuery, MemberProfile, NodeId, StageNews, StageOrder,
+    StageProfile, TunnelOrder,
+};
+use wire::{EngineReport, Reply};
+
+/// News of a stage that the head has not read; it hears four beats a second.
+pub(super) const NEWS_MAX: usize = 64;
+/// A process that measures is given up this long before who asked gives up.
+const MEASURE_MARGIN: Duration = Duration::from_secs(5);
+
+/// How long a part may take to end before the next one is refused: its process is killed, and who asks waits
+/// [`transport::limits::ACCEPT_TIME_MAX`].
+const OCCUPY_TIME_MAX: Duration = Duration::from_secs(3);
+
+/// Whoever is told of what happens.
+pub(super) type Listener = Box<dyn Fn(Event) + Send + Sync>;
+
+/// Clones share it.
+#[derive(Clone)]
+pub(crate) struct PipelineHost(Arc<Inner>);
+
+struct Inner {
+    settings: PipelineSettings,
+    own: NodeId,
+    dispatch: Arc<Dispatch>,
+    engine: EngineHandle,
+    part: watch::Sender<Option<Part>>,
+    /// Measured once: a machine that hosts a stage cannot be measured again.
+    profile: tokio::sync::Mutex<Option<StageProfile>>,
+    leased: watch::Sender<Option<EpochId>>,
+    listener: OnceLock<Listener>,
+}
+
+/// This node's place in an epoch, as far as who comes through a tunnel needs it.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    order: TunnelOrder,
+    inlet: std::net::SocketAddrV4,
+    taken: Arc<AtomicBool>,
+    broken: mpsc::Sender<String>,
+}
+
+impl Part {
+    /// Of a rank with a seat; what breaks of its way in comes out of the receiver.
+    pub(super) fn new(epoch: EpochId, rank: u32, seat: &Seat) -> (Self, mpsc::Receiver<String>) {
+        let (broken, breaks) = mpsc::channel(1);
+        let order = TunnelOrder { epoch, rank };
+        (Self { order, inlet: seat.inlet, taken: Arc::default(), broken }, breaks)
+    }
+}
+
+impl PipelineHost {
+    pub(crate) fn new(
+        settings: PipelineSettings,
+        own: NodeId,
+        dispatch: Arc<Dispatch>,
+        engine: EngineHandle,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            settings,
+            own,
+            dispatch,
+            engine,
+            part: watch::Sender::new(None),
+            profile: tokio::sync::Mutex::new(None),
+            leased: watch::Sender::new(None),
+            listener: OnceLock::new(),
+        }))
+    }
+
+    pub(super) fn settings(&self) -> &PipelineSettings {
+        &self.0.settings
+    }
+
+    pub(super) fn own(&self) -> NodeId {
+        self.0.own
+    }
+
+    pub(super) fn dispatch(&self) -> &Dispatch {
+        &self.0.dispatch
+    }
+
+    pub(super) fn engine(&self) -> &EngineHandle {
+        &self.0.engine
+    }
+
+    pub(super) fn listen(&self, listener: Listener) {
+        // A second one would be a second actor.
+        let _ = self.0.listener.set(listener);
+    }
+
+    fn tell(&self, event: Event) {
+        if let Some(listener) = self.0.listener.get() {
+            listener(event);
+        }
+    }
+
+    /// Takes the node's one part, waiting for the one before to end where there is one.
+    pub(super) async fn occupy(&self, epoch: EpochId) -> Result<Occupied, String> {
+        let taken = async {
+            let mut leased = self.0.leased.subscribe();
+            loop {
+                let free = |leased: &mut Option<EpochId>| {
+                    let free = leased.is_none();
+                    free.then(|| *leased = Some(epoch));
+                    free
+                };
+                if self.0.leased.send_if_modified(free) {
+                    return;
+                }
+                // Fails only where the host is gone, and this is its own.
+                let _ = leased.wait_for(Option::is_none).await;
+            }
+        };
+        if timeout(OCCUPY_TIME_MAX, taken).await.is_ok() {
+            return Ok(Occupied { host: self.clone() });
+        }
+        let other = self.0.leased.borrow().map_or_else(String::new, |other| {
+            format!(": it has one in epoch {} of {}", other.number, self.0.dispatch.name(other.head))
+        });
+        Err(format!("this node takes no part{other}"))
+    }
+
+    /// Answers with what this node can do.
+    pub(crate) async fn serve_measure(self, query: MeasureQuery, mut replies: ReplySender) {
+        let cancelled = replies.cancelled();
+        let answer = async {
+            let reply = match self.measure(&query).await {
+                Ok(profile) => Reply::Measured(profile),
+                Err(reason) => Reply::Rejected(self.unavailable(reason)),
+            };
+            // Whoever asked may be gone.
+            let _ = replies.send(reply).await;
+        };
+        tokio::select! {
+            () = answer => {}
+            () = cancelled => {}
+        }
+    }
+
+    pub(super) async fn measure(&self, query: &MeasureQuery) -> Result<MemberProfile, String> {
+        self.check_model(&query.model)?;
+        let others = query.members.iter().filter(|node| **node != self.0.own);
+        let links = join_all(others.map(|node| self.link(*node)));
+        let (stage, links) = tokio::join!(self.stage_profile(), links);
+        Ok(MemberProfile { stage: stage?, links: links.into_iter().flatten().collect() })
+    }
+
+    /// The way to another member; none where there is no connection.
+    async fn link(&self, to: NodeId) -> Option<LinkProfile> {
+        let peer = self.0.dispatch.peer(to)?;
+        let bytes_per_s = peer.probe().await.ok()?;
+        Some(LinkProfile { to, latency_s: peer.rtt().as_secs_f64() / 2.0, bytes_per_s })
+    }
+
+    async fn stage_profile(&self) -> Result<StageProfile, String> {
+        // Whoever asks meanwhile gets the same.
+        let mut known = self.0.profile.lock().await;
+        if let Some(profile) = &*known {
+            return Ok(profile.clone());
+        }
+        let settings = &self.0.settings;
+        let command = settings.command.task(&RankTask::Measure { rows: settings.rows });
+        let patience = Patience::Whole(MEASURE_TIME_MAX.saturating_sub(MEASURE_MARGIN));
+        let mut profile = child::run(&command, patience, |report| match report {
+            EngineReport::Profile(profile) => ControlFlow::Break(Ok(profile)),
+            EngineReport::Loading { .. } => ControlFlow::Continue(()),
+            other => ControlFlow::Break(Err(out_of_turn(&other))),
+        })
+        .await??;
+        if let Some(most) = settings.memory_bytes {
+            profile.memory_bytes = profile.memory_bytes.min(most);
+        }
+        tracing::info!(
+            model = %settings.model,
+            memory_mb = profile.memory_bytes >> 20,
+            layers = profile.layer_bytes.len(),
+            "measured for a pipeline"
+        );
+        Ok(known.insert(profile).clone())
+    }
+
+    /// What was measured is not to be relied on: a start with it failed here.
+    pub(super) fn forget_profile(&self) {
+        if let Ok(mut known) = self.0.profile.try_lock() {
+            *known = None;
+        }
+    }
+
+    /// Hosts a stage until the head has no more use for it.
+    pub(crate) async fn serve_stage(self, order: StageOrder, mut replies: ReplySender) {
+        let occupied = async {
+            self.check(&order)?;
+            self.occupy(order.epoch).await
+        };
+        let occupied = match occupied.await {
+            Ok(occupied) => occupied,
+            Err(reason) => {
+                tracing::warn!(head = %order.epoch.head, %reason, "a stage was refused");
+                let _ = replies.send(Reply::Rejected(self.unavailable(reason))).await;
+                return;
+            }
+        };
+        self.tell(Event::Leased(Some(order.epoch.head)));
+        let (rank, epoch) = (order.rank, order.epoch.number);
+        tracing::info!(head = %order.epoch.head, epoch, rank, layers = ?order.layers[rank as usize], "hosts a stage");
+        let cancelled = replies.cancelled();
+        let reason = tokio::select! {
+            message = self.host(&order, &occupied, &mut replies) => {
+                let _ = replies.send(Reply::Stage(StageNews::Failed { message: message.clone() })).await;
+                message
+            }
+            () = cancelled => "the head has ended it".to_owned(),
+        };
+        drop(occupied);
+        tracing::info!(epoch, rank, %reason, "hosts the stage no longer");
+        self.tell(Event::Leased(None));
+    }
+
+    /// Says why it is over.
+    async fn host(&self, order: &StageOrder, occupied: &Occupied, replies: &mut ReplySender) -> String {
+        let (rank, size) = (order.rank as usize, order.members.len());
+        let next = (rank + 1) % size;
+        let Some(peer) = self.0.dispatch.peer(order.members[next]) else {
+            return format!("the next member, {}, is not connected to this node", order.members[next]);
+        };
+        let seat = match Seat::take(rank, size).await {
+            Ok(seat) => seat,
+            Err(error) => return format!("no port or file for the process: {error}"),
+        };
+        let (part, mut broken) = Part::new(order.epoch, order.rank, &seat);
+        occupied.open(part);
+        let task = RankTask::Rank { layers: order.layers.clone(), kv_tokens: order.kv_tokens };
+        let mut command = self.0.settings.command.task(&task);
+        seat.apply(&mut command);
+        if replies.send(Reply::Stage(StageNews::Started)).await.is_err() {
+            return "the head is gone".to_owned();
+        }
+        let (sender, mut news) = mpsc::channel(NEWS_MAX);
+        let process = child::run(&command, Patience::Beats, |report| {
+            let told = match report {
+                EngineReport::Loading { .. } => return ControlFlow::Continue(()),
+                EngineReport::Joined => StageNews::Joined,
+                EngineReport::StageReady => StageNews::Ready,
+                EngineReport::Beat { passes } => StageNews::Beat { passes },
+                other => return ControlFlow::Break(out_of_turn(&other)),
+            };
+            match sender.try_send(told) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break("the head does not read the stage's news".to_owned()),
+            }
+        });
+        let order = TunnelOrder { epoch: order.epoch, rank: next as u32 };
+        let way = ring::outlet(&seat.outlet, &peer, order);
+        tokio::pin!(process, way);
+        loop {
+            tokio::select! {
+                // Its own words first, then what was seen of its ways.
+                biased;
+                ended = &mut process => return ended.unwrap_or_else(|why| why),
+                Some(news) = news.recv() => {
+                    if let Err(error) = replies.send(Reply::Stage(news)).await {
+                        return error.to_string();
+                    }
+                }
+                why = &mut way => return why,
+                Some(why) = broken.recv() => return why,
+            }
+        }
+    }
+
+    /// Lets the member before this one in, once there is a process for it.
+    pub(crate) async fn serve_tunnel(self, opening: TunnelOpening) {
+        let order = opening.order;
+        let is_it = |part: &Option<Part>| part.as_ref().is_some_and(|part| part.order == order);
+        let mut parts = self.0.part.subscribe();
+        let given_up = opening.cancelled();
+        let found = async {
+            let found = timeout(ring::JOIN_TIME_MAX, parts.wait_for(is_it)).await;
+            found.ok()?.ok()?.clone()
+        };
+        let part = tokio::select! {
+            part = found => part,
+            () = given_up => return,
+        };
+        let part = part.filter(|part| !part.taken.swap(true, Ordering::Relaxed));
+        let Some(part) = part else {
+            let reason = format!("no process waits for rank {} of epoch {}", order.rank, order.epoch.number);
+            return opening.refuse(self.unavailable(reason)).await;
+        };
+        let over = async {
+            // Fails only where the host is gone.
+            let _ = parts.wait_for(|part| !is_it(part)).await;
+        };
+        tokio::select! {
+            why = ring::inlet(opening, part.inlet) => drop(part.broken.try_send(why)),
+            () = over => {}
+        }
+    }
+
+    fn check(&self, order: &StageOrder) -> Result<(), String> {
+        order.check().map_err(|error| error.to_string())?;
+        self.check_model(&order.model)?;
+        if order.members[order.rank as usize] != self.0.own {
+            return Err(format!(
+                "rank {} is {}, and this is {}",
+                order.rank, order.members[order.rank as usize], self.0.own
+            ));
+        }
+        if !order.direct_ports.is_empty() {
+            return Err("ranks reach each other through tunnels only".to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_model(&self, model: &str) -> Result<(), String> {
+        let own = &self.0.settings.model;
+        if model != own {
+            return Err(format!("this node's pipeline is of {own:?}, not of {model:?}"));
+        }
+        Ok(())
+    }
+
+    fn unavailable(&self, reason: String) -> GenerateError {
+        GenerateError::Unavailable { model: self.0.settings.model.clone(), reason }
+    }
+}
+
+/// The node's one part is taken until this is dropped.
+pub(super) struct Occupied {
+    host: PipelineHost,
+}
+
+impl Occupied {
+    /// From now on the member before may come in.
+    pub(super) fn open(&self, part: Part) {
+        self.host.0.part.send_replace(Some(part));
+    }
+}
+
+impl Drop for Occupied {
+    fn drop(&mut self) {
+        self.host.0.part.send_replace(None);
+        self.host.0.leased.send_replace(None);
+    }
+}
+
+/// What a process said that has no business to.
+fn out_of_turn(report: &EngineReport) -> String {
+    let what = format!("{report:?}");
+    let name = what.split([' ', '(', '{']).next().unwrap_or_default();
+    format!("protocol error: the process sent {name} out of turn")
+}
