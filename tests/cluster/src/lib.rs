@@ -9,8 +9,9 @@ mod network;
 mod node;
 
 pub use http::{Answer, Client, Sse, StreamEnd};
+pub use network::stray_connection;
 pub use network::{Network, Place};
-pub use node::{NodeProcess, NodeSpec, free_port, is_alive};
+pub use node::{NodeProcess, NodeSpec, free_port, has_ended, is_alive, ring_address, show};
 
 use std::{
     path::{Path, PathBuf},

@@ -170,8 +170,16 @@ impl NodeProcess {
     /// # Panics
     /// Where it has none.
     pub fn kill_engine(&self) {
+        self.signal_engine(Signal::KILL);
+    }
+
+    /// Sends its engine a signal.
+    ///
+    /// # Panics
+    /// Where it has none.
+    pub fn signal_engine(&self, signal: Signal) {
         let engine = self.engine_pid().expect("an engine runs");
-        kill_process(pid(engine), Signal::KILL).expect("the engine is there");
+        kill_process(pid(engine), signal).expect("the engine is there");
     }
 }
 
@@ -186,8 +194,9 @@ impl Drop for NodeProcess {
     }
 }
 
+/// Says something that belongs to a test's result.
 #[expect(clippy::print_stderr, reason = "the test runner shows it with the failure")]
-fn show(text: &str) {
+pub fn show(text: &str) {
     eprintln!("{text}");
 }
 
@@ -212,6 +221,27 @@ fn child_of(parent: u32) -> Option<u32> {
 /// Whether a process of that id is there.
 pub fn is_alive(id: u32) -> bool {
     test_kill_process(pid(id)).is_ok()
+}
+
+/// Whether a process has ended, also one that nobody has waited for yet.
+pub fn has_ended(id: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+    let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+    !is_alive(id) || state == Some('Z')
+}
+
+/// Where a pipeline's rank waits for the one before it, by its environment; none where it is no rank.
+pub fn ring_address(id: u32) -> Option<SocketAddr> {
+    let environment = fs::read(format!("/proc/{id}/environ")).ok()?;
+    let value = |name: &str| {
+        let mut all =
+            environment.split(|byte| *byte == 0).filter_map(|entry| std::str::from_utf8(entry).ok());
+        all.find_map(|entry| entry.strip_prefix(name)?.strip_prefix('=').map(str::to_owned))
+    };
+    let rank: usize = value("MLX_RANK")?.parse().ok()?;
+    let hosts: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(value("MLX_HOSTFILE")?).ok()?).ok()?;
+    hosts[rank][0].as_str()?.parse().ok()
 }
 
 fn pid(id: u32) -> Pid {

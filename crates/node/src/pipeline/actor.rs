@@ -19,6 +19,10 @@ use types::{PipelinePlan, PipelineReport};
 /// How often it is looked who is there, which is also the group's clock.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
+/// A pipeline that runs is formed anew where that gives so many times its tokens a second: measurements differ by less from
+/// one time to the next, and forming one costs seconds and all caches.
+const GAIN_MIN: f64 = 1.1;
+
 pub(crate) struct PipelineActor;
 
 pub(crate) enum PipelineMsg {
@@ -80,6 +84,7 @@ impl Actor for PipelineActor {
                 Event::Present { seen, quiet: state.host.engine().open_requests() == 0 }
             }
             PipelineMsg::Planned(round, planned) => {
+                let planned = state.worth(planned);
                 let members = planned.as_ref().map(|planned| planned.members.clone());
                 let members = members.map_err(Clone::clone);
                 if let Err(why) = &members {
@@ -161,6 +166,19 @@ impl PipelineState {
                     None => drop(myself.send_message(PipelineMsg::Event(Event::Torn(epoch)))),
                 }
             }
+        }
+    }
+
+    /// What is to come of a plan: where one runs that is about as good, that one.
+    fn worth(&self, found: Result<Planned, super::Unplanned>) -> Result<Planned, super::Unplanned> {
+        let runs = self.plan.as_ref().zip(self.planned.as_ref());
+        match (found, runs) {
+            (Ok(found), Some((plan, (_, running))))
+                if found.plan.tokens_per_s < plan.tokens_per_s * GAIN_MIN =>
+            {
+                Ok(Planned::clone(running))
+            }
+            (found, _) => found,
         }
     }
 
