@@ -66,6 +66,8 @@ struct Table {
     pipeline: Option<PipelineReport>,
     /// All requests have been ended here; what the child still says of them is of no use.
     abandoned: bool,
+    /// The child goes, and nothing that it was asked for is why.
+    excused: bool,
 }
 
 struct Open {
@@ -103,6 +105,7 @@ impl EngineHandle {
             commands: None,
             pipeline: None,
             abandoned: false,
+            excused: false,
         };
         Self { table: Arc::new(Mutex::new(table)), cache: Arc::default(), changed: watch::Sender::new(()) }
     }
@@ -237,7 +240,8 @@ impl EngineHandle {
     /// A child was started: what it is to be sent comes out of here.
     pub(crate) fn child_started(&self) -> mpsc::Receiver<EngineCommand> {
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
-        self.lock().commands = Some(sender);
+        let mut table = self.lock();
+        (table.commands, table.excused) = (Some(sender), false);
         commands
     }
 
@@ -337,6 +341,11 @@ impl EngineHandle {
         Ok(())
     }
 
+    /// The child is about to be ended because others are lost or come: its requests are not what an engine died of.
+    pub(crate) fn excuse(&self) {
+        self.lock().excused = true;
+    }
+
     /// The child is gone: whatever it had ends here, once.
     pub(crate) fn child_ended(&self, reason: &str) {
         let mut table = self.lock();
@@ -345,10 +354,14 @@ impl EngineHandle {
         table.load = None;
         table.failure = Some(reason.to_owned());
         table.calls.clear();
+        let excused = table.excused;
         let (open, embeds) = (std::mem::take(&mut table.requests), std::mem::take(&mut table.embeds));
         drop(table);
         self.lock_cache().restart();
-        end_all(open, embeds, |_| GenerateError::Engine { message: reason.to_owned() });
+        end_all(open, embeds, |tokens| match excused {
+            true => GenerateError::NodeLost { tokens, reason: reason.to_owned() },
+            false => GenerateError::Engine { message: reason.to_owned() },
+        });
         self.changed.send_replace(());
     }
 

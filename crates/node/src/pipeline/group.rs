@@ -316,6 +316,7 @@ impl Group {
         actions: &mut Vec<Action>,
     ) {
         let Some(round) = self.round.take_if(|round| round.number == number) else { return };
+        let is_quiet = self.is_quiet(now);
         match members {
             Ok(members) => {
                 let Some(epoch) = &mut self.epoch else {
@@ -328,7 +329,7 @@ impl Group {
                 let differs = members.iter().collect::<BTreeSet<_>>() != epoch.members.iter().collect();
                 if !differs {
                     self.considered.extend(round.members);
-                } else if matches!(epoch.state, EpochState::Running) && self.quiet.is_some() {
+                } else if matches!(epoch.state, EpochState::Running) && is_quiet {
                     epoch.state = EpochState::Tearing { next: Some((number, members)) };
                     let reason = "the pipeline is formed anew with another member".to_owned();
                     actions.push(Action::Tear { epoch: epoch.number, reason });
@@ -354,6 +355,8 @@ impl Group {
         let Some(epoch) = self.epoch.as_mut().filter(|epoch| epoch.number == number) else { return };
         if matches!(epoch.state, EpochState::Joining { .. } | EpochState::Loading) {
             epoch.state = EpochState::Running;
+            // Requests that waited for it come now.
+            self.quiet = None;
             for member in &epoch.members {
                 self.blamed.remove(member);
             }
@@ -455,6 +458,10 @@ impl Group {
         }
     }
 
+    fn is_quiet(&self, now: Instant) -> bool {
+        self.quiet.is_some_and(|since| now.saturating_duration_since(since) >= QUIET_TIME)
+    }
+
     fn wants_plan(&self, now: Instant) -> bool {
         match &self.epoch {
             None => {
@@ -465,8 +472,7 @@ impl Group {
                 !refused && !waits && self.is_settled(now)
             }
             Some(Epoch { members, state: EpochState::Running, .. }) => {
-                let quiet =
-                    self.quiet.is_some_and(|since| now.saturating_duration_since(since) >= QUIET_TIME);
+                let quiet = self.is_quiet(now);
                 let stays = |node: &NodeId| {
                     let since = self.since.get(node);
                     since.is_some_and(|since| now.saturating_duration_since(*since) >= NEWCOMER_TIME)

@@ -8,18 +8,22 @@ use crate::engine_actor::EngineActorSettings;
 use crate::engine_child::{self, ChildEnd, HeadNews, HeadWatch};
 use crate::engine_process::RankTask;
 use crate::engine_start::EngineCommandLine;
-use futures_util::future::join_all;
+use futures_util::future::{join_all, select_all};
 use router::placement::{self, Goal, Link, Member, PlacedModel, Placement, PlacementError, Rules};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 use transport::{Peer, StageStream};
 use types::{
     BlockHash, EpochId, MeasureQuery, MemberProfile, NodeId, PipelinePlan, PlannedStage, StageNews,
     StageOrder, TunnelOrder,
 };
+
+/// How long it takes at most to see that a member is gone whose stage has ended.
+const LOST_TIME_MAX: Duration = Duration::from_millis(200);
 
 /// What an engine may take and how long it may be silent: as for one without a pipeline.
 #[derive(Debug, Clone, Copy)]
@@ -319,10 +323,21 @@ async fn run_ranks(
     if ended.is_err() && !serves {
         host.forget_profile();
     }
+    if ended.is_ok() || is_lost(host, planned).await {
+        host.engine().excuse();
+    }
     // The others' processes end with these streams, and this one's neighbours with them.
     drop(stages);
     engine.end().await;
     ended
+}
+
+/// Whether a member is gone, rather than its process: its connection may end a little after what runs through it.
+async fn is_lost(host: &PipelineHost, planned: &Planned) -> bool {
+    let peers = planned.members[1..].iter().map(|&node| host.dispatch().peer(node));
+    let Some(peers) = peers.collect::<Option<Vec<Peer>>>() else { return true };
+    let closed = select_all(peers.iter().map(|peer| Box::pin(peer.closed())));
+    timeout(LOST_TIME_MAX, closed).await.is_ok()
 }
 
 /// One more has found its neighbours; `all` is called once, when that was the last.
