@@ -42,8 +42,15 @@ const ROWS_FACTOR_MAX: f64 = 8.0;
 const ROWS_FACTOR_GAIN: f64 = 0.05;
 /// Prompt tokens that a model which saw no step yet may be asked to read in one.
 const FAMILIAR_TOKENS: usize = 256;
+/// Tokens that such a model may be asked to look at ahead of rows in one step.
+const FAMILIAR_DRAFTS: usize = 2;
 /// What of that is left after a step with slices that were smaller.
 const FAMILIAR_LEFT: f64 = 0.95;
+/// Part of a step that a token guessed ahead is taken to cost more than a row, at the first sight of it. Only a scale: what
+/// such tokens cost is learned as soon as they do.
+const DRAFT_SHARE: f64 = 0.125;
+/// Of the coefficients those of a step that ends before the next one is planned, and of a token guessed ahead: of guesses.
+const GUESS_COEFFICIENTS: std::ops::Range<usize> = 6..COEFFICIENTS;
 /// No step is predicted to take less, in seconds: keeps relative errors finite.
 const STEP_S_MIN: f64 = 1e-7;
 
@@ -83,16 +90,39 @@ impl StepShape {
         self.waited = true;
     }
 
-    fn has_rows(self) -> bool {
+    pub(crate) fn has_rows(self) -> bool {
         self.rows > 0
+    }
+
+    pub(crate) fn rows(self) -> usize {
+        self.rows
+    }
+
+    /// Whether tokens were guessed in it, or it was waited for in order to.
+    pub(crate) fn guesses(self) -> bool {
+        self.drafts > 0 || self.waited
+    }
+
+    /// The same step if nobody guessed.
+    pub(crate) fn plain(self) -> Self {
+        Self { drafts: 0, waited: false, ..self }
+    }
+
+    pub(crate) fn has_slices(self) -> bool {
+        self.prefill_tokens > 0
+    }
+
+    /// Its rows alone.
+    pub(crate) fn rows_alone(self) -> Self {
+        Self { prefill_tokens: 0, prompt_kv_tokens: 0.0, ..self.plain() }
     }
 }
 
 /// Coefficients: of every step, of a prompt token, of a row, of a KV token attended by rows, of a step with slices, of a KV
 /// token attended by prompts, of a step that ends before the next one is planned, of a token guessed ahead (beyond a row's).
 const COEFFICIENTS: usize = 8;
-/// Of a coefficient the least: a token guessed ahead may cost less than a row, nothing else gains time.
-const FACTOR_MIN: [f64; COEFFICIENTS] = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0];
+/// Of a coefficient the least, but for the last one (`factor_min`): nothing gains time.
+const FACTOR_MIN: [f64; COEFFICIENTS] = [0.0, PREFILL_SHARE_MIN, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
 
 /// The step-time model: a Kalman filter over its coefficients, on relative errors so that long and short steps count
 /// alike. Coefficients are kept as multiples of a scale, which begins as the seed.
@@ -101,12 +131,14 @@ pub(crate) struct CostModel {
     scale: [f64; COEFFICIENTS],
     factor: [f64; COEFFICIENTS],
     covariance: [[f64; COEFFICIENTS]; COEFFICIENTS],
-    /// Sign of the last duration's error where it was a surprise, else 0.
-    surprise: f64,
+    /// Sign of the last duration's error where it was a surprise, else 0: of steps without guesses, and with.
+    surprise: [f64; 2],
     /// Of steps of rows alone, by [`ROWS_KNOTS`].
     rows_factor: [f64; ROWS_KNOTS.len()],
     /// Prompt tokens of the largest steps seen of late.
     familiar_tokens: f64,
+    /// Most tokens that were guessed in a step.
+    familiar_drafts: usize,
 }
 
 impl CostModel {
@@ -128,13 +160,14 @@ impl CostModel {
                 step_s,
                 prefill_s * QUERY_TILE_TOKENS / PROMPT_KV_TOKENS_SCALE,
                 step_s,
-                row_s,
+                step_s * DRAFT_SHARE,
             ],
             factor: [(1.0 - row_s / step_s).max(0.1), 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
             covariance: doubt(),
-            surprise: 0.0,
+            surprise: [0.0; 2],
             rows_factor: [1.0; ROWS_KNOTS.len()],
             familiar_tokens: FAMILIAR_TOKENS as f64,
+            familiar_drafts: FAMILIAR_DRAFTS,
         };
         // While all factors are 1, the line.
         let line = |rows: u32| cost.seconds(StepShape { rows: rows as usize, ..StepShape::default() });
@@ -213,6 +246,11 @@ impl CostModel {
         (2.0 * self.familiar_tokens) as usize
     }
 
+    /// Most tokens that should be guessed in a step, whatever is predicted: twice what there were before.
+    pub(crate) fn trusted_drafts(&self) -> usize {
+        2 * self.familiar_drafts
+    }
+
     /// Learns from a step that took `seconds`.
     pub(crate) fn observe(&mut self, shape: StepShape, seconds: f64) {
         if !seconds.is_finite() || seconds <= 0.0 {
@@ -221,24 +259,41 @@ impl CostModel {
         if shape.prefill_tokens > 0 {
             self.familiar_tokens = (self.familiar_tokens * FAMILIAR_LEFT).max(shape.prefill_tokens as f64);
         }
+        self.familiar_drafts = self.familiar_drafts.max(shape.drafts);
         let expected = self.seconds(shape);
         let error = seconds / expected - 1.0;
         let surprise = if error.abs() > SURPRISE { error.signum() } else { 0.0 };
-        if surprise != 0.0 && surprise == self.surprise {
+        let guesses = shape.guesses();
+        let before = &mut self.surprise[usize::from(guesses)];
+        let believed = surprise != 0.0 && surprise == *before;
+        *before = if believed { 0.0 } else { surprise };
+        let mut error = error.clamp(-SURPRISE, SURPRISE);
+        if believed {
             let ratio = (seconds / expected).clamp(1.0 / RESCALE_MAX, RESCALE_MAX);
-            self.scale = self.scale.map(|scale| scale * ratio);
-            self.covariance = doubt();
-            self.surprise = 0.0;
-            return;
+            if !guesses {
+                self.scale = self.scale.map(|scale| scale * ratio);
+                self.covariance = doubt();
+                // What seemed to be the guesses' fault may have been the machine's.
+                self.factor[GUESS_COEFFICIENTS].fill(0.0);
+                return;
+            }
+            self.doubt_guesses();
+            error = ratio - 1.0;
         }
-        self.surprise = surprise;
-        let features = self.features(shape);
+        let mut features = self.features(shape);
+        if guesses {
+            // What steps without guesses take is learned of those: else what is wrong of guesses would seem to be wrong of
+            // all steps, and guesses to cost nothing.
+            features[..GUESS_COEFFICIENTS.start].fill(0.0);
+        }
         let h: [f64; COEFFICIENTS] = std::array::from_fn(|i| self.scale[i] * features[i] / expected);
-        let ph: [f64; COEFFICIENTS] =
+        let mut ph: [f64; COEFFICIENTS] =
             std::array::from_fn(|i| (0..COEFFICIENTS).map(|j| self.covariance[i][j] * h[j]).sum());
+        if guesses {
+            ph[..GUESS_COEFFICIENTS.start].fill(0.0);
+        }
         let variance = NOISE + (0..COEFFICIENTS).map(|i| h[i] * ph[i]).sum::<f64>();
-        let error = error.clamp(-SURPRISE, SURPRISE);
-        if shape.prefill_tokens == 0 && shape.drafts == 0 && !shape.waited && shape.has_rows() {
+        if shape.prefill_tokens == 0 && !guesses && shape.has_rows() {
             // As long as the line is in doubt, what is off is its fault.
             let gain = ROWS_FACTOR_GAIN * NOISE / variance;
             let (low, high, share) = knots_of(shape.rows);
@@ -248,7 +303,7 @@ impl CostModel {
             }
         }
         for i in 0..COEFFICIENTS {
-            self.factor[i] = (self.factor[i] + ph[i] / variance * error).max(FACTOR_MIN[i]);
+            self.factor[i] = (self.factor[i] + ph[i] / variance * error).max(self.factor_min(i));
             for j in 0..COEFFICIENTS {
                 self.covariance[i][j] -= ph[i] * ph[j] / variance;
             }
@@ -275,6 +330,21 @@ impl CostModel {
             decode_step_s: one_row as f32,
             decode_row_s: (self.seconds(decode) - one_row).max(0.0) as f32,
         }
+    }
+
+    /// What guesses cost is as uncertain as at the beginning.
+    fn doubt_guesses(&mut self) {
+        for i in GUESS_COEFFICIENTS {
+            for j in 0..COEFFICIENTS {
+                (self.covariance[i][j], self.covariance[j][i]) = (0.0, 0.0);
+            }
+            self.covariance[i][i] = DOUBT;
+        }
+    }
+
+    fn factor_min(&self, index: usize) -> f64 {
+        // A token guessed ahead counts as a row besides, and may make up for that at most.
+        if index == 7 { -self.coefficient(2) / self.scale[7] } else { FACTOR_MIN[index] }
     }
 
     fn coefficient(&self, index: usize) -> f64 {
@@ -398,6 +468,22 @@ mod tests {
         let mut slow = machine([0.06, 0.003, 0.006, 3e-6, 0.0, 3e-6, 0.0, 0.0]);
         slow.teach(&mut cost, 50, true);
         assert!(slow.error_max(&cost) < 0.4, "{cost:?}");
+    }
+
+    #[test]
+    fn dear_guesses_say_nothing_of_other_steps() {
+        let mut cost = CostModel::new(&SEED, &[], &SEED);
+        machine([0.02, 0.001, 0.002, 1e-6, 0.0, 1e-6, 0.0, 0.0]).teach(&mut cost, 400, true);
+        for rows in [1, 4, 16] {
+            let plain = StepShape { rows, ..StepShape::default() };
+            let guessing = StepShape { drafts: 3 * rows, waited: true, ..plain };
+            let before = cost.seconds(plain);
+            let seconds = 5.0 * before;
+            (0..8).for_each(|_| cost.observe(guessing, seconds));
+            let (other, own) = (cost.seconds(plain) / before, cost.seconds(guessing) / seconds);
+            assert!((other - 1.0).abs() < 1e-9, "{rows} rows seem to take {other} times as long");
+            assert!((own - 1.0).abs() < 0.2, "{rows} rows with guesses are off by a factor of {own}");
+        }
     }
 
     #[test]

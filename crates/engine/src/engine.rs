@@ -183,7 +183,7 @@ impl Engine {
         if let Some(flight) = self.passed.take() {
             if !flight.filling {
                 let begin = self.begin_of(&flight);
-                self.cost.observe(flight.shape, now.saturating_duration_since(begin).as_secs_f64());
+                self.learn(&flight, now.saturating_duration_since(begin).as_secs_f64());
             }
             self.last_end = Some(now);
         }

@@ -308,6 +308,9 @@ impl Model for FakeModel {
         };
         let output = (fault != Some(Fault::Lost)).then_some(output);
         let masked = rows.into_iter().enumerate().filter(|(_, row)| row.masked).collect();
+        if self.flights.is_empty() {
+            self.clock.advance(self.settings.cost.host);
+        }
         let begin = self.busy_until[0].max(self.clock.now());
         let stage_s = self.settings.cost.seconds(slices, number) / self.busy_until.len() as f64;
         let mut end = begin;

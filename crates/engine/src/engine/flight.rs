@@ -22,6 +22,8 @@ pub(super) struct Flight {
     pub(super) expected_s: f64,
     /// Whose tokens wait for masks to be drawn, in the order of their rows, and how many are guessed behind each.
     pub(super) masked: Vec<(SequenceId, usize)>,
+    /// Guesses in it that came true.
+    pub(super) accepted: usize,
 }
 
 impl Flight {
@@ -95,6 +97,22 @@ impl Engine {
     pub(super) fn decode_seconds(&self, rows: usize) -> f64 {
         let groups = self.model.overlap(rows).groups();
         groups as f64 * self.cost.decode_seconds(rows.div_ceil(groups))
+    }
+
+    /// What a pass that took so many seconds says of passes, and of guesses.
+    pub(super) fn learn(&mut self, flight: &Flight, seconds: f64) {
+        let shape = flight.shape;
+        if shape.guesses() && shape.has_rows() {
+            let plain_s = self.cost.seconds(shape.plain());
+            // What a slice takes is known less well than what guesses gain.
+            let took_s = if shape.has_slices() { self.cost.seconds(shape) } else { seconds };
+            let saved_s =
+                flight.accepted as f64 / shape.rows() as f64 * self.cost.seconds(shape.rows_alone());
+            self.speculation.spend((took_s - saved_s) / plain_s - 1.0);
+        } else if shape.has_rows() {
+            self.speculation.earn();
+        }
+        self.cost.observe(shape, seconds);
     }
 
     pub(super) fn begin_of(&self, flight: &Flight) -> Instant {

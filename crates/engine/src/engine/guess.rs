@@ -43,8 +43,13 @@ impl Engine {
         let decoding = self.running.iter().filter(|sequence| sequence.is_runnable() && sequence.decodes());
         decoding.for_each(|sequence| shape.add_row(sequence.submitted() + 1));
         let others = self.running.iter().filter(|sequence| sequence.is_runnable()).count() - proposals.len();
-        let stakes =
-            Stakes { when: self.settings.speculation, others, plain_s: self.cost.seconds(shape), drawing: 1 };
+        let stakes = Stakes {
+            when: self.settings.speculation,
+            others,
+            plain_s: self.cost.seconds(shape),
+            drawing: 1,
+            trusted: self.cost.trusted_drafts(),
+        };
         let chosen = self
             .speculation
             .choose(&proposals, stakes, |drafts| self.cost.seconds(guessed(shape, drafts, true)));
@@ -87,6 +92,7 @@ impl Engine {
             others: parts.len() - at.len(),
             plain_s: self.cost.seconds(shape),
             drawing: 0,
+            trusted: self.cost.trusted_drafts(),
         };
         let chosen = self
             .speculation

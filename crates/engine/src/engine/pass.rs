@@ -68,7 +68,8 @@ impl Engine {
             overlap if summary.slices > 0 => self.flights.len() + 1 < overlap.flights(),
             overlap => self.flights.len() + 1 < overlap.groups(),
         };
-        let flight = Flight { parts: submitted, shape, submitted: now, filling, expected_s, masked };
+        let flight =
+            Flight { parts: submitted, shape, submitted: now, filling, expected_s, masked, accepted: 0 };
         self.flights.push_back(flight);
         Ok(())
     }
@@ -175,7 +176,7 @@ impl Engine {
     pub(super) fn collect(
         &mut self,
         now: Instant,
-        flight: Flight,
+        mut flight: Flight,
         events: &mut Vec<(RequestId, TokenEvent)>,
         summary: &mut StepSummary,
     ) -> Result<(), ModelError> {
@@ -217,6 +218,7 @@ impl Engine {
             let Some((outcome, guessed)) = outcome else { continue };
             if let Some((why, accepted)) = guessed {
                 self.speculation.learn(sequence.id, why, part.drafts, accepted);
+                flight.accepted += accepted;
             }
             if let Some(cached_tokens) = outcome.started {
                 events.push((sequence.request, TokenEvent::Started { cached_tokens }));

@@ -18,8 +18,6 @@ const ROW_KEPT: f64 = 0.9;
 const ROW_FACTOR_MAX: f64 = 1.5;
 /// Nothing is more certain.
 const CERTAINTY_MAX: f64 = 0.98;
-/// Rows are to be faster by this share at least, or nothing is guessed: what is predicted of times is no better.
-const GAIN_MIN: f64 = 0.02;
 /// How much longer a pass may take for rows that guess nothing.
 const OTHERS_SLOWER_MAX: f64 = 1.05;
 
@@ -86,7 +84,8 @@ pub(super) fn chances(tokens: usize, factor: f64, of: impl Fn(usize) -> f64) -> 
     (0..tokens).scan(1.0, step).collect()
 }
 
-/// How many tokens of each row's draft make the rows fastest, by the chances of these; none where it is not worth it.
+/// How many tokens of each row's draft make the rows fastest, by the chances of these; none where they would not be by
+/// `gain_min`, as a share.
 ///
 /// The sum of the logarithms of all rows' speeds is what counts (proportional fairness): a row may gain at the cost of
 /// others, but what it gains as a share must be more than what they lose. `others` guess nothing and only lose.
@@ -96,6 +95,7 @@ pub(super) fn choose(
     rows: &[&[f64]],
     others: usize,
     most: usize,
+    gain_min: f64,
     plain_s: f64,
     seconds: impl Fn(usize) -> f64,
 ) -> Vec<usize> {
@@ -103,7 +103,7 @@ pub(super) fn choose(
     let mut taken = vec![0; rows.len()];
     // Tokens expected of each row, and the most worthwhile choice so far.
     let mut expected = vec![1.0_f64; rows.len()];
-    let (mut gain, mut best, mut most_gained) = (0.0, taken.clone(), GAIN_MIN * all);
+    let (mut gain, mut best, mut most_gained) = (0.0, taken.clone(), gain_min * all);
     for count in 1..=most {
         let next = |row: usize| Some((row, (1.0 + rows[row].get(taken[row])? / expected[row]).ln()));
         let Some((row, more)) = (0..rows.len()).filter_map(next).max_by(|a, b| a.1.total_cmp(&b.1)) else {
@@ -134,7 +134,7 @@ mod tests {
                      others: usize,
                      seconds: &dyn Fn(usize) -> f64,
                      expected: &[usize]| {
-            assert_eq!(choose(rows, others, 64, 1.0, seconds), expected, "{what}");
+            assert_eq!(choose(rows, others, 64, 0.02, 1.0, seconds), expected, "{what}");
         };
         let likely = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2];
         let flat = |_: usize| 1.0;

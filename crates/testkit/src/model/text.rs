@@ -25,6 +25,8 @@ pub struct StepCost {
     pub draft: Duration,
     /// Of each 1024 tokens of KV that a decode row, or a tile of 32 prompt tokens, attends to.
     pub kv_1024: Duration,
+    /// What the host takes to plan a step, which the device waits for where no other step is in flight.
+    pub host: Duration,
     /// Steps take up to this share more or less; which, depends on the step's number only.
     pub jitter: f64,
 }
@@ -39,6 +41,7 @@ impl StepCost {
             row: Duration::from_millis(1),
             draft: Duration::from_micros(300),
             kv_1024: Duration::from_micros(200),
+            host: Duration::ZERO,
             jitter: 0.05,
         }
     }
@@ -53,6 +56,7 @@ impl StepCost {
             row: zero,
             draft: zero,
             kv_1024: zero,
+            host: zero,
             jitter: 0.0,
         }
     }
