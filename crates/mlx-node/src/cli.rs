@@ -66,6 +66,13 @@ enum Command {
         #[command(flatten)]
         settings: Config,
     },
+    /// Show how pipelines are divided between their members and what is expected of that, or why there is none
+    Plan {
+        #[command(flatten)]
+        shown: Shown,
+        #[command(flatten)]
+        settings: Config,
+    },
     /// Show what can be asked, and which nodes serve it
     Models {
         #[command(flatten)]
@@ -228,6 +235,9 @@ pub(crate) fn run() -> ExitCode {
         }
         Some(Command::Nodes { shown, settings }) => {
             load(settings).and_then(|values| show_sight(&values, Sight::Nodes, shown))
+        }
+        Some(Command::Plan { shown, settings }) => {
+            load(settings).and_then(|values| show_sight(&values, Sight::Plan, shown))
         }
         Some(Command::Models { shown, settings }) => {
             load(settings).and_then(|values| show_sight(&values, Sight::Models, shown))

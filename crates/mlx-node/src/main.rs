@@ -19,6 +19,7 @@ mod inspect;
 mod key;
 mod logging;
 mod pipelines;
+mod plan;
 mod pull;
 mod serve;
 mod service;

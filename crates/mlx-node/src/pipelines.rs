@@ -19,7 +19,7 @@ const KV_TOKENS_MIN: u32 = 1024;
 /// Pipelines in a file; a node is a member of one.
 const PIPELINES_MAX: usize = 64;
 
-const NAMES: &[&str] = &["model", "members", "goal", "rows", "kv_tokens", "memory", "direct", "forced"];
+const NAMES: &[&str] = &["model", "members", "goal", "rows", "kv_tokens", "memory", "forced"];
 
 /// One `[[pipeline]]`.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,7 +34,6 @@ pub(crate) struct Pipeline {
     pub(crate) kv_tokens: u32,
     /// The most memory for weights and KV on this node.
     pub(crate) memory: Auto<Bytes>,
-    pub(crate) direct: bool,
     pub(crate) forced: bool,
 }
 
@@ -48,7 +47,6 @@ impl Pipeline {
             rows: Auto::Auto,
             kv_tokens: KV_TOKENS,
             memory: Auto::Auto,
-            direct: false,
             forced: false,
         };
         for (key, value) in table {
@@ -71,7 +69,6 @@ impl Pipeline {
             "rows" => self.rows = read(name, text)?,
             "kv_tokens" => self.kv_tokens = read(name, text)?,
             "memory" => self.memory = read(name, text)?,
-            "direct" => self.direct = read(name, text)?,
             "forced" => self.forced = read(name, text)?,
             _ => return Err(unknown("setting", name, NAMES)),
         }
@@ -126,7 +123,6 @@ impl Pipeline {
             self.rows.to_toml(),
             self.kv_tokens.to_toml(),
             self.memory.to_toml(),
-            self.direct.to_toml(),
             self.forced.to_toml(),
         ];
         NAMES.iter().copied().zip(values).collect()
@@ -198,11 +194,11 @@ mod tests {
     fn what_is_left_out_has_a_default_and_what_is_shown_can_be_read_back() {
         let all = pipelines(
             "[[pipeline]]\nmodel = \"a/b\"\n[[pipeline]]\nmodel = \"c\"\nmembers = [\"x\", \"y\"]\ngoal = \"latency\"\n\
-             rows = 8\nkv_tokens = 4096\nmemory = \"8 GiB\"\ndirect = true\nforced = true",
+             rows = 8\nkv_tokens = 4096\nmemory = \"8 GiB\"\nforced = true",
         );
         let all = all.expect("valid");
         assert_eq!(all[0].members, Auto::Auto);
-        assert_eq!((all[0].kv_tokens, all[0].direct, all[0].goal), (KV_TOKENS, false, Goal::Throughput));
+        assert_eq!((all[0].kv_tokens, all[0].goal), (KV_TOKENS, Goal::Throughput));
         assert_eq!(all[1].members(), PipelineMembers::Named(vec!["x".to_owned(), "y".to_owned()]));
         assert_eq!((all[1].goal, all[1].memory.clone()), (Goal::Latency, Auto::Fixed(Bytes(8 << 30))));
         for pipeline in all {

@@ -1,9 +1,10 @@
-//! `mlx-node status`, `nodes` and `models`: what a running endpoint knows, as tables or as JSON.
+//! `mlx-node status`, `nodes`, `models` and `plan`: what a running endpoint knows, as tables or as JSON.
 #![expect(clippy::print_stdout, reason = "what the commands print is their result")]
 
 use crate::{
     config::Values,
     endpoint::{AskError, Endpoint},
+    plan,
     table::{NONE, columns, compact},
 };
 use serde_json::Value;
@@ -27,12 +28,14 @@ pub(crate) enum Sight {
     Nodes,
     /// What is served.
     Models,
+    /// How pipelines are divided.
+    Plan,
 }
 
 impl Sight {
     fn path(self) -> &'static str {
         match self {
-            Self::Status | Self::Nodes => "/v1/cluster",
+            Self::Status | Self::Nodes | Self::Plan => "/v1/cluster",
             Self::Models => "/v1/models",
         }
     }
@@ -42,6 +45,7 @@ impl Sight {
             Self::Status => status(cluster),
             Self::Nodes => nodes(cluster),
             Self::Models => models(answer, cluster),
+            Self::Plan => plan::shown(cluster),
         }
     }
 }
@@ -52,11 +56,14 @@ pub(crate) async fn show(values: &Values, sight: Sight, json: bool, watch: bool)
     loop {
         let answer = endpoint.get_json(sight.path()).await?;
         if json {
-            println!("{answer}");
+            match sight {
+                Sight::Plan => println!("{}", Value::from_iter(plan::plans(&answer).into_iter().cloned())),
+                Sight::Status | Sight::Nodes | Sight::Models => println!("{answer}"),
+            }
         } else {
             let cluster = match sight {
                 Sight::Models => endpoint.get_json("/v1/cluster").await?,
-                Sight::Status | Sight::Nodes => answer.clone(),
+                Sight::Status | Sight::Nodes | Sight::Plan => answer.clone(),
             };
             let clear = if watch && stdout().is_terminal() { CLEAR } else { "" };
             print!("{clear}{}", sight.table(&answer, &cluster));
@@ -72,7 +79,7 @@ pub(crate) async fn show(values: &Values, sight: Sight, json: bool, watch: bool)
     }
 }
 
-fn text(value: &Value) -> String {
+pub(crate) fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => NONE.to_owned(),
@@ -80,15 +87,15 @@ fn text(value: &Value) -> String {
     }
 }
 
-fn list(value: &Value) -> impl Iterator<Item = &Value> {
+pub(crate) fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-fn number(value: &Value, shown: impl Fn(f64) -> String) -> String {
+pub(crate) fn number(value: &Value, shown: impl Fn(f64) -> String) -> String {
     value.as_f64().map_or_else(|| NONE.to_owned(), shown)
 }
 
-fn milliseconds(seconds: f64) -> String {
+pub(crate) fn milliseconds(seconds: f64) -> String {
     format!("{:.1} ms", seconds * 1e3)
 }
 

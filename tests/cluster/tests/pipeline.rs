@@ -51,7 +51,7 @@ fn stages_give_what_one_process_gives() {
         answers(&whole.client, TOKENS).into_iter().map(|answer| answer.text).collect()
     };
     // In MiB, of which the whole model takes 900: so little that all are needed, and stages are of very different lengths.
-    for memory in [&[210, 1000][..], &[210, 330, 600], &[250; 4]] {
+    for memory in [&[210, 1000][..], &[210, 330, 400], &[250; 4]] {
         let members = memory.len();
         let Some(cluster) = Cluster::start(memory, members) else { return };
         cluster.wait_formed(members);
