@@ -1,6 +1,6 @@
 //! Every way a request can fail, and the one place that turns it into a status and OpenAI's JSON.
 
-use crate::rates::RateError;
+use crate::{rates::RateError, shape::Protocol};
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},
@@ -22,9 +22,19 @@ pub(crate) enum ApiError {
     #[error("{param} = {value} is not supported yet; leave {param} out")]
     Unsupported { param: String, value: String },
     #[error("{param} = {value} is unknown to the chat template of {model:?}; leave {param} out")]
-    UnknownToTemplate { param: &'static str, value: String, model: String },
+    UnknownToTemplate { param: String, value: String, model: String },
     #[error("no model is named and this cluster serves {}: {}", served.len(), served.join(", "))]
     ModelNotNamed { served: Vec<String> },
+    #[error(
+        "the prompt has {prompt_tokens} tokens{}, but the model's context is {context_tokens} tokens",
+        wanted.as_ref().map(|(param, tokens)| format!(" and {param} is {tokens}")).unwrap_or_default()
+    )]
+    ContextExceeded {
+        prompt_tokens: u32,
+        /// How many tokens of an answer the client wants, if it says so, and where.
+        wanted: Option<(String, u32)>,
+        context_tokens: u32,
+    },
     #[error("the model {model:?} has no chat template; use /v1/completions with a prompt instead")]
     NoChatTemplate { model: String },
     #[error("the chat template of {model:?} does not accept these messages: {message}")]
@@ -81,16 +91,43 @@ impl ApiError {
         self.outline().status
     }
 
-    /// The body of the answer.
-    pub(crate) fn json(&self) -> ErrorJson {
+    /// The body of the answer, in OpenAI's form with the names of one of its protocols.
+    pub(crate) fn json(&self, protocol: Protocol) -> ErrorJson {
         let outline = self.outline();
         let error = ErrorFields {
-            message: self.to_string(),
+            message: self.message(protocol),
             kind: outline.kind,
-            param: outline.param,
+            param: outline.param.map(|param| protocol.name(&param)),
             code: outline.code,
         };
         ErrorJson { error }
+    }
+
+    /// What is wrong, with the client's names for fields.
+    pub(crate) fn message(&self, protocol: Protocol) -> String {
+        let named = match self {
+            Self::Field { path, message } => {
+                Self::Field { path: protocol.name(path), message: message.clone() }
+            }
+            Self::Parameter { param, message } => return protocol.message(param, message),
+            Self::Unsupported { param, value } => {
+                Self::Unsupported { param: protocol.name(param), value: value.clone() }
+            }
+            Self::UnknownToTemplate { param, value, model } => {
+                let (param, value, model) = (protocol.name(param), value.clone(), model.clone());
+                Self::UnknownToTemplate { param, value, model }
+            }
+            Self::ContextExceeded { wanted: Some((param, tokens)), prompt_tokens, context_tokens } => {
+                let wanted = Some((protocol.name(param), *tokens));
+                Self::ContextExceeded {
+                    wanted,
+                    prompt_tokens: *prompt_tokens,
+                    context_tokens: *context_tokens,
+                }
+            }
+            other => return other.to_string(),
+        };
+        named.to_string()
     }
 
     fn outline(&self) -> Outline {
@@ -106,6 +143,7 @@ impl ApiError {
                 invalid(S::BAD_REQUEST, "unsupported_parameter").param(param)
             }
             Self::ModelNotNamed { .. } => invalid(S::BAD_REQUEST, "model_required").param("model"),
+            Self::ContextExceeded { .. } => invalid(S::BAD_REQUEST, "context_length_exceeded"),
             Self::NoChatTemplate { .. } => invalid(S::BAD_REQUEST, "no_chat_template").param("messages"),
             Self::Template { .. } => invalid(S::BAD_REQUEST, "chat_template_error").param("messages"),
             Self::Assets { .. } => server(S::INTERNAL_SERVER_ERROR, "bad_tokenizer"),
@@ -186,7 +224,7 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let outline = self.outline();
-        let mut response = (outline.status, Json(self.json())).into_response();
+        let mut response = (outline.status, Json(self.json(Protocol::OpenAi))).into_response();
         if let Some(seconds) = outline.retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

@@ -17,6 +17,7 @@ mod head;
 mod job;
 mod limits;
 mod metrics;
+mod names;
 mod ollama;
 mod openai;
 mod openapi;

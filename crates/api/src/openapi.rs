@@ -101,7 +101,7 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
     let texts = |kind| vec![(kind, json_schema!({"type": "string"}))];
     let operation = |method, path, summary, body, answers| {
         let error = match shape::Protocol::of(path) {
-            shape::Protocol::OpenAi => &openai,
+            shape::Protocol::OpenAi | shape::Protocol::Responses => &openai,
             shape::Protocol::Anthropic => &anthropic,
             shape::Protocol::Ollama => &ollama,
         };

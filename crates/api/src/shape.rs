@@ -1,4 +1,5 @@
-//! Errors as the protocol of a path writes them: OpenAI's, Anthropic's under `/v1/messages`, Ollama's under `/api`.
+//! Errors as the protocol of a path writes them: OpenAI's (two protocols of other names, the newer one under
+//! `/v1/responses`), Anthropic's under `/v1/messages`, Ollama's under `/api`.
 //!
 //! Handlers and layers answer with an [`ApiError`], which is OpenAI's JSON and leaves itself in the response; the layer here
 //! writes it anew where a client expects another one.
@@ -19,6 +20,8 @@ use types::RequestId;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Protocol {
     OpenAi,
+    /// OpenAI's newer one: errors are written alike, about fields of other names.
+    Responses,
     Anthropic,
     Ollama,
 }
@@ -27,6 +30,8 @@ impl Protocol {
     pub(crate) fn of(path: &str) -> Self {
         if path == "/v1/messages" || path.starts_with("/v1/messages/") {
             Self::Anthropic
+        } else if path == "/v1/responses" || path.starts_with("/v1/responses/") {
+            Self::Responses
         } else if path.starts_with("/api/") {
             Self::Ollama
         } else {
@@ -44,6 +49,7 @@ pub(crate) async fn shape(request: Request, next: Next) -> Response {
     let (Some(error), Some(id)) = (error, id) else { return response };
     let json = match protocol {
         Protocol::OpenAi => return response,
+        Protocol::Responses => to_text(&error.json(protocol)),
         Protocol::Anthropic => to_text(&anthropic(&error, id)),
         Protocol::Ollama => to_text(&ollama(&error)),
     };
@@ -80,7 +86,7 @@ pub(crate) fn anthropic(error: &ApiError, id: RequestId) -> AnthropicError {
     };
     AnthropicError {
         kind: "error",
-        error: AnthropicErrorFields { kind, message: error.to_string() },
+        error: AnthropicErrorFields { kind, message: error.message(Protocol::Anthropic) },
         request_id: id.to_string(),
     }
 }
@@ -92,7 +98,7 @@ pub(crate) struct OllamaError {
 }
 
 pub(crate) fn ollama(error: &ApiError) -> OllamaError {
-    OllamaError { error: error.to_string() }
+    OllamaError { error: error.message(Protocol::Ollama) }
 }
 
 fn to_text(value: &impl Serialize) -> String {

@@ -51,14 +51,13 @@ pub(super) fn blocks(content: Content) -> Vec<Block> {
     content.many(|text| Block::Text { text })
 }
 
-/// The text of a tool's answer, in the message of this index.
-pub(super) fn text(content: Content, index: usize) -> Result<String, ApiError> {
-    let texts = blocks(content).into_iter().map(|block| match block {
+/// The text of a tool's answer, which is this block.
+pub(super) fn text(content: Content, param: &str) -> Result<String, ApiError> {
+    let texts = blocks(content).into_iter().enumerate().map(|(at, block)| match block {
         Block::Text { text } => Ok(text),
         other => {
-            let (param, kind) = (format!("messages[{index}].content"), other.kind());
-            let message =
-                format!("{param} has a tool_result with a block of type {kind:?}; only text is possible");
+            let (param, kind) = (format!("{param}.content[{at}]"), other.kind());
+            let message = format!("{param} is a block of type {kind:?}; a tool's answer can only be text");
             Err(ApiError::Parameter { param, message })
         }
     });

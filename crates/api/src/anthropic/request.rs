@@ -176,21 +176,30 @@ impl MessagesRequest {
         let mut messages = Vec::new();
         if let Some(system) = self.system {
             let mut texts = Vec::new();
-            for block in blocks(system) {
+            for (at, block) in blocks(system).into_iter().enumerate() {
                 match block {
                     Block::Text { text } => texts.push(text),
-                    other => return Err(misplaced("system", &other)),
+                    other => return Err(misplaced(&format!("system[{at}]"), &other)),
                 }
             }
             messages.push(Message::new(Role::System, texts.join("\n")));
         }
         let mut prefilled = false;
+        let turns = self.messages.len();
         for (index, Object(message)) in self.messages.into_iter().enumerate() {
             prefilled = message.role == Speaker::Assistant;
             match message.role {
                 Speaker::User => user(index, message.content, &mut messages)?,
                 Speaker::Assistant => messages.push(assistant(index, message.content)?),
             }
+        }
+        let last = messages.last().filter(|_| prefilled);
+        if last.is_some_and(|last| last.content.is_empty() || !last.tool_calls.is_empty()) {
+            let param = format!("messages[{}].content", turns - 1);
+            let message = format!(
+                "{param}: a last turn of the assistant's is the beginning of the answer; it must have text and no tool_use"
+            );
+            return Err(ApiError::Parameter { param, message });
         }
         let (tool_choice, parallel_tool_calls) = match self.tool_choice {
             None => (ToolChoice::Auto, true),
@@ -260,7 +269,8 @@ impl ToolParam {
 fn user(index: usize, content: Content, messages: &mut Vec<Message>) -> Result<(), ApiError> {
     let mut texts: Vec<String> = Vec::new();
     let mut said = false;
-    for block in blocks(content) {
+    for (at, block) in blocks(content).into_iter().enumerate() {
+        let param = format!("messages[{index}].content[{at}]");
         match block {
             Block::Text { text } => texts.push(text),
             Block::ToolResult { tool_use_id, content, is_error } => {
@@ -268,13 +278,13 @@ fn user(index: usize, content: Content, messages: &mut Vec<Message>) -> Result<(
                     messages.push(Message::new(Role::User, std::mem::take(&mut texts).join("\n")));
                 }
                 let text =
-                    content.map(|content| content::text(content, index)).transpose()?.unwrap_or_default();
+                    content.map(|content| content::text(content, &param)).transpose()?.unwrap_or_default();
                 let text = if is_error { format!("Error: {text}") } else { text };
                 let message = Message::new(Role::Tool, text);
                 messages.push(Message { tool_call_id: Some(tool_use_id), ..message });
                 said = true;
             }
-            other => return Err(misplaced(&format!("messages[{index}].content"), &other)),
+            other => return Err(misplaced(&param, &other)),
         }
     }
     if !texts.is_empty() || !said {
@@ -288,14 +298,15 @@ fn assistant(index: usize, content: Content) -> Result<Message, ApiError> {
     let mut message = Message::new(Role::Assistant, "");
     let mut texts: Vec<String> = Vec::new();
     let mut thoughts: Vec<String> = Vec::new();
-    for block in blocks(content) {
+    for (at, block) in blocks(content).into_iter().enumerate() {
+        let param = format!("messages[{index}].content[{at}]");
         match block {
             Block::Text { text } => texts.push(text),
             Block::Thinking { thinking, .. } => thoughts.push(thinking),
             Block::ToolUse { id, name, input } => {
                 message.tool_calls.push(ToolCall { id, name, arguments: Value::Object(input).to_string() });
             }
-            other => return Err(misplaced(&format!("messages[{index}].content"), &other)),
+            other => return Err(misplaced(&param, &other)),
         }
     }
     message.content = texts.join("\n");
@@ -304,6 +315,6 @@ fn assistant(index: usize, content: Content) -> Result<Message, ApiError> {
 }
 
 fn misplaced(param: &str, block: &Block) -> ApiError {
-    let message = format!("{param} has a block of type {:?}, which is not for it", block.kind());
+    let message = format!("{param} is a block of type {:?}, which is not for there", block.kind());
     ApiError::parameter(param, message)
 }

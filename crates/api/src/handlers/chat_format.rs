@@ -12,6 +12,7 @@ use crate::{
         },
     },
     prompt::ModelText,
+    shape::Protocol,
     text::{AnswerEvent, EndReason, TextUsage, TokenInfo},
 };
 use axum::{
@@ -104,7 +105,7 @@ impl Format for ChatFormat {
     }
 
     fn error(&mut self, error: &ApiError, out: &mut Frames) {
-        out.json(&error.json());
+        out.json(&error.json(Protocol::OpenAi));
     }
 }
 

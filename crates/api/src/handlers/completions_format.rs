@@ -12,6 +12,7 @@ use crate::{
         response::{Head, TextChoice, UsageJson},
     },
     prompt::ModelText,
+    shape::Protocol,
     text::{AnswerEvent, EndReason, TextUsage, TokenInfo},
 };
 use axum::{
@@ -133,7 +134,7 @@ impl Format for TextFormat {
     }
 
     fn error(&mut self, error: &ApiError, out: &mut Frames) {
-        out.json(&error.json());
+        out.json(&error.json(Protocol::OpenAi));
     }
 }
 

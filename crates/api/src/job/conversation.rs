@@ -211,7 +211,7 @@ impl Conversation {
         let wrong = match &self.tool_choice {
             ToolChoice::None | ToolChoice::Auto => return Ok(()),
             ToolChoice::Required if self.tools.is_empty() => {
-                "tool_choice is \"required\"; there are no tools".to_owned()
+                "tool_choice asks for a call, and there are no tools".to_owned()
             }
             ToolChoice::Named(name) if self.tools.iter().all(|tool| tool.name != *name) => {
                 let names: Vec<&str> = self.tools.iter().map(|tool| tool.name.as_str()).collect();

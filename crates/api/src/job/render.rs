@@ -62,7 +62,11 @@ impl Conversation {
         };
         if let Some(value) = self.reasoning_effort.as_ref().filter(|_| !template.knows_reasoning_effort()) {
             let value = format!("{value:?}");
-            return Err(ApiError::UnknownToTemplate { param: "reasoning_effort", value, model: model() });
+            return Err(ApiError::UnknownToTemplate {
+                param: "reasoning_effort".to_owned(),
+                value,
+                model: model(),
+            });
         }
         // Several calls could not be told of in the next turn.
         self.parallel_tool_calls &= !template.one_call();
@@ -134,7 +138,7 @@ impl Conversation {
     }
 }
 
-const LAST_CHANGED: &str = "it changes the last message, so continue_final_message is impossible";
+const LAST_CHANGED: &str = "it changes the last message, so going on with it is impossible";
 
 /// The text up to the end of the last message's content, with which templates end but for markers of their own.
 fn cut_after(mut rendered: String, last: &str) -> Option<String> {

@@ -181,7 +181,8 @@ pub(crate) fn requests(
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         // One token is drawn and dropped where none is wanted.
         let wanted = parameters.max_tokens.map(|wanted| wanted.max(1));
-        let max_tokens = max_tokens(&card, prompt_tokens, wanted, max_tokens_default)?;
+        let max_tokens =
+            max_tokens(&card, prompt_tokens, wanted, parameters.max_tokens_param, max_tokens_default)?;
         let draft = GenerateDraft {
             id: RequestId(id.0.wrapping_add(index as u128)),
             model: card.name.clone(),
@@ -221,13 +222,14 @@ fn max_tokens(
     card: &ModelCard,
     prompt_tokens: u32,
     wanted: Option<u32>,
+    wanted_param: &str,
     unless_told: Option<u32>,
 ) -> Result<u32, ApiError> {
     let context_tokens = card.context_tokens;
     let left = context_tokens.saturating_sub(prompt_tokens);
-    let max_tokens = wanted.unwrap_or(1);
-    if max_tokens > left {
-        return Err(GenerateError::ContextExceeded { prompt_tokens, max_tokens, context_tokens }.into());
+    if wanted.unwrap_or(1) > left {
+        let wanted = wanted.map(|wanted| (wanted_param.to_owned(), wanted));
+        return Err(ApiError::ContextExceeded { prompt_tokens, wanted, context_tokens });
     }
     Ok(wanted.or(unless_told).unwrap_or(limits::NEW_TOKENS_MAX).min(left))
 }

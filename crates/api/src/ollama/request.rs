@@ -14,60 +14,76 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// `POST /api/chat`. A chat without messages only asks for the model to be there.
-#[derive(Debug, Deserialize, JsonSchema)]
-pub(crate) struct ChatRequest {
-    #[serde(default)]
-    model: Option<String>,
-    #[serde(default)]
-    messages: Option<Vec<Object<ChatMessage>>>,
-    #[serde(default)]
-    tools: Option<Vec<Object<ToolParam>>>,
-    #[serde(flatten)]
-    common: Common,
+/// A body, with the fields that both have beside its own. They are no struct of their own in it, since errors inside such a
+/// one would not say where they are.
+macro_rules! ollama_request {
+    ($(#[$meta:meta])* $name:ident { $($field:ident: $type:ty,)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Deserialize, JsonSchema)]
+        pub(crate) struct $name {
+            $(#[serde(default)] $field: $type,)*
+            /// True unless told otherwise.
+            #[serde(default)]
+            stream: Option<bool>,
+            /// `json`, or a JSON schema.
+            #[serde(default)]
+            format: Option<Value>,
+            /// Whether the model is to think, or how much, in a word.
+            #[serde(default)]
+            think: Option<Value>,
+            #[serde(default)]
+            options: Option<Object<Options>>,
+            #[serde(default)]
+            logprobs: Given,
+            #[serde(default)]
+            top_logprobs: Given,
+        }
+
+        impl $name {
+            fn take_common(&mut self) -> Common {
+                Common {
+                    format: self.format.take(),
+                    think: self.think.take(),
+                    options: self.options.take().map(|Object(options)| options).unwrap_or_default(),
+                    logprobs: std::mem::take(&mut self.logprobs),
+                    top_logprobs: std::mem::take(&mut self.top_logprobs),
+                }
+            }
+        }
+    };
 }
 
-/// `POST /api/generate`. One without a prompt only asks for the model to be there.
-#[derive(Debug, Deserialize, JsonSchema)]
-pub(crate) struct TextRequest {
-    #[serde(default)]
-    model: Option<String>,
-    #[serde(default)]
-    prompt: Option<String>,
-    #[serde(default)]
-    system: Option<String>,
-    /// The prompt is given to the model as it is, without its template.
-    #[serde(default)]
-    raw: Option<bool>,
-    #[serde(default)]
-    suffix: Given,
-    #[serde(default)]
-    images: Given,
-    #[serde(default)]
-    template: Given,
-    #[serde(default)]
-    context: Given,
-    #[serde(flatten)]
-    common: Common,
+ollama_request! {
+    /// `POST /api/chat`. A chat without messages only asks for the model to be there.
+    ChatRequest {
+        model: Option<String>,
+        messages: Option<Vec<Object<ChatMessage>>>,
+        tools: Option<Vec<Object<ToolParam>>>,
+    }
+}
+
+ollama_request! {
+    /// `POST /api/generate`. One without a prompt only asks for the model to be there. A `raw` prompt is given to the model
+    /// as it is, without its template.
+    TextRequest {
+        model: Option<String>,
+        prompt: Option<String>,
+        system: Option<String>,
+        raw: Option<bool>,
+        suffix: Given,
+        images: Given,
+        template: Given,
+        context: Given,
+    }
 }
 
 /// What both have.
-#[derive(Debug, Deserialize, JsonSchema)]
+#[derive(Debug)]
 struct Common {
-    /// True unless told otherwise.
-    #[serde(default)]
-    stream: Option<bool>,
-    /// `json`, or a JSON schema.
-    #[serde(default)]
     format: Option<Value>,
-    /// Whether the model is to think, or how much, in a word.
-    #[serde(default)]
     think: Option<Value>,
-    #[serde(default)]
-    options: Option<Object<Options>>,
-    #[serde(default)]
+    options: Options,
     logprobs: Given,
-    #[serde(default)]
     top_logprobs: Given,
 }
 
@@ -170,8 +186,10 @@ pub(super) enum Asked {
 impl ChatRequest {
     /// Whether the answer is streamed, and what is asked.
     pub(super) fn parse(body: &[u8]) -> Result<(bool, Asked), ApiError> {
-        let Self { model, messages, tools, common } = request::parse(body)?;
-        let stream = common.stream.unwrap_or(true);
+        let mut request: Self = request::parse(body)?;
+        let common = request.take_common();
+        let Self { model, messages, tools, stream, .. } = request;
+        let stream = stream.unwrap_or(true);
         let Some(messages) = messages.filter(|messages| !messages.is_empty()) else {
             return Ok((stream, Asked::Nothing { model }));
         };
@@ -194,7 +212,8 @@ impl ChatRequest {
 impl TextRequest {
     /// Whether the answer is streamed, and what is asked.
     pub(super) fn parse(body: &[u8]) -> Result<(bool, Asked), ApiError> {
-        let request: Self = request::parse(body)?;
+        let mut request: Self = request::parse(body)?;
+        let common = request.take_common();
         for (name, given, off) in [
             ("suffix", &request.suffix, request.suffix.is_text(&[""])),
             ("images", &request.images, request.images.is_nothing()),
@@ -205,8 +224,8 @@ impl TextRequest {
                 return Err(ApiError::Unsupported { param: name.to_owned(), value: given.to_string() });
             }
         }
-        let Self { model, prompt, system, raw, common, .. } = request;
-        let stream = common.stream.unwrap_or(true);
+        let Self { model, prompt, system, raw, stream, .. } = request;
+        let stream = stream.unwrap_or(true);
         let Some(prompt) = prompt.filter(|prompt| !prompt.is_empty()) else {
             return Ok((stream, Asked::Nothing { model }));
         };
@@ -248,7 +267,7 @@ impl ChatMessage {
 impl Common {
     /// All but model, messages and tools.
     fn conversation(self) -> Result<Conversation, ApiError> {
-        let options = self.options.map(|Object(options)| options).unwrap_or_default();
+        let options = self.options;
         for (name, given, off) in [
             ("logprobs", &self.logprobs, self.logprobs.is_off()),
             ("top_logprobs", &self.top_logprobs, self.top_logprobs.is_number(0.0)),

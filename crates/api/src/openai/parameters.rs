@@ -67,6 +67,8 @@ pub(crate) struct Parameters {
     seeded: bool,
     /// None when the client left it to the endpoint; 0: only the prompt is of interest.
     pub(crate) max_tokens: Option<u32>,
+    /// What the client calls that.
+    pub(crate) max_tokens_param: &'static str,
     /// Answers to each prompt.
     pub(crate) n: usize,
     /// Answers drawn for each prompt, if these are more.
@@ -104,11 +106,14 @@ impl RawParameters {
         for &(token, _) in &self.logit_bias.0 {
             check_tokens("logit_bias", &[token], card)?;
         }
-        let max_tokens = match (self.max_completion_tokens, self.max_tokens) {
-            (_, Some(0)) if self.may_be_nothing => Some(0),
-            (Some(value), _) => Some(check_range("max_completion_tokens", value, 1, limits::NEW_TOKENS_MAX)?),
-            (None, Some(value)) => Some(check_range("max_tokens", value, 1, limits::NEW_TOKENS_MAX)?),
-            (None, None) => None,
+        let (max_tokens_param, wanted) = match self.max_completion_tokens {
+            Some(value) => ("max_completion_tokens", Some(value)),
+            None => ("max_tokens", self.max_tokens),
+        };
+        let max_tokens = match wanted {
+            _ if self.may_be_nothing && self.max_tokens == Some(0) => Some(0),
+            Some(value) => Some(check_range(max_tokens_param, value, 1, limits::NEW_TOKENS_MAX)?),
+            None => None,
         };
         let n = check_count("n", self.n, 1)?.unwrap_or(1);
         let best_of = check_count("best_of", self.best_of, n)?;
@@ -167,6 +172,7 @@ impl RawParameters {
             sampling: SamplingParams::try_from(draft)?,
             seeded: self.seed.is_some(),
             max_tokens,
+            max_tokens_param,
             n,
             best_of,
             rules: OutputRules { grammar: None, min_tokens },

@@ -27,10 +27,16 @@ pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let parsed: Result<Object<T>, _> = serde_path_to_error::deserialize(&mut deserializer);
     let parsed = parsed.map_err(|error| {
-        let path = error.path().to_string();
+        let mut path = error.path().to_string();
         let error = error.into_inner();
         if error.is_data() {
-            ApiError::Field { path, message: strip_position(&error) }
+            let message = strip_position(&error);
+            if let Some(missing) =
+                message.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'))
+            {
+                path = if path == "." { missing.to_owned() } else { format!("{path}.{missing}") };
+            }
+            ApiError::Field { path, message }
         } else {
             ApiError::Syntax { message: error.to_string() }
         }

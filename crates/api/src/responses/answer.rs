@@ -8,6 +8,7 @@ use crate::{
     error::ApiError,
     job::Whole,
     prompt::{ModelText, unix_seconds},
+    shape::Protocol,
     text::{EndReason, TextUsage},
 };
 use schemars::JsonSchema;
@@ -126,7 +127,7 @@ impl ResponseJson {
     /// The same, broken off.
     pub(super) fn failed(mut self, error: &ApiError) -> Self {
         self.status = Status::Failed;
-        self.error = Some(FailureJson { code: "server_error", message: error.to_string() });
+        self.error = Some(FailureJson { code: "server_error", message: error.message(Protocol::Responses) });
         self
     }
 

@@ -140,6 +140,14 @@ async fn refusals() {
     let one = |message: &str| format!(r#"{{"max_tokens": 1, "messages": [{message}]}}"#);
     let image = one(r#"{"role": "user", "content": [{"type": "image", "source": {}}]}"#);
     let result = one(r#"{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "x"}]}"#);
+    let calls = one(
+        r#"{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "x", "input": {}}]}"#,
+    );
+    let speaker = one(r#"{"role": "other", "content": ""}"#);
+    let answer = one(r#"{"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "thinking", "thinking": "x"}]}]}"#);
+    let none = one(r#"{"role": "user", "content": "x"}"#).replace(": 1,", ": 0,");
+    let many = none.replace(": 0,", ": 100000,");
     let (other, hot) = (body(r#", "model": "other""#), body(r#", "temperature": 3"#));
     const INVALID: &str = "invalid_request_error";
     for (request, status, kind, message) in [
@@ -147,7 +155,12 @@ async fn refusals() {
         (r#"{"max_tokens": 1}"#, 400, INVALID, "missing field `messages`"),
         (r#"{"max_tokens": 1, "messages": []}"#, 400, INVALID, "at least one"),
         (&image, 400, INVALID, "image"),
-        (&result, 400, INVALID, "\"tool_result\""),
+        (&result, 400, INVALID, "messages.0.content.0 is a block of type \"tool_result\""),
+        (&none, 400, INVALID, "max_tokens is 0"),
+        (&many, 400, INVALID, "and max_tokens is 100000, but"),
+        (&calls, 400, INVALID, "messages.0.content: a last turn"),
+        (&speaker, 400, INVALID, "messages.0.role: unknown variant"),
+        (&answer, 400, INVALID, "messages.0.content.0.content.0 is a block of type \"thinking\""),
         (&other, 404, "not_found_error", "other"),
         (&hot, 400, INVALID, "3"),
     ] {
@@ -167,7 +180,16 @@ async fn refusals() {
         (r#", "tool_choice": {"type": "some"}"#, "some"),
         (r#", "thinking": {"type": "sometimes"}"#, "sometimes"),
         (r#", "mcp_servers": [{"url": "x"}]"#, "mcp_servers"),
-        (r#", "system": [{"type": "thinking", "thinking": "x"}]"#, "system has a block of type \"thinking\""),
+        (
+            r#", "system": [{"type": "thinking", "thinking": "x"}]"#,
+            "system.0 is a block of type \"thinking\"",
+        ),
+        (r#", "stop_sequences": [""]"#, "stop_sequences.0 has 0 bytes"),
+        (r#", "stop_sequences": [1]"#, "stop_sequences.0: invalid type"),
+        (r#", "tools": [{"name": "a b"}]"#, "tools.0.name is \"a b\""),
+        (r#", "tools": [{}]"#, "tools.0.name: missing"),
+        (r#", "tools": [{"name": "a", "input_schema": 1}]"#, "tools.0.input_schema must be"),
+        (r#", "output_config": {"effort": "low"}"#, "output_config.effort = \"low\""),
     ] {
         let cluster = Cluster::new(&["tiny"], Some(AGENT), agent_says("x"));
         let answer = ask(cluster.app(), post(PATH, body(fields))).await;

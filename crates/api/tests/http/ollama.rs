@@ -116,7 +116,35 @@ async fn refusals() {
         ("/api/generate", r#""prompt": "x", "suffix": "y""#, 400, "suffix"),
         ("/api/generate", r#""prompt": "x", "context": [1]"#, 400, "context"),
         ("/api/generate", r#""prompt": "x", "options": {"mirostat": 2}"#, 400, "options.mirostat"),
-        ("/api/generate", r#""prompt": "x", "options": {"temperature": 9}"#, 400, "temperature is 9"),
+        ("/api/generate", r#""prompt": "x", "options": {"temperature": 9}"#, 400, "options.temperature is 9"),
+        (
+            "/api/generate",
+            r#""prompt": "x", "options": {"temperature": "hot"}"#,
+            400,
+            "options.temperature: invalid type",
+        ),
+        ("/api/generate", r#""prompt": "x", "options": {"num_predict": 0}"#, 400, "options.num_predict is 0"),
+        (
+            "/api/generate",
+            r#""prompt": "x", "options": {"num_predict": 100000}"#,
+            400,
+            "and options.num_predict is 100000",
+        ),
+        (
+            "/api/generate",
+            r#""prompt": "x", "options": {"repeat_penalty": 0}"#,
+            400,
+            "options.repeat_penalty is 0",
+        ),
+        ("/api/generate", r#""prompt": "x", "options": {"stop": [""]}"#, 400, "options.stop[0] has 0 bytes"),
+        ("/api/generate", r#""prompt": "x", "think": "high""#, 400, "think = \"high\""),
+        (
+            "/api/chat",
+            r#""messages": [{"role": "user", "content": 5}]"#,
+            400,
+            "messages[0].content: invalid type",
+        ),
+        ("/api/chat", r#""messages": [{"content": "x"}]"#, 400, "messages[0].role: missing"),
         ("/api/generate", r#""prompt": 5"#, 400, "5"),
     ] {
         let cluster = Cluster::new(&["tiny"], Some(AGENT), ok());

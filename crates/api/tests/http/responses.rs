@@ -205,7 +205,7 @@ async fn refusals() {
         (r#""input": []"#, "invalid_value", "input", "input is empty"),
         (r#""input": 5"#, "invalid_type", "input", "5"),
         (r#""input": [{"type": "item_reference", "id": "x"}]"#, "invalid_type", "input[0]", "item_reference"),
-        (r#""input": [{"role": "user"}]"#, "invalid_type", "input[0]", "missing field `content`"),
+        (r#""input": [{"role": "user"}]"#, "invalid_type", "input[0].content", "missing field `content`"),
         (
             r#""input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]"#,
             "invalid_type",
@@ -226,13 +226,43 @@ async fn refusals() {
         (r#""input": "x", "tool_choice": "some""#, "invalid_type", "tool_choice", "some"),
         (r#""input": "x", "tool_choice": "required""#, "invalid_value", "tool_choice", "there are no tools"),
         (r#""input": "x", "temperature": 3"#, "invalid_value", "temperature", "temperature is 3"),
-        (r#""input": "x", "max_output_tokens": 0"#, "invalid_value", "max_tokens", "0"),
+        (
+            r#""input": "x", "max_output_tokens": 0"#,
+            "invalid_value",
+            "max_output_tokens",
+            "max_output_tokens is 0; it must be from 1",
+        ),
+        (r#""input": "x", "max_output_tokens": 9.5"#, "invalid_type", "max_output_tokens", "9.5"),
+        (
+            r#""input": "x", "max_output_tokens": 100000"#,
+            "context_length_exceeded",
+            "",
+            "and max_output_tokens is 100000, but",
+        ),
+        (
+            r#""input": "x", "reasoning": {"effort": "low"}"#,
+            "unsupported_parameter",
+            "reasoning.effort",
+            "low",
+        ),
+        (
+            r#""input": "x", "tools": [{"type": "function", "name": "a b"}]"#,
+            "invalid_value",
+            "tools[0].name",
+            "tools[0].name is \"a b\"",
+        ),
+        (
+            r#""input": "x", "tools": [{"type": "function", "name": "a", "parameters": 1}]"#,
+            "invalid_value",
+            "tools[0].parameters",
+            "tools[0].parameters must be a JSON schema",
+        ),
     ] {
         let cluster = Cluster::new(&["tiny"], Some(AGENT), agent_says("x"));
         let answer = ask(cluster.app(), post(PATH, format!("{{{fields}}}"))).await;
         let error = &answer.json()["error"];
         assert_eq!((answer.status(), &error["code"]), (400, &json!(code)), "{fields}: {error}");
-        assert_eq!(error["param"], param, "{fields}: {error}");
+        assert_eq!(error["param"].as_str().unwrap_or_default(), param, "{fields}: {error}");
         assert!(error["message"].as_str().unwrap().contains(message), "{fields}: {error}");
     }
 }

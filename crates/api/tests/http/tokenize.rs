@@ -41,12 +41,12 @@ async fn texts_of_tokens() {
 #[tokio::test]
 async fn refusals() {
     for (path, body, status, param, message) in [
-        ("/tokenize", "{}", 400, ".", "missing field `prompt`"),
+        ("/tokenize", "{}", 400, "prompt", "missing field `prompt`"),
         ("/tokenize", r#"{"prompt": 5}"#, 400, "prompt", "5"),
         ("/tokenize", r#"{"messages": []}"#, 400, "messages", "at least one"),
         ("/tokenize", r#"{"prompt": "a", "return_token_strs": 1}"#, 400, "return_token_strs", "1"),
         ("/tokenize", r#"{"model": "other", "prompt": "a"}"#, 404, "model", "other"),
-        ("/detokenize", "{}", 400, ".", "missing field `tokens`"),
+        ("/detokenize", "{}", 400, "tokens", "missing field `tokens`"),
         ("/detokenize", r#"{"tokens": [259]}"#, 400, "tokens", "259"),
         ("/detokenize", r#"{"tokens": [-1]}"#, 400, "tokens[0]", "-1"),
         ("/detokenize", r#"{"tokens": "a"}"#, 400, "tokens", "expected a sequence"),

@@ -264,7 +264,7 @@ async fn what_cannot_be_meant_is_refused() {
     let function = |function: Value| json!({"tools": [{"type": "function", "function": function}]});
     check(json!({"tools": [{"type": "web_search"}]}), "invalid_type", "tools[0].type", "only \"function\"")
         .await;
-    check(function(json!({})), "invalid_type", "tools[0].function", "missing field `name`").await;
+    check(function(json!({})), "invalid_type", "tools[0].function.name", "missing field `name`").await;
     check(function(json!({"name": "a b"})), "invalid_value", "tools[0].function.name", "\"a b\"").await;
     let schema = json!({"name": "a", "parameters": 5});
     check(function(schema), "invalid_value", "tools[0].function.parameters", "a JSON schema").await;
