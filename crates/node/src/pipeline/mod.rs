@@ -1,7 +1,7 @@
 //! Pipelines: nodes that together hold one model and look like one node.
 //!
-//! [`Group`] is a member's view of its pipeline as a pure state machine; [`PipelineActor`] carries out what it says, with
-//! rounds and epochs of `head.rs`. [`PipelineHost`] is what a member does for the others. Ranks are processes (`child.rs`,
+//! [`Group`] is a member's view of its pipeline as a pure state machine; `actor.rs` carries out what it says, with
+//! rounds and epochs of `head.rs`; `host.rs` is what a member does for the others. Ranks are processes (`child.rs`,
 //! the head's by `engine_child.rs`) whose ring (`ring.rs`) runs through tunnels between the nodes. What members ask of each
 //! other is in `transport` (`Peer::measure`, `stage`, `tunnel`, `probe`).
 
