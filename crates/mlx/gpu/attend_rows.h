@@ -1,4 +1,5 @@
-// Decode: each row appends one token to its last block and attends to everything before and itself. One thread group for
+// Decode: each row appends one token to its last block (where WRITES; else all rows were appended before) and attends to
+// everything before and itself. One thread group for
 // each row and key-value head; its warps share the row's blocks, a lane takes a token of a block and then some dimensions.
 //
 // qkv [rows or more, KV * G + 2 * KV, D]: queries, keys and values, not rotated; keys and values: the pools
@@ -53,8 +54,10 @@ for (int i = local; i < (G + 1) * D; i += threads) {
   if (is_key) {
     const T value = qkv[size_t(row) * WIDTH + (KV * (G + 1) + head) * D + d];
     const size_t place = size_t(rows[table + last]) * pool_block + pool_head + size_t(position % 32) * D + d;
-    ((DEVICE T*)keys)[place] = turned;
-    ((DEVICE T*)values)[place] = value;
+    if (WRITES) {
+      ((DEVICE T*)keys)[place] = turned;
+      ((DEVICE T*)values)[place] = value;
+    }
     new_key[d] = float(turned);
     new_value[d] = float(value);
   } else {

@@ -57,6 +57,9 @@ pub(crate) struct RowGroup {
     pub(crate) count: i32,
     /// `[count, 1 + blocks]`: position, then the block table; -1 as position marks a row that is only there to fill.
     pub(crate) table: Array,
+    /// On a GPU, where several rows are of one sequence: `[count, 2 + blocks]`, each row's index before what the table says.
+    /// All are appended before any attends.
+    pub(crate) appended: Option<Array>,
     /// For the pure path.
     pub(crate) gathered: Option<Gathered>,
 }

@@ -6,7 +6,7 @@
 
 use crate::{
     attention::{Look, Qkv, RowGroup, Run, ShortRuns},
-    kv::KvPool,
+    kv::{KvPool, LayerKv},
     models::Heads,
 };
 use mlx_rs::{
@@ -175,7 +175,15 @@ pub(crate) fn attend_rows(
     let warps = warps(dim, group, count * keys);
     let [window, capped, sinks] = look.constants();
     let most = (c"WARPS_MAX", Constant::Int(warps_max(dim, group)));
-    let constants = qkv.constants(half, &[most, window, capped, sinks]);
+    let appended = match &rows.appended {
+        Some(table) => {
+            let tile = (c"TILE", Constant::Int(1));
+            Some(append_tokens(qkv, &kv.layers[layer], table, (numbers, half), tile, &kv.fence)?)
+        }
+        None => None,
+    };
+    let writes = (c"WRITES", Constant::Int(i32::from(appended.is_none())));
+    let constants = qkv.constants(half, &[most, window, capped, sinks, writes]);
     let launch = Launch {
         grid: [keys * warps * WARP, count, 1],
         group: [warps * WARP, 1, 1],
@@ -183,10 +191,32 @@ pub(crate) fn attend_rows(
         outputs: &[(&[count, queries * dim], qkv.product.dtype()), (&[8], Dtype::Int32)],
     };
     let pool = &kv.layers[layer];
-    let inputs = [&qkv.product, &pool.keys, &pool.values, &rows.table, numbers, &kv.fence];
+    let fence = appended.as_ref().unwrap_or(&kv.fence);
+    let inputs = [&qkv.product, &pool.keys, &pool.values, &rows.table, numbers, fence];
     let [out, after] = exactly(run(&ATTEND_ROWS, &inputs, &launch)?)?;
     kv.fence = after;
     Ok(out)
+}
+
+/// Rotates and appends the tokens that a table of tiles names, see [`ShortRuns::table`]; the next fence.
+fn append_tokens(
+    qkv: &Qkv,
+    pool: &LayerKv,
+    table: &Array,
+    (numbers, half): (&Array, i32),
+    tile: (&'static CStr, Constant),
+    fence: &Array,
+) -> Result<Array> {
+    let Heads { keys, dim, .. } = qkv.heads();
+    let Constant::Int(tokens) = tile.1 else { return Err(Exception::custom("a tile has tokens")) };
+    let launch = Launch {
+        grid: [threads(dim, WARP), keys, threads(table.dim(0) * tokens, 8)],
+        group: [WARP, 1, 8],
+        constants: &qkv.constants(half, &[tile]),
+        outputs: &[(&[8], Dtype::Int32)],
+    };
+    let inputs = [&qkv.product, &pool.keys, &pool.values, table, numbers, fence];
+    first(run(&APPEND_TOKENS, &inputs, &launch)?)
 }
 
 /// Rotates and appends a run; returns queries `[1, heads, count, dim]`, and keys and values of everything up to its end,
@@ -314,15 +344,7 @@ pub(crate) fn attend_tiles(
     let (tiles, group) = (runs.table.dim(0), queries / keys);
     let pool = &kv.layers[layer];
     let tile = (c"TILE", Constant::Int(tokens));
-    let constants = qkv.constants(half, &[tile]);
-    let append = Launch {
-        grid: [threads(dim, WARP), keys, threads(tiles * tokens, 8)],
-        group: [WARP, 1, 8],
-        constants: &constants,
-        outputs: &[(&[8], Dtype::Int32)],
-    };
-    let inputs = [&qkv.product, &pool.keys, &pool.values, &runs.table, numbers, &kv.fence];
-    let appended = first(run(&APPEND_TOKENS, &inputs, &append)?)?;
+    let appended = append_tokens(qkv, pool, &runs.table, (numbers, half), tile, &kv.fence)?;
     if !wanted {
         kv.fence = appended;
         return Ok(None);

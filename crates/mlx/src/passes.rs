@@ -10,7 +10,7 @@ use crate::{
     models::{Dims, Family, Heads, StepInput},
     raw::Compiled,
     sampler::{self, Draws},
-    step::{BLOCK_BUCKET, Ordered, Places, block_bucket, rows_table},
+    step::{BLOCK_BUCKET, Ordered, Places, block_bucket, tokens_table},
 };
 use mlx_rs::{
     Array, Dtype,
@@ -31,8 +31,12 @@ const TOKEN_BUCKETS: [usize; 11] = [16, 32, 48, 64, 128, 256, 512, 768, 1024, 15
 const RUN_BLOCKS_MIN: usize = 4096 / BLOCK_TOKENS;
 /// More tokens than these are faster by MLX's attention, unless ours runs on matrix units too.
 const LANES_TOKENS_MAX: usize = 256;
+/// More rows and guesses than these are computed as runs beside rows: a text's tokens share its KV then.
+const GUESSED_ROWS_MAX: usize = 256;
 /// Room for which passes are built before anybody needs them.
 const WARM_TOKENS_MAX: usize = 512;
+/// The same of rows with guesses.
+const WARM_GUESSED_ROWS_MAX: usize = 64;
 
 /// The compiled passes of one model.
 #[derive(Debug)]
@@ -40,6 +44,9 @@ pub(crate) struct Passes {
     rows: Compiled,
     /// The same up to the logits.
     rows_undrawn: Compiled,
+    /// Rows and their guesses, each a row of its own.
+    guesses: Compiled,
+    guesses_undrawn: Compiled,
     runs: Option<RunPasses>,
     vocabulary: u32,
     dims: Dims,
@@ -63,11 +70,12 @@ impl Passes {
     pub(crate) fn new(family: &Rc<dyn Family>, kv: &KvPool, slots: usize, vocabulary: u32) -> Result<Self> {
         let dims = family.dims();
         let heads = Heads { queries: dims.heads, keys: dims.kv.heads, dim: dims.kv.head_dim };
-        let rows = |drawn: bool| {
+        let of_rows = |drawn: bool, guesses: bool| {
             let (family, kv) = (Rc::clone(family), kv.clone());
-            Compiled::new(move |inputs| pass_of_rows(inputs, drawn, &*family, &kv))
+            Compiled::new(move |inputs| pass_of_rows(inputs, (drawn, guesses), &*family, &kv))
         };
-        let (rows, rows_undrawn) = (rows(true)?, rows(false)?);
+        let (rows, rows_undrawn) = (of_rows(true, false)?, of_rows(false, false)?);
+        let (guesses, guesses_undrawn) = (of_rows(true, true)?, of_rows(false, true)?);
         let runs = match kernels::tile(heads, dims.kv.dtype, dims.plain) {
             Some(tile) => {
                 let beside_rows = |drawn: bool| {
@@ -84,7 +92,8 @@ impl Passes {
             }
             None => None,
         };
-        let passes = Self { rows, rows_undrawn, runs, vocabulary, dims, to_warm: RefCell::default() };
+        let to_warm = RefCell::default();
+        let passes = Self { rows, rows_undrawn, guesses, guesses_undrawn, runs, vocabulary, dims, to_warm };
         passes.to_warm.borrow_mut().extend(passes.expected(slots));
         Ok(passes)
     }
@@ -110,18 +119,34 @@ impl Passes {
         };
         let mut expected = Vec::new();
         for rows in room(&ROW_BUCKETS) {
-            expected.push(Places { rows, tile: 1, count: rows, blocks: BLOCK_BUCKET });
+            expected.push(Places { rows, tile: 1, count: rows, blocks: BLOCK_BUCKET, guesses: false });
         }
         if let Some(RunPasses { tile, .. }) = &self.runs {
             let tile = tile.tokens as usize;
             for rows in room(&ROW_BUCKETS_BESIDE) {
                 for tokens in self.token_buckets().filter(|&tokens| tokens <= WARM_TOKENS_MAX) {
-                    expected.push(Places { rows, tile, count: rows + tokens, blocks: RUN_BLOCKS_MIN });
+                    expected.push(Places {
+                        rows,
+                        tile,
+                        count: rows + tokens,
+                        blocks: RUN_BLOCKS_MIN,
+                        guesses: false,
+                    });
                 }
             }
             for tokens in self.token_buckets() {
-                expected.push(Places { rows: 0, tile, count: tokens, blocks: RUN_BLOCKS_MIN });
+                expected.push(Places {
+                    rows: 0,
+                    tile,
+                    count: tokens,
+                    blocks: RUN_BLOCKS_MIN,
+                    guesses: false,
+                });
             }
+        }
+        let guessed = ROW_BUCKETS.into_iter().filter(|rows| (2..=WARM_GUESSED_ROWS_MAX).contains(rows));
+        for rows in guessed {
+            expected.push(Places { rows, tile: 1, count: rows, blocks: BLOCK_BUCKET, guesses: true });
         }
         expected
     }
@@ -138,7 +163,8 @@ impl Passes {
         let runs = self.runs.as_ref().map_or(0, |runs| {
             runs.beside_rows.traced() + runs.beside_rows_undrawn.traced() + runs.alone.traced()
         });
-        self.rows.traced() + self.rows_undrawn.traced() + runs
+        let rows = [&self.rows, &self.rows_undrawn, &self.guesses, &self.guesses_undrawn];
+        rows.map(Compiled::traced).iter().sum::<u64>() + runs
     }
 
     /// Where the step's tokens are in the pass to which it is filled up; none where there is no compiled pass for such steps.
@@ -150,19 +176,23 @@ impl Passes {
         let blocks = block_bucket(ordered.blocks());
         if ordered.runs().is_empty() {
             let rows = bucket(ordered.singles, &ROW_BUCKETS);
-            return Some(Places { rows, tile: 1, count: rows, blocks });
+            return Some(Places { rows, tile: 1, count: rows, blocks, guesses: false });
+        }
+        if ordered.is_rows_with_guesses() && ordered.sampling.len() <= GUESSED_ROWS_MAX {
+            let rows = bucket(ordered.sampling.len(), &ROW_BUCKETS);
+            return Some(Places { rows, tile: 1, count: rows, blocks, guesses: true });
         }
         let tile = self.runs.as_ref()?.tile.tokens as usize;
         let tokens = ordered.tokens_in_tiles(tile);
         let tokens = self.token_buckets().find(|&room| room >= tokens)?;
         let blocks = blocks.max(RUN_BLOCKS_MIN);
         if ordered.sampling.is_empty() {
-            return Some(Places { rows: 0, tile, count: tokens, blocks });
+            return Some(Places { rows: 0, tile, count: tokens, blocks, guesses: false });
         }
         // Room for rows is room for drawn tokens: those of prompts that end are among them. There is always some, since no
         // kernel takes none.
         let rows = bucket(ordered.sampling.len(), &ROW_BUCKETS_BESIDE);
-        Some(Places { rows, tile, count: rows + tokens, blocks })
+        Some(Places { rows, tile, count: rows + tokens, blocks, guesses: false })
     }
 
     /// Runs a pass over tokens that are where `placed` says; the drawn ones `[rows]`, if any, or the logits `[rows,
@@ -177,7 +207,12 @@ impl Passes {
         kv: &mut KvPool,
     ) -> Result<Option<Array>> {
         let room = places.rows;
-        let table = || rows_table(&ordered.slices[..ordered.singles], places.rows, places.blocks);
+        let singles = if places.guesses { &ordered.slices[..] } else { &ordered.slices[..ordered.singles] };
+        let table = || tokens_table(singles, places.rows, places.blocks);
+        let (rows, rows_undrawn) = match places.guesses {
+            true => (&self.guesses, &self.guesses_undrawn),
+            false => (&self.rows, &self.rows_undrawn),
+        };
         let apart = ordered.is_drawn_apart() || !self.dims.part.is_whole();
         let draws = || Draws::new(&ordered.sampling, &ordered.late, room, self.vocabulary);
         let outputs = match &self.runs {
@@ -198,10 +233,10 @@ impl Passes {
                     passes.beside_rows.call(&inputs)?
                 }
             }
-            _ if apart => self.rows_undrawn.call(&[&tokens, &table(), &kv.fence])?,
+            _ if apart => rows_undrawn.call(&[&tokens, &table(), &kv.fence])?,
             _ => {
                 let (table, draws) = (table(), draws());
-                self.rows.call(&[&tokens, &table, &draws.rows, &draws.changes, &kv.fence])?
+                rows.call(&[&tokens, &table, &draws.rows, &draws.changes, &kv.fence])?
             }
         };
         let mut outputs = outputs.into_iter();
@@ -210,17 +245,27 @@ impl Passes {
     }
 }
 
-/// Tokens, tables, draws and changes where they are drawn, and fence to fence and drawn tokens, or logits.
-fn pass_of_rows(inputs: &[Array], drawn: bool, family: &dyn Family, kv: &KvPool) -> Result<Vec<Array>> {
+/// Tokens, tables, draws and changes where they are drawn, and fence to fence and drawn tokens, or logits. With guesses some
+/// rows follow others in the same text.
+fn pass_of_rows(
+    inputs: &[Array],
+    (drawn, guesses): (bool, bool),
+    family: &dyn Family,
+    kv: &KvPool,
+) -> Result<Vec<Array>> {
     let (tokens, table, draws, fence) = match inputs {
         [tokens, table, rows, changes, fence] if drawn => (tokens, table, Some((rows, changes)), fence),
         [tokens, table, fence] if !drawn => (tokens, table, None, fence),
         _ => return Err(Exception::custom(format!("{} inputs of a pass of rows", inputs.len()))),
     };
+    let rows = match guesses {
+        true => RowGroup::together(table.clone())?,
+        false => RowGroup { count: tokens.dim(0), table: table.clone(), appended: None, gathered: None },
+    };
     let attention = Attention {
         path: Path::Kernel,
         scale: family.dims().scale,
-        rows: Some(RowGroup { count: tokens.dim(0), table: table.clone(), gathered: None }),
+        rows: Some(rows),
         runs: Vec::new(),
         short: None,
         targets: None,
@@ -248,7 +293,7 @@ fn pass_beside_rows(
     let attention = Attention {
         path: Path::Kernel,
         scale: family.dims().scale,
-        rows: Some(RowGroup { count, table: table.clone(), gathered: None }),
+        rows: Some(RowGroup { count, table: table.clone(), appended: None, gathered: None }),
         runs: Vec::new(),
         short: Some(ShortRuns { tile, table: tiles.clone() }),
         targets: None,

@@ -87,14 +87,17 @@ pub(crate) fn differences(
     look: &Look,
     plain: bool,
 ) -> Result<Vec<String>> {
-    let theirs = attended(Path::Pure, dtype, heads, look, None)?;
-    let tile = if path == Path::Kernel { kernels::tile(heads, dtype, plain) } else { None };
+    let theirs = attended(Path::Pure, dtype, heads, look, Runs::Alone)?;
+    let mut ways = vec![("attention", Runs::Alone)];
+    if path == Path::Kernel {
+        ways.push(("attention in rows", Runs::InRows));
+        ways.extend(
+            kernels::tile(heads, dtype, plain).map(|tile| ("attention in tiles", Runs::InTiles(tile))),
+        );
+    }
     let mut found = Vec::new();
-    for (name, tile) in [("attention", None), ("attention in tiles", tile)] {
-        if name != "attention" && tile.is_none() {
-            continue;
-        }
-        let ours = attended(path, dtype, heads, look, tile)?;
+    for (name, runs) in ways {
+        let ours = attended(path, dtype, heads, look, runs)?;
         for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
             found.extend(off(&format!("{name} {index}"), ours, theirs, tolerance(path, dtype))?);
         }
@@ -200,9 +203,17 @@ fn gathered_differences(dtype: Dtype, dense: bool) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// Outputs of some steps: a run, a run behind it with other rows beside it, then rows that go on; runs in tiles where one
-/// is given.
-fn attended(path: Path, dtype: Dtype, heads: Heads, look: &Look, tile: Option<Tile>) -> Result<Vec<Array>> {
+/// How runs attend.
+#[derive(Debug, Clone, Copy)]
+enum Runs {
+    Alone,
+    InTiles(Tile),
+    /// Each token as a row, as guesses do.
+    InRows,
+}
+
+/// Outputs of some steps: a run, a run behind it with other rows beside it, then rows that go on.
+fn attended(path: Path, dtype: Dtype, heads: Heads, look: &Look, runs: Runs) -> Result<Vec<Array>> {
     let Heads { queries, keys, dim } = heads;
     let shape = KvShape { layers: LAYERS, heads: keys, head_dim: dim, dtype, packing: None };
     let mut kv = KvPool::new(shape, BLOCKS, path)?;
@@ -248,12 +259,16 @@ fn attended(path: Path, dtype: Dtype, heads: Heads, look: &Look, tile: Option<Ti
         // In tiles there are tokens in between, which are only there to fill: copies of the first.
         let mut from: Vec<i32> = (0..count as i32).collect();
         let mut placed: Vec<usize> = (0..count).collect();
-        let attention = match tile {
-            Some(tile) if !ordered.runs().is_empty() => {
+        let attention = match runs {
+            Runs::InRows => {
+                let places = Places { rows: count, tile: 1, count, blocks: one.len(), guesses: true };
+                ordered.attention_in_rows(&places, scale)?
+            }
+            Runs::InTiles(tile) if !ordered.runs().is_empty() => {
                 let each = tile.tokens as usize;
                 let (rows, blocks) = (ordered.singles, one.len());
                 let room = rows + ordered.tokens_in_tiles(each) + each;
-                let places = Places { rows, tile: each, count: room, blocks };
+                let places = Places { rows, tile: each, count: room, blocks, guesses: false };
                 placed = ordered.placed(&places);
                 from = vec![0; room];
                 (0..).zip(&placed).for_each(|(token, &at)| from[at] = token);

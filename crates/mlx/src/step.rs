@@ -7,7 +7,7 @@ use crate::{
     layers::Path,
 };
 use engine::{BlockId, Input, RowSampling, Slice};
-use mlx_rs::Array;
+use mlx_rs::{Array, error::Result, ops::concatenate};
 use types::{BLOCK_TOKENS, TokenId};
 
 /// Blocks of a row in compiled passes: this many tokens, doubled as often as needed.
@@ -121,7 +121,8 @@ impl<'a> Ordered<'a> {
         let blocks = if path == Path::Kernel { block_bucket(blocks) } else { blocks };
         let rows = (!singles.is_empty()).then(|| RowGroup {
             count: singles.len() as i32,
-            table: rows_table(singles, singles.len(), blocks),
+            table: tokens_table(singles, singles.len(), blocks),
+            appended: None,
             gathered: pure.then(|| gathered_rows(singles, blocks)),
         });
         let mut runs = Vec::with_capacity(self.runs().len());
@@ -156,7 +157,8 @@ impl<'a> Ordered<'a> {
     pub(crate) fn attention_in_tiles(&self, places: &Places, tile: Tile, scale: f32) -> Attention {
         let rows = (places.rows > 0).then(|| RowGroup {
             count: places.rows as i32,
-            table: rows_table(&self.slices[..self.singles], places.rows, places.blocks),
+            table: tokens_table(&self.slices[..self.singles], places.rows, places.blocks),
+            appended: None,
             gathered: None,
         });
         let short = ShortRuns { tile, table: self.tiles_table(places) };
@@ -164,9 +166,24 @@ impl<'a> Ordered<'a> {
         Attention { path, scale, rows, runs: Vec::new(), short: Some(short), targets: None }
     }
 
+    /// The same on a GPU with every token as a row of its own.
+    pub(crate) fn attention_in_rows(&self, places: &Places, scale: f32) -> Result<Attention> {
+        let rows = RowGroup::together(tokens_table(&self.slices, places.rows, places.blocks))?;
+        let path = Path::Kernel;
+        Ok(Attention { path, scale, rows: Some(rows), runs: Vec::new(), short: None, targets: None })
+    }
+
+    /// Whether all tokens are drawn at, and some of them are guesses: each is a row then.
+    pub(crate) fn is_rows_with_guesses(&self) -> bool {
+        let tokens = |slice: &&&Slice<'_>| slice.draws() == slice.input.count();
+        !self.runs().is_empty()
+            && self.scores.is_empty()
+            && self.slices.iter().filter(tokens).count() == self.slices.len()
+    }
+
     /// Where the step's tokens are among `places.count`, one after another.
     pub(crate) fn placed(&self, places: &Places) -> Vec<usize> {
-        let mut at = places.rows;
+        let mut at = if places.guesses { self.singles } else { places.rows };
         let mut placed: Vec<usize> = (0..self.singles).collect();
         for slice in self.runs() {
             let count = slice.input.count();
@@ -208,7 +225,8 @@ impl<'a> Ordered<'a> {
     }
 }
 
-/// Where the tokens of a step with short runs are: rows first, then runs, each filled up to whole tiles.
+/// Where the tokens of a step with short runs are: rows first, then runs, each filled up to whole tiles. Of a step of rows
+/// and their guesses each token may be a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Places {
     /// Room for rows.
@@ -219,6 +237,8 @@ pub(crate) struct Places {
     pub(crate) count: usize,
     /// Blocks of a table.
     pub(crate) blocks: usize,
+    /// Whether each token is a row, those of runs too.
+    pub(crate) guesses: bool,
 }
 
 /// Blocks of a row in passes that are compiled for it.
@@ -235,19 +255,31 @@ fn filled(mut table: Vec<i32>, least: usize) -> Vec<i32> {
     table
 }
 
-/// `[rows, 1 + blocks]`: positions and block tables; rows past the slices are marked as unused.
-pub(crate) fn rows_table(slices: &[&Slice<'_>], rows: usize, blocks: usize) -> Array {
+/// `[rows, 1 + blocks]`: position and block table of each token; rows past these are marked as unused.
+pub(crate) fn tokens_table(slices: &[&Slice<'_>], rows: usize, blocks: usize) -> Array {
     let mut table = Vec::with_capacity(rows * (1 + blocks));
     for slice in slices {
-        table.push(slice.start as i32);
-        let used = &slice.blocks[..blocks_of(slice.start + 1)];
-        table.extend(ids(used).chain(std::iter::repeat(0)).take(blocks));
+        for position in slice.start..slice.start + slice.input.count() {
+            table.push(position as i32);
+            let used = &slice.blocks[..blocks_of(position + 1)];
+            table.extend(ids(used).chain(std::iter::repeat(0)).take(blocks));
+        }
     }
-    for _ in slices.len()..rows {
+    while table.len() < rows * (1 + blocks) {
         table.push(-1);
         table.extend(std::iter::repeat_n(0, blocks));
     }
     Array::from_slice(&table, &[rows as i32, 1 + blocks as i32])
+}
+
+impl RowGroup {
+    /// Rows of which some are of one sequence, by their table.
+    pub(crate) fn together(table: Array) -> Result<Self> {
+        let count = table.dim(0);
+        let indexes = Array::from_slice(&(0..count).collect::<Vec<_>>(), &[count, 1]);
+        let appended = Some(concatenate(&[indexes, table.clone()], 1)?);
+        Ok(Self { count, table, appended, gathered: None })
+    }
 }
 
 fn gathered_rows(slices: &[&Slice<'_>], blocks: usize) -> Gathered {

@@ -84,7 +84,7 @@ constexpr int D = 32, G = 2, KV = 2, HALF = 16, TILE = 4, HEADS = KV * G, WIDTH 
 constexpr int WARPS = 2, WARPS_MAX = WARPS, BLOCKS = 4, POOL_BLOCKS = 8;
 using T = float;
 
-template <int WINDOW, int CAPPED, int SINKS>
+template <int WINDOW, int CAPPED, int SINKS, int WRITES>
 void attend_rows(
     const T* qkv, const T* keys, const T* values, const int* rows, const int* rows_shape, const float* numbers, T* out) {
 #include "../attend_rows.h"
@@ -195,6 +195,42 @@ static bool same(const char* kernel, int position, int head, const float* got, c
   return true;
 }
 
+// Tokens of one text as rows of their own, over the border of a block: all were appended before.
+template <int WINDOW, int CAPPED, int SINKS>
+bool check_guesses() {
+  Text text;
+  const int start = 61, count = 5;
+  const auto qkv = numbers_of(count * WIDTH);
+  std::vector<int> rows;
+  for (int i = 0; i < count; i++) {
+    rows.push_back(start + i);
+    rows.insert(rows.end(), text.table.begin(), text.table.end());
+    for (int head = 0; head < KV; head++) {
+      const float* key = qkv.data() + i * WIDTH + (HEADS + head) * D;
+      std::copy_n(key, D, text.keys.begin() + text.place(start + i, head));
+      std::copy_n(key + KV * D, D, text.values.begin() + text.place(start + i, head));
+    }
+  }
+  // Unused rows.
+  rows.resize((count + 1) * (1 + BLOCKS), -1);
+  const int shape[] = {count + 1, 1 + BLOCKS};
+  std::vector<float> out((count + 1) * HEADS * D);
+  const Text before = text;
+  launch(KV, count + 1, WARPS * 32, [&] {
+    attend_rows<WINDOW, CAPPED, SINKS, 0>(
+        qkv.data(), text.keys.data(), text.values.data(), rows.data(), shape, text.numbers.data(), out.data());
+  });
+  bool good = before.keys == text.keys && before.values == text.values;
+  for (int i = 0; i < count; i++) {
+    for (int head = 0; head < HEADS; head++) {
+      const float* query = qkv.data() + i * WIDTH + head * D;
+      const auto wanted = expected(text, query, head, start + i, nullptr, nullptr, WINDOW, CAPPED, SINKS);
+      good &= same("attend_rows, appended", start + i, head, out.data() + (i * HEADS + head) * D, wanted);
+    }
+  }
+  return good;
+}
+
 template <int WINDOW, int CAPPED, int SINKS>
 bool check() {
   bool good = true;
@@ -207,7 +243,7 @@ bool check() {
     std::vector<float> out(HEADS * D);
     const Text before = text;
     launch(KV, 1, WARPS * 32, [&] {
-      attend_rows<WINDOW, CAPPED, SINKS>(
+      attend_rows<WINDOW, CAPPED, SINKS, 1>(
           qkv.data(), text.keys.data(), text.values.data(), row.data(), shape, text.numbers.data(), out.data());
     });
     for (int head = 0; head < HEADS; head++) {
@@ -217,6 +253,7 @@ bool check() {
       good &= same("attend_rows", position, head, out.data() + head * D, wanted);
     }
   }
+  good &= check_guesses<WINDOW, CAPPED, SINKS>();
   // Two tiles over the border of a block; the last place only fills up.
   Text text;
   const int start = 60, count = 7, tiles = 2;
