@@ -7,6 +7,7 @@ mod cache;
 mod clock;
 mod json;
 mod pieces;
+mod python;
 mod segments;
 mod template;
 mod tokenizer;

@@ -3,7 +3,11 @@
 //! Blocks are trimmed, Python's string and dict methods work, `tojson` writes plain JSON, and `raise_exception`,
 //! `strftime_now`, `break` and `continue` exist. Templates come with a model and are bounded in what they may execute.
 
-use super::{clock, json::to_json};
+use super::{
+    clock,
+    json::{JsonStyle, to_json},
+    python,
+};
 use crate::{
     openai::request::Role,
     text::{HarmonyParser, ReasoningFormat, tools::ToolFormat},
@@ -152,7 +156,7 @@ impl ChatTemplate {
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_fuel(Some(FUEL_MAX));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        python::add_to(&mut environment);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
@@ -326,17 +330,26 @@ fn strftime_now(format: &str) -> Result<String, Error> {
     })
 }
 
-/// `tojson` takes what Hugging Face's does; options that only change escapes or order are accepted.
+/// `tojson` takes what Hugging Face's does.
 fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<Value> = kwargs.get("indent")?;
     let indent = match indent {
         Some(indent) if indent.kind() == ValueKind::Number => Some(usize::try_from(indent)?),
         _ => None,
     };
-    let _: Option<bool> = kwargs.get("ensure_ascii")?;
-    let _: Option<bool> = kwargs.get("sort_keys")?;
+    let separators: Option<Vec<String>> = kwargs.get("separators")?;
+    let separators = match separators.as_deref() {
+        None => None,
+        Some([item, key]) => Some((item.clone(), key.clone())),
+        Some(other) => {
+            let message = format!("tojson takes two separators, not {}", other.len());
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
+        }
+    };
+    let flag = |name| kwargs.get::<Option<bool>>(name).map(|flag| flag.unwrap_or(false));
+    let (sort_keys, ensure_ascii) = (flag("sort_keys")?, flag("ensure_ascii")?);
     kwargs.assert_all_used()?;
-    to_json(value, indent)
+    to_json(value, JsonStyle { indent, separators, sort_keys, ensure_ascii })
         .map(Value::from)
         .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}")))
 }

@@ -241,3 +241,59 @@ fn bounds() {
     let error = ChatTemplate::new("{% if %}", None, None).unwrap_err();
     assert!(matches!(error, TemplateError::Syntax(_)), "{error}");
 }
+
+/// What `tests/goldens/chat_templates.py` says of templates in the style of eight families, and of the language that they use.
+#[test]
+fn prompts_are_those_of_jinja2() {
+    let golden: Json =
+        serde_json::from_str(include_str!("../../../../tests/goldens/chat_templates.json")).unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    assert!(cases.len() > 250, "{}", cases.len());
+    let mut wrong = Vec::new();
+    for case in cases {
+        let [name, what] = ["template", "conversation"].map(|key| case[key].as_str().unwrap());
+        let now = golden["now"].as_str().unwrap().to_owned();
+        let source = golden["templates"][name].as_str().unwrap();
+        let rendered = ChatTemplate::new(source, Some("<s>"), Some("</s>")).and_then(|mut template| {
+            template.environment.add_function("strftime_now", move |_: String| now.clone());
+            template.render(golden_input(&golden["conversations"][what], &case["variables"]))
+        });
+        let as_jinja2 = match (&rendered, case["prompt"].as_str(), case["error"].as_str()) {
+            (Ok(prompt), Some(expected), _) => prompt == expected,
+            (Err(TemplateError::Render(message)), None, Some(expected)) => message == expected,
+            _ => false,
+        };
+        if !as_jinja2 {
+            wrong.push(format!("{name}, {what}, {}:\n{rendered:?}\nbut jinja2: {case}", case["variables"]));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n\n"));
+}
+
+fn golden_input(conversation: &Json, variables: &Json) -> TemplateInput {
+    let message = |json: &Json| {
+        let text = |key: &str| json[key].as_str().map(str::to_owned);
+        let role: Role = serde_json::from_value(json["role"].clone()).unwrap();
+        let mut message = TemplateMessage::text(role, text("content").unwrap());
+        let calls = json["tool_calls"].as_array().into_iter().flatten();
+        let call = |call: &Json| {
+            let [id, name] =
+                [&call["id"], &call["function"]["name"]].map(|json| json.as_str().unwrap().to_owned());
+            TemplateCall::new(id, name, call["function"]["arguments"].clone())
+        };
+        message.tool_calls = calls.map(call).collect();
+        message.name = text("name");
+        message.tool_call_id = text("tool_call_id");
+        message.reasoning_content = text("reasoning_content");
+        message.tools = text("tools");
+        message
+    };
+    let mut kwargs = variables.as_object().unwrap().clone();
+    TemplateInput {
+        messages: conversation["messages"].as_array().unwrap().iter().map(message).collect(),
+        tools: conversation["tools"].as_array().cloned(),
+        add_generation_prompt: kwargs.remove("add_generation_prompt").unwrap().as_bool().unwrap(),
+        reasoning_effort: None,
+        kwargs,
+    }
+}
