@@ -1,5 +1,5 @@
 //! What grammars cost: masks at a vocabulary of 128,000 tokens, and tokens a second of 16 rows with 16 schemas against 16
-//! without.
+//! without. The last line is JSON.
 //!
 //!     cargo run --release -p bench --example grammar_masks [MODEL]
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
@@ -9,6 +9,7 @@ use engine::{
     grammar::{Grammars, Vocabulary},
 };
 use mlx::{Dequantize, DeviceChoice, LoadSettings};
+use serde_json::json;
 use std::{
     collections::BTreeSet,
     error::Error,
@@ -31,12 +32,15 @@ const NEW_TOKENS: u32 = 128;
 const ROUNDS: usize = 3;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    masks()?;
-    match std::env::args_os().nth(1) {
-        Some(model) => rows(model.into()),
-        None => Ok(()),
+    let mut figures = masks()?;
+    if let Some(model) = std::env::args_os().nth(1) {
+        figures.extend(rows(model.into())?);
     }
+    println!("{}", serde_json::Value::Object(figures));
+    Ok(())
 }
+
+type Figures = serde_json::Map<String, serde_json::Value>;
 
 /// Sixteen kinds of records, each in a list that does not end soon.
 fn schemas() -> Vec<Grammar> {
@@ -99,7 +103,7 @@ fn vocabulary() -> Vocabulary {
     Vocabulary::new(words, vec![end])
 }
 
-fn masks() -> Result<(), Box<dyn Error>> {
+fn masks() -> Result<Figures, Box<dyn Error>> {
     let began = Instant::now();
     let vocabulary = vocabulary();
     println!("a vocabulary of {} tokens, made in {:?}", vocabulary.size(), began.elapsed());
@@ -134,28 +138,31 @@ fn masks() -> Result<(), Box<dyn Error>> {
             }
         }
     }
+    let mut figures = Figures::new();
+    figures.insert("vocabulary".to_owned(), vocabulary.size().into());
     for (what, mut times) in
         [("compile", compile_ms), ("clone", clone_ms), ("mask", mask_ms), ("consume", consume_ms)]
     {
         times.sort_unstable_by(f64::total_cmp);
         let mean = times.iter().sum::<f64>() / times.len() as f64;
         let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize];
-        println!(
-            "{what}: n {}, mean {mean:.3} ms, p50 {:.3}, p99 {:.3}, max {:.3}",
-            times.len(),
-            at(0.5),
-            at(0.99),
-            at(1.0)
-        );
+        let figure = json!({"n": times.len(), "mean": rounded(mean), "p50": rounded(at(0.5)),
+            "p99": rounded(at(0.99)), "max": rounded(at(1.0))});
+        figures.insert(format!("{what}_ms"), figure);
     }
-    Ok(())
+    Ok(figures)
 }
 
 fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-fn rows(model: PathBuf) -> Result<(), Box<dyn Error>> {
+/// To a thousandth.
+fn rounded(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
+}
+
+fn rows(model: PathBuf) -> Result<Figures, Box<dyn Error>> {
     let settings = LoadSettings {
         model,
         name: "model".to_owned(),
@@ -237,9 +244,7 @@ fn rows(model: PathBuf) -> Result<(), Box<dyn Error>> {
     };
     println!("tokens/s of each round: free {:.1?}, under grammars {:.1?}", rates[0], rates[1]);
     let [free, under] = [median(&mut rates[0]), median(&mut rates[1])];
-    println!(
-        "{ROWS} rows: {free:.1} tokens/s free, {under:.1} under {ROWS} schemas, ratio {:.3}",
-        under / free
-    );
-    Ok(())
+    let figure = json!({"rows": ROWS, "free": rounded(free), "under_schemas": rounded(under),
+        "ratio": rounded(under / free)});
+    Ok(Figures::from_iter([("tokens_per_s".to_owned(), figure)]))
 }
