@@ -52,7 +52,7 @@ impl Place {
 }
 
 /// Connects to a port of `place` that somebody is about to open, before whoever it is meant for can; none where it was not
-/// to be had within [`CONNECT_TIME_MAX`].
+/// to be had within five seconds.
 pub fn stray_connection(place: &Place, address: SocketAddr) -> Option<TcpStream> {
     let deadline = std::time::Instant::now() + CONNECT_TIME_MAX;
     while std::time::Instant::now() < deadline {

@@ -2,10 +2,12 @@
 //! and goes on through a tunnel between the nodes, which is encrypted and ends with either of them.
 
 use crate::engine_start::EngineCommandLine;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tempfile::NamedTempFile;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
@@ -27,7 +29,7 @@ pub(super) struct Seat {
     pub(super) inlet: SocketAddrV4,
     /// Where it connects to.
     pub(super) outlet: TcpListener,
-    hostfile: NamedTempFile,
+    hostfile: HostFile,
 }
 
 impl Seat {
@@ -40,16 +42,49 @@ impl Seat {
         addresses[(rank + 1) % size] = v4(outlet.local_addr()?)?;
         addresses[rank] = inlet;
         let rows: Vec<String> = addresses.iter().map(|address| format!("[\"{address}\"]")).collect();
-        let mut hostfile = NamedTempFile::with_prefix("mlx-node-ring-")?;
-        write!(hostfile, "[{}]", rows.join(","))?;
-        hostfile.flush()?;
+        let hostfile = HostFile::write(&format!("[{}]", rows.join(",")))?;
         Ok(Self { rank, inlet, outlet, hostfile })
     }
 
     /// Gives the rank's process its place.
     pub(super) fn apply(&self, command: &mut EngineCommandLine) {
         command.env.push(("MLX_RANK".into(), self.rank.to_string().into()));
-        command.env.push(("MLX_HOSTFILE".into(), self.hostfile.path().into()));
+        command.env.push(("MLX_HOSTFILE".into(), self.hostfile.0.clone().into()));
+    }
+}
+
+/// A file that goes with its rank.
+#[derive(Debug)]
+struct HostFile(PathBuf);
+
+impl HostFile {
+    fn write(text: &str) -> io::Result<Self> {
+        /// Names that files of a process before, with this one's id, may have been left under.
+        const TRIES_MAX: usize = 100;
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        for _ in 0..TRIES_MAX {
+            let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+            let path = std::env::temp_dir().join(format!("mlx-node-ring-{process}-{number}.json"));
+            // Never one that somebody else has put there.
+            match File::create_new(&path) {
+                Ok(mut file) => {
+                    let written = Self(path);
+                    file.write_all(text.as_bytes())?;
+                    return Ok(written);
+                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(io::Error::other(format!("{} is full of mlx-node-ring files", std::env::temp_dir().display())))
+    }
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.0) {
+            tracing::debug!(file = %self.0.display(), %error, "a file is left");
+        }
     }
 }
 
@@ -121,11 +156,14 @@ mod tests {
     async fn a_seat_names_itself_and_the_next_one() {
         for (rank, size) in [(0, 2), (1, 2), (0, 3), (2, 3), (7, 8)] {
             let seat = Seat::take(rank, size).await.expect("ports");
-            let file = std::fs::read_to_string(seat.hostfile.path()).expect("written");
+            let file = fs::read_to_string(&seat.hostfile.0).expect("written");
             let rows: Vec<&str> = file.trim_matches(['[', ']']).split("],[").collect();
             assert_eq!(rows.len(), size, "{file}");
             assert_eq!(rows[rank], format!("\"{}\"", seat.inlet));
             assert_eq!(rows[(rank + 1) % size], format!("\"{}\"", seat.outlet.local_addr().expect("bound")));
+            let path = seat.hostfile.0.clone();
+            drop(seat);
+            assert!(!path.exists(), "{} is left", path.display());
         }
     }
 }
