@@ -94,6 +94,8 @@ pub(crate) struct Usual {
     /// (machines that start together, clocks that are not up yet) disturbs it on all. At most 1: a node that seems too fast
     /// gets a request and learns, one that seems too slow gets none and never would.
     pub(crate) correction: f64,
+    /// What blocks in caches are worth, from 0 where prompts find nothing there to 1 where they find enough.
+    pub(crate) reuse: f64,
 }
 
 /// A node's work as seen now, booked requests included.
@@ -199,7 +201,7 @@ impl Work<'_> {
         let measured = f64::from(load.cache_reuse_s);
         let reuse_s = if measured > 0.0 { measured } else { weights.reuse_s };
         let age_s = f64::from(load.cache_tail_age_s).max(0.0) + self.since.as_secs_f64();
-        tokens * token_s * (-age_s / reuse_s).exp()
+        self.usual.reuse * tokens * token_s * (-age_s / reuse_s).exp()
     }
 
     /// The cost, where reading a token that was evicted takes `token_s` on a usual node.

@@ -35,6 +35,7 @@ impl Router {
         plan: &mut Plan,
         now: Instant,
     ) -> Result<Route, RouteError> {
+        plan.begin();
         let waits = self.settings.policy.waits();
         let mut free_s = None::<f64>;
         let mut all = self.candidates(query, plan, now);
@@ -58,7 +59,7 @@ impl Router {
                 let one = &all[best];
                 let cost = self.cost(one, one.matched_tokens, query, plan, now);
                 if one.excluded.is_some() {
-                    plan.add(one.node, cost.prefill_s);
+                    plan.waits(one.node, cost.prefill_s, now);
                     return Err(busy(wait_s.unwrap_or(one.first_token_s)));
                 }
                 // It was the cache if without it another node would have been cheaper, or as cheap as makes no difference.

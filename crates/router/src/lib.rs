@@ -31,8 +31,9 @@ pub use cost::Cost;
 pub use index::{INDEX_BLOCKS_MAX, NODE_BLOCKS_MAX};
 pub use learned::Learned;
 pub use node::KnownNode;
-pub use plan::Plan;
+pub use plan::{Meant, PASSED_MAX, Plan};
 pub use query::{Considered, Excluded, Resync, Route, RouteError, RouteQuery, RouteReason};
+
 pub use queue::{Pass, Queue, QueueFull, QueueId, Waiting};
 pub use router::Router;
 pub use settings::{CostWeights, NODE_WAITING_MAX, Policy, PolicyError, RivalSettings, RouterSettings};

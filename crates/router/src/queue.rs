@@ -7,8 +7,12 @@
 //! 3. by work: the shortest first, where each second of waiting counts for a second of work, so that a long request is
 //!    overtaken by others only for as long as its own work takes.
 //!
-//! Whoever goes through the queue ([`Queue::pass`]) may pass over those whose node has no room.
+//! Whoever goes through the queue ([`Queue::pass`]) may pass over those whose node has no room ([`Queue::passed`]), and meets
+//! them again ([`Queue::next_open`]) once that has room, or some time later: so that in a long queue those far behind
+//! are asked for as well, whatever those before them wait for.
 
+use crate::plan::{Meant, Plan};
+use crate::router::Router;
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::{Duration, Instant};
@@ -44,6 +48,15 @@ pub struct Pass {
     now: Instant,
     /// Of those that were not met yet; the least comes first.
     keys: BinaryHeap<Reverse<(Key, QueueId)>>,
+    /// What those that were met wait for.
+    plan: Plan,
+}
+
+impl Pass {
+    /// For which nodes those wait that were passed over.
+    pub fn plan(&mut self) -> &mut Plan {
+        &mut self.plan
+    }
 }
 
 /// There is no room.
@@ -59,6 +72,7 @@ struct Entry<T> {
     item: T,
     waiting: Waiting,
     since: Instant,
+    meant: Option<Meant>,
 }
 
 /// What a client has been given.
@@ -117,7 +131,7 @@ impl<T> Queue<T> {
         account.waiting += 1;
         // `max` also replaces NaN.
         let waiting = Waiting { work_s: waiting.work_s.max(0.0), ..waiting };
-        self.entries.insert(id, Entry { item, waiting, since: now });
+        self.entries.insert(id, Entry { item, waiting, since: now, meant: None });
         self.forget();
         Ok(id)
     }
@@ -125,7 +139,7 @@ impl<T> Queue<T> {
     /// Begins to go through all that wait at `now`, in their order; see [`Self::next`].
     pub fn pass(&self, now: Instant) -> Pass {
         let keys = self.entries.iter().map(|(&id, entry)| Reverse((self.key(entry, now), id)));
-        Pass { now, keys: keys.collect() }
+        Pass { now, keys: keys.collect(), plan: Plan::default() }
     }
 
     /// The next one to be given a place. It may then be served, removed or passed over; each is met once.
@@ -140,6 +154,24 @@ impl<T> Queue<T> {
                 continue;
             }
             return Some((id, &entry.item));
+        }
+    }
+
+    /// The next one that is to be decided on: not those that are known to wait for a node that still has no room.
+    pub fn next_open(&self, pass: &mut Pass, router: &Router) -> Option<(QueueId, &T)> {
+        loop {
+            let (id, item) = self.next(pass)?;
+            let meant = self.entries.get(&id).and_then(|entry| entry.meant);
+            if !meant.is_some_and(|meant| router.still_waits(&meant, &mut pass.plan, pass.now)) {
+                return Some((id, item));
+            }
+        }
+    }
+
+    /// A request that was met waits on, for the node that `plan` tells of.
+    pub fn passed(&mut self, id: QueueId, plan: &Plan) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.meant = plan.meant();
         }
     }
 

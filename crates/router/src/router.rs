@@ -19,7 +19,10 @@ const REPORTS_LOOKED_AT: u64 = 256;
 const MODELS_REMEMBERED_MAX: usize = limits::NODES_MAX;
 /// Tokens that answers are taken to have until some were seen: clients allow far more than they use.
 const ANSWER_TOKENS: f64 = 200.0;
-/// Weight of one more answer in their mean.
+/// The share of prompts found in caches from which on what a request evicts counts in full; below, in proportion: where no
+/// prompt has a beginning in common with another, nothing is lost.
+const FOUND_SHARE: f64 = 0.1;
+/// Weight of one more answer, or prompt, in their mean.
 const ANSWER_WEIGHT: f64 = 1.0 / 128.0;
 /// Tokens of a text from which the time of a step is learned.
 const STEP_TOKENS_MIN: u32 = 8;
@@ -37,6 +40,8 @@ pub struct Router {
     pub(crate) models_seen: BTreeSet<String>,
     /// Mean tokens of an answer.
     pub(crate) answer_tokens: f64,
+    /// Mean share of a prompt that its node is expected to have in its cache; all of it until some were seen.
+    found_share: f64,
     /// Sum and number of what nodes' decode steps turned out to take ([`KnownNode::correction`]).
     corrections: (f64, u32),
     /// Seconds in which a usual node reads a token.
@@ -57,6 +62,7 @@ impl Router {
             booked: 0,
             models_seen: BTreeSet::new(),
             answer_tokens: ANSWER_TOKENS,
+            found_share: 1.0,
             corrections: (0.0, 0),
             token_s: 0.0,
             reports: 0,
@@ -211,6 +217,8 @@ impl Router {
         let id = BookingId { node: route.node, number: self.booked };
         known.bookings.insert(id.number, booking);
         self.booked += 1;
+        let found = f64::from(route.matched_tokens) / f64::from(query.prompt_tokens.max(1));
+        self.found_share += (found.min(1.0) - self.found_share) * ANSWER_WEIGHT;
         if let Some(session) = query.session {
             self.sessions.sent(session, route.node);
         }
@@ -331,7 +339,8 @@ impl Router {
     pub(crate) fn usual(&self) -> Usual {
         let (sum, count) = self.corrections;
         let correction = if count == 0 { 1.0 } else { (sum / f64::from(count)).min(1.0) };
-        Usual { answer_tokens: self.answer_tokens, correction }
+        let reuse = (self.found_share / FOUND_SHARE).min(1.0);
+        Usual { answer_tokens: self.answer_tokens, correction, reuse }
     }
 
     /// A node's correction is another one now.

@@ -367,6 +367,29 @@ fn a_full_cache_costs_what_it_gives_up() {
 }
 
 #[test]
+fn what_is_evicted_costs_nothing_where_nobody_comes_back() {
+    let full = NodeLoad {
+        cached_kv_tokens: 65_536,
+        cache_tail_age_s: 1.0,
+        cache_reuse_s: 60.0,
+        ..load(1000.0, 0, 0)
+    };
+    let mut case = Case::new(&[full]);
+    let evict_s = |case: &mut Case| {
+        case.load(1, full);
+        case.explain(&prompt(1, 1000))[0].cost.evict_s
+    };
+    let before = evict_s(&mut case);
+    (0..100).for_each(|index| _ = case.serve(&prompt(100 + index, 64)));
+    assert!(evict_s(&mut case) > 0.8 * before, "a hundred strangers prove nothing: {before}");
+    (0..900).for_each(|index| _ = case.serve(&prompt(1000 + index, 64)));
+    let strangers = evict_s(&mut case);
+    assert!(strangers < 0.01 * before, "{strangers} {before}");
+    (0..100).for_each(|_| _ = case.serve(&prompt(7, 64)));
+    assert!(evict_s(&mut case) > 0.8 * before, "those who come back count at once: {before}");
+}
+
+#[test]
 fn who_is_in_a_hurry_costs_others_more() {
     // Node 1 has the prompt and is busy; node 2 would have to read it.
     let mut case = Case::new(&[load(1000.0, 0, 0), load(1000.0, 0, 0)]);

@@ -5,7 +5,7 @@
 
 use super::node::{NodeSpec, SimNode, StepResult, Told};
 use super::workload::Request;
-use router::{BookingId, Plan, Queue, RouteError, RouteQuery, Router, RouterSettings, Waiting};
+use router::{BookingId, PASSED_MAX, Plan, Queue, RouteError, RouteQuery, Router, RouterSettings, Waiting};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
@@ -19,8 +19,6 @@ const MODEL: &str = "simulated";
 const WAY_S: f64 = 0.001;
 /// Tokens of every node's context: more than any request has.
 const CONTEXT_TOKENS: u32 = 1 << 24;
-/// Requests that find no node at one time, after which those behind them are not looked at: as `node::dispatch` does.
-const PASSED_MAX: usize = 32;
 /// Reports of many nodes do not serve the queue more often than this; a place that becomes free does: as there.
 const SERVE_INTERVAL_S: f64 = 0.005;
 
@@ -302,14 +300,15 @@ impl Sim<'_> {
         if self.queue.is_empty() || !self.router.has_room(MODEL, now) {
             return;
         }
-        let (mut plan, mut passed) = (Plan::default(), 0);
+        let mut passed = 0;
         let mut pass = self.queue.pass(now);
         while passed < PASSED_MAX
-            && let Some((id, &request)) = self.queue.next(&mut pass)
+            && let Some((id, &request)) = self.queue.next_open(&mut pass, &self.router)
         {
-            if self.send(request, &mut plan) {
+            if self.send(request, pass.plan()) {
                 self.queue.serve(id, now);
             } else {
+                self.queue.passed(id, pass.plan());
                 passed += 1;
             }
         }

@@ -5,7 +5,7 @@ use super::moves::Moves;
 use super::now;
 use crate::health::{Pulse, RetryBudget};
 use crate::target::Target;
-use router::{BookingId, Breaker, Outcome, Plan, Queue, RouteError, Router};
+use router::{BookingId, Breaker, Outcome, PASSED_MAX, Plan, Queue, RouteError, Router};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,9 +13,6 @@ use tokio::sync::oneshot;
 use types::{EngineState, GenerateError, NodeId, PipelinePhase, PipelineReport, RouteInfo, limits};
 use wire::Hello;
 
-/// Requests of a model in the queue whose node is full and that are passed over in search of one whose node is not: bounds
-/// what one report costs.
-const PASSED_MAX: usize = 32;
 /// A node without work that has told nothing for this long may have stopped as well: it reports twice as often.
 const HEARD_TIME_MAX: Duration = limits::LOAD_INTERVAL_MAX.saturating_mul(2);
 
@@ -202,10 +199,9 @@ impl State {
     pub(super) fn serve_queue(&mut self) {
         let now = now();
         self.served = now;
-        let mut plan = Plan::default();
         let mut passed: BTreeMap<String, usize> = BTreeMap::new();
         let mut pass = self.waiting.pass(now);
-        while let Some((id, waiter)) = self.waiting.next(&mut pass) {
+        while let Some((id, waiter)) = self.waiting.next_open(&mut pass, &self.router) {
             if passed.get(&waiter.ask.model).is_some_and(|&passed| passed >= PASSED_MAX) {
                 continue;
             }
@@ -215,7 +211,7 @@ impl State {
             }
             let again = waiter.again;
             let (ask, tried) = (waiter.ask.clone(), waiter.tried.clone());
-            match self.book(&ask, &tried, &mut plan) {
+            match self.book(&ask, &tried, pass.plan()) {
                 Ok(booked) => {
                     let booking = booked.booking;
                     let sent =
@@ -225,6 +221,7 @@ impl State {
                     }
                 }
                 Err(RouteError::AllBusy { .. }) => {
+                    self.waiting.passed(id, pass.plan());
                     *passed.entry(ask.model.clone()).or_default() += 1;
                 }
                 Err(RouteError::NoNode { .. }) if again && self.has_hope(&ask, &tried) => {
