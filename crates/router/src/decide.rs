@@ -3,9 +3,11 @@
 use crate::choice::{Candidate, Occasion, TIE_S};
 use crate::cost::{Cost, Job};
 use crate::index::Matches;
+use crate::learned::DRIFT_MAX;
 use crate::plan::Plan;
 use crate::query::{Considered, Excluded, Route, RouteError, RouteQuery, RouteReason};
 use crate::router::Router;
+use crate::settings::Policy;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use types::{BLOCK_TOKENS, EngineState};
@@ -54,7 +56,17 @@ impl Router {
             usual: self.usual(),
             now,
         };
-        match (occasion.choose(&all), free_s) {
+        let chosen = occasion.choose(&all);
+        if let Some(one) = chosen.and_then(|best| self.trial(&all, &all[best])) {
+            let cost = self.cost(one, one.matched_tokens, query, plan, now);
+            return Ok(Route {
+                node: one.node,
+                matched_tokens: one.matched_tokens,
+                cost,
+                reason: RouteReason::Trial,
+            });
+        }
+        match (chosen, free_s) {
             (Some(best), wait_s) => {
                 let one = &all[best];
                 let cost = self.cost(one, one.matched_tokens, query, plan, now);
@@ -78,6 +90,21 @@ impl Router {
             (None, Some(wait_s)) => Err(busy(wait_s)),
             (None, None) => Err(self.no_node(query)),
         }
+    }
+
+    /// A node to be tried instead of the best one: one that is due, and would begin as soon were it as wrong about itself as
+    /// is believed possible at all.
+    fn trial<'a, 'b>(&self, all: &'b [Candidate<'a>], best: &Candidate<'_>) -> Option<&'b Candidate<'a>> {
+        if self.settings.policy != Policy::Cost {
+            return None;
+        }
+        let possible = |one: &&Candidate<'_>| {
+            one.excluded.is_none()
+                && one.node != best.node
+                && one.first_token_s <= best.first_token_s.max(TIE_S) * DRIFT_MAX
+                && one.known.is_due(self.booked, self.nodes.len())
+        };
+        all.iter().filter(possible).min_by_key(|one| one.known.last_turn)
     }
 
     /// Whether some node that serves the model has room for one more: only then is it worth asking for who waits.

@@ -31,14 +31,23 @@ pub struct KnownNode {
     pub(crate) full: bool,
     /// Requests that it was given so far.
     pub(crate) given: u64,
+    /// Requests that all nodes had been given when it came, or was given its last one.
+    pub(crate) last_turn: u64,
+    /// Trials that it had: each makes the time to the next one twice as long.
+    pub(crate) trials: u32,
     pub(crate) predictor: Predictor,
     /// Seconds of a decode step with one row, as told before its engine had done a pass.
-    untried_step_s: Option<f64>,
+    pub(crate) untried_step_s: Option<f64>,
     pub(crate) flow: Flow,
 }
 
 /// What is read within this time is as good as being read: short prompts share a step.
 const READ_SOON_S: f64 = 0.05;
+/// A node is tried that was given nothing while it would have had so many requests by an equal share: by chance that happens
+/// to hardly any (1 in 55) that is chosen as often as others.
+const TRIAL_SHARES: u64 = 4;
+/// The time to the next trial is doubled no more often: a node that is slow gets a request in a million.
+const TRIAL_DOUBLINGS_MAX: u32 = 16;
 /// Over so many seconds requests and their work are counted to see how busy a node is.
 const FLOW_S: f64 = 20.0;
 
@@ -84,6 +93,8 @@ impl KnownNode {
             ended: 0,
             full: false,
             given: 0,
+            last_turn: 0,
+            trials: 0,
             predictor: Predictor::new(&RATES_UNKNOWN),
             untried_step_s: None,
             flow: Flow::default(),
@@ -179,6 +190,13 @@ impl KnownNode {
             usual,
             rtt: self.rtt,
         }
+    }
+
+    /// Whether it has nothing to do and many requests went past it: what it is taken to need may be wrong for good, since
+    /// only requests tell. `turn` counts requests given to all `nodes`.
+    pub(crate) fn is_due(&self, turn: u64, nodes: usize) -> bool {
+        let patience = (TRIAL_SHARES * nodes as u64) << self.trials.min(TRIAL_DOUBLINGS_MAX);
+        self.bookings.is_empty() && turn.saturating_sub(self.last_turn) >= patience
     }
 
     /// Why it has no room for one more request now: that would not be read soon, so it can still be sent later, to where

@@ -46,6 +46,8 @@ pub enum RouteReason {
     Affinity,
     /// The node would be done first, whatever caches hold.
     LeastWork,
+    /// The node seems slow and has had nothing for long: whether it still is shows only where it is given something.
+    Trial,
 }
 
 impl fmt::Display for RouteReason {
@@ -54,6 +56,7 @@ impl fmt::Display for RouteReason {
             Self::OnlyNode => "only node",
             Self::Affinity => "affinity",
             Self::LeastWork => "least work",
+            Self::Trial => "trial",
         })
     }
 }

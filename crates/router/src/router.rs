@@ -5,7 +5,7 @@ use crate::cost::{Job, Usual};
 use crate::index::{CacheIndex, Slot};
 use crate::learned::Learned;
 use crate::node::KnownNode;
-use crate::query::{Resync, Route, RouteQuery};
+use crate::query::{Resync, Route, RouteQuery, RouteReason};
 use crate::sessions::Sessions;
 use crate::settings::RouterSettings;
 use crate::speculation::Speculation;
@@ -24,6 +24,11 @@ const ANSWER_TOKENS: f64 = 200.0;
 const FOUND_SHARE: f64 = 0.1;
 /// Weight of one more answer, or prompt, in their mean.
 const ANSWER_WEIGHT: f64 = 1.0 / 128.0;
+/// A first token after less than this share of the time predicted: the node may be faster than what is known by now.
+const SURPRISE: f64 = 0.8;
+/// So many trials are forgotten then: a node that surprises at every trial is tried soon again, one that does so by chance
+/// ever more rarely all the same.
+const SURPRISE_TRIALS: u32 = 2;
 /// Tokens of a text from which the time of a step is learned.
 const STEP_TOKENS_MIN: u32 = 8;
 
@@ -77,7 +82,7 @@ impl Router {
             return false;
         }
         let Some(slot) = self.index.open() else { return false };
-        self.nodes.insert(node, KnownNode::new(slot));
+        self.nodes.insert(node, KnownNode { last_turn: self.booked, ..KnownNode::new(slot) });
         true
     }
 
@@ -214,6 +219,8 @@ impl Router {
         known.booked.add(&booking);
         known.unread += 1;
         known.given += 1;
+        known.last_turn = self.booked;
+        known.trials += u32::from(route.reason == RouteReason::Trial);
         let id = BookingId { node: route.node, number: self.booked };
         known.bookings.insert(id.number, booking);
         self.booked += 1;
@@ -247,7 +254,11 @@ impl Router {
             known.unread -= 1;
             booking.tokens = 1;
             let took = now.saturating_duration_since(booking.sent).saturating_sub(booking.rtt);
-            known.predictor.observe(&booking.features, took.as_secs_f64());
+            let took_s = took.as_secs_f64();
+            if took_s < known.predictor.seconds(&booking.features) * SURPRISE {
+                known.trials = known.trials.saturating_sub(SURPRISE_TRIALS);
+            }
+            known.predictor.observe(&booking.features, took_s);
         }
     }
 

@@ -446,3 +446,62 @@ fn a_node_that_had_no_work_yet_is_taken_to_be_as_wrong_as_those_that_had() {
     case.load(3, told(0.015, 20, 4));
     case.check(&prompt(3, 39), 3, RouteReason::LeastWork);
 }
+
+/// A node that measured itself while its machine did something else seems slower than it is, for as long as nothing is sent
+/// there: once it has missed many requests it gets one, and then ever more rarely.
+#[test]
+fn a_node_that_seems_slow_is_tried_now_and_then() {
+    let trials = |slow_rate: f32, requests: u32| {
+        let mut case = Case::new(&[load(4000.0, 0, 0), load(4000.0, 0, 0), load(slow_rate, 0, 0)]);
+        let mut at = Vec::new();
+        for index in 0..requests {
+            let prompt = prompt(index, 100);
+            let route = case.route(&prompt, &[]).expect("a route");
+            if route.node == NodeId(3) {
+                assert_eq!(route.reason, RouteReason::Trial, "{slow_rate}: {index}");
+                at.push(index);
+            }
+            case.serve(&prompt);
+        }
+        at
+    };
+    assert_eq!(trials(1000.0, 200), [13, 37, 85, 181]);
+    assert_eq!(trials(1.0, 200), [0; 0], "however wrong it may be, it is no match");
+    // One that has come back is known afresh, also where it was found slow before.
+    let mut case = Case::new(&[load(4000.0, 0, 0), load(1000.0, 0, 0)]);
+    let mut until_tried = || {
+        let mut sent = 0;
+        while case.serve(&prompt(sent, 100)) != 2 {
+            sent += 1;
+            assert!(sent < 100, "never tried");
+        }
+        sent
+    };
+    assert_eq!((until_tried(), until_tried()), (8, 15));
+    case.state(2, EngineState::Restarting("killed".to_owned()));
+    case.state(2, EngineState::Ready);
+    case.load(2, load(1000.0, 0, 0));
+    let mut sent = 0;
+    while case.serve(&prompt(500 + sent, 100)) != 2 {
+        sent += 1;
+        assert!(sent < 100, "never tried");
+    }
+    assert_eq!(sent, 8);
+}
+
+/// Of a node that is tried is learned; one that surprises is tried again soon.
+#[test]
+fn a_node_that_was_wrong_of_itself_is_found_out() {
+    let mut case = Case::new(&[load(4000.0, 0, 0), load(4000.0, 0, 0), load(1000.0, 0, 0)]);
+    let mut tried = 0;
+    for index in 0..100 {
+        let (booking, node) = case.send(&prompt(index, 400));
+        case.now += Duration::from_millis(100);
+        case.router.accepted(booking, case.now);
+        case.router.first_token(booking, case.now);
+        case.router.finished(booking, case.now);
+        tried += u32::from(node == 3);
+    }
+    let rate = case.router.learned(NodeId(3)).expect("it is known").prefill_tokens_per_s;
+    assert!(tried > 4 && rate > 2500.0, "tried {tried} times, taken to read {rate} tokens a second");
+}
