@@ -315,14 +315,16 @@ async fn run_ranks(
                 }
                 News::Stage(_, StageNews::Started | StageNews::Ready | StageNews::Beat { .. }) => {}
             },
-            reason = engine.ended() => break Err(here(reason)),
+            reason = engine.ended() => {
+                if !serves {
+                    host.forget_profile();
+                }
+                break Err(here(reason));
+            }
             why = &mut way => break Err(here(why)),
             Some(why) = broken.recv() => break Err(here(why)),
         }
     };
-    if ended.is_err() && !serves {
-        host.forget_profile();
-    }
     if ended.is_ok() || is_lost(host, planned).await {
         host.engine().excuse();
     }

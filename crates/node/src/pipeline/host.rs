@@ -136,7 +136,11 @@ impl PipelineHost {
             }
         };
         if timeout(OCCUPY_TIME_MAX, taken).await.is_ok() {
-            return Ok(Occupied { host: self.clone() });
+            let of = (epoch.head != self.0.own).then_some(epoch.head);
+            if of.is_some() {
+                self.tell(Event::Leased(of));
+            }
+            return Ok(Occupied { host: self.clone(), of });
         }
         let other = self.0.leased.borrow().map_or_else(String::new, |other| {
             format!(": it has one in epoch {} of {}", other.number, self.0.dispatch.name(other.head))
@@ -203,7 +207,7 @@ impl PipelineHost {
         Ok(known.insert(profile).clone())
     }
 
-    /// What was measured is not to be relied on: a start with it failed here.
+    /// What was measured is not to be relied on: a process ended here before it served.
     pub(super) fn forget_profile(&self) {
         if let Ok(mut known) = self.0.profile.try_lock() {
             *known = None;
@@ -224,7 +228,6 @@ impl PipelineHost {
                 return;
             }
         };
-        self.tell(Event::Leased(Some(order.epoch.head)));
         let (rank, epoch) = (order.rank, order.epoch.number);
         tracing::info!(head = %order.epoch.head, epoch, rank, layers = ?order.layers[rank as usize], "hosts a stage");
         let cancelled = replies.cancelled();
@@ -237,7 +240,6 @@ impl PipelineHost {
         };
         drop(occupied);
         tracing::info!(epoch, rank, %reason, "hosts the stage no longer");
-        self.tell(Event::Leased(None));
     }
 
     /// Says why it is over.
@@ -276,12 +278,19 @@ impl PipelineHost {
         let order = TunnelOrder { epoch: order.epoch, rank: next as u32 };
         let way = ring::outlet(&seat.outlet, &peer, order);
         tokio::pin!(process, way);
+        let mut serves = false;
         loop {
             tokio::select! {
                 // Its own words first, then what was seen of its ways.
                 biased;
-                ended = &mut process => return ended.unwrap_or_else(|why| why),
+                ended = &mut process => {
+                    if !serves {
+                        self.forget_profile();
+                    }
+                    return ended.unwrap_or_else(|why| why);
+                }
                 Some(news) = news.recv() => {
+                    serves |= news == StageNews::Ready;
                     if let Err(error) = replies.send(Reply::Stage(news)).await {
                         return error.to_string();
                     }
@@ -349,9 +358,11 @@ impl PipelineHost {
     }
 }
 
-/// The node's one part is taken until this is dropped.
+/// The node's one part is taken until this is dropped: however that comes, as when a connection goes and all that ran on it.
 pub(super) struct Occupied {
     host: PipelineHost,
+    /// The head, where that is another node.
+    of: Option<NodeId>,
 }
 
 impl Occupied {
@@ -364,6 +375,10 @@ impl Occupied {
 impl Drop for Occupied {
     fn drop(&mut self) {
         self.host.0.part.send_replace(None);
+        // Before the next one may say that it has it.
+        if self.of.is_some() {
+            self.host.tell(Event::Leased(None));
+        }
         self.host.0.leased.send_replace(None);
     }
 }
@@ -373,4 +388,97 @@ fn out_of_turn(report: &EngineReport) -> String {
     let what = format!("{report:?}");
     let name = what.split([' ', '(', '{']).next().unwrap_or_default();
     format!("protocol error: the process sent {name} out of turn")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::DispatchSettings;
+    use crate::engine_start::EngineCommandLine;
+    use crate::pipeline::{PipelineMembers, RankCommand};
+    use router::placement::Goal;
+    use std::sync::Mutex;
+
+    #[derive(Debug)]
+    struct NoProgram;
+
+    impl RankCommand for NoProgram {
+        fn task(&self, _: &RankTask) -> EngineCommandLine {
+            self.whole()
+        }
+
+        fn whole(&self) -> EngineCommandLine {
+            EngineCommandLine { program: "/nowhere/mlx-node".into(), args: Vec::new(), env: Vec::new() }
+        }
+    }
+
+    fn host(own: u128) -> (PipelineHost, Arc<Mutex<Vec<Event>>>) {
+        let settings = PipelineSettings {
+            model: "m".to_owned(),
+            members: PipelineMembers::Auto,
+            goal: Goal::Latency,
+            rows: 1,
+            kv_tokens: 1,
+            memory_bytes: None,
+            forced: false,
+            command: Arc::new(NoProgram),
+        };
+        let dispatch = Arc::new(Dispatch::new("test".to_owned(), DispatchSettings::default()));
+        let host = PipelineHost::new(settings, NodeId(own), dispatch, EngineHandle::new());
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let log = told.clone();
+        host.listen(Box::new(move |event| log.lock().expect("no panic").push(event)));
+        (host, told)
+    }
+
+    fn epoch(head: u128, number: u64) -> EpochId {
+        EpochId { head: NodeId(head), number }
+    }
+
+    #[tokio::test]
+    async fn there_is_one_part_at_a_time_and_others_are_told_of() {
+        let (host, told) = host(1);
+        let first = host.occupy(epoch(2, 7)).await.expect("free");
+        let next = tokio::spawn({
+            let host = host.clone();
+            async move { host.occupy(epoch(3, 1)).await.expect("free soon") }
+        });
+        tokio::task::yield_now().await;
+        assert!(!next.is_finished(), "two parts at once");
+        drop(first);
+        drop(next.await.expect("no panic"));
+        drop(host.occupy(epoch(1, 1)).await.expect("free"));
+        let leased = |head: Option<u128>| Event::Leased(head.map(NodeId));
+        let expected = [leased(Some(2)), leased(None), leased(Some(3)), leased(None)];
+        assert_eq!(*told.lock().expect("no panic"), expected);
+    }
+
+    #[tokio::test]
+    async fn a_part_that_stays_is_named() {
+        let (host, _) = host(1);
+        let _first = host.occupy(epoch(2, 7)).await.expect("free");
+        let refused = host.occupy(epoch(3, 1)).await.err().expect("taken");
+        assert!(refused.contains("epoch 7 of"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn orders_for_others_are_refused_and_a_program_that_is_missing_is_named() {
+        let (host, _) = host(1);
+        let order = |model: &str, members: [u128; 2]| StageOrder {
+            epoch: epoch(2, 1),
+            model: model.to_owned(),
+            weights: types::BlockHash(1),
+            rank: 1,
+            members: members.map(NodeId).to_vec(),
+            layers: vec![(0, 3), (3, 7)],
+            kv_tokens: 1,
+            direct_ports: Vec::new(),
+        };
+        assert_eq!(host.check(&order("m", [2, 1])), Ok(()));
+        assert!(host.check(&order("m", [2, 3])).is_err_and(|why| why.contains("rank 1 is")));
+        assert!(host.check(&order("other", [2, 1])).is_err_and(|why| why.contains("not of \"other\"")));
+        let query = MeasureQuery { model: "m".to_owned(), members: vec![NodeId(1)] };
+        let failed = host.measure(&query).await.expect_err("no program");
+        assert!(failed.contains("/nowhere/mlx-node"), "{failed}");
+    }
 }
