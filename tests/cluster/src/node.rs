@@ -1,6 +1,6 @@
 //! One `mlx-node` process: started with settings, watched, signalled, killed at the end.
 
-use crate::{Client, Place, binary, wait_for};
+use crate::{Client, Network, Place, binary, wait_for};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process};
 use std::{
     fs::{self, File},
@@ -37,6 +37,16 @@ impl NodeSpec {
         let http = (Ipv4Addr::LOCALHOST, free_port()).into();
         Self { name: name.to_owned(), place: Place::Host, client: Place::Host, http, flags: Vec::new() }
             .flag("model", &model.to_string_lossy())
+    }
+
+    /// A node at that place of a network, of a cluster with that key.
+    pub fn at(network: &Network, index: u8, name: &str, roles: &str, key: &str) -> Self {
+        let (place, address) = network.place(index);
+        let http = (address, 8080).into();
+        Self { name: name.to_owned(), place, client: network.client(), http, flags: Vec::new() }
+            .flag("roles", roles)
+            .flag("cluster-key", key)
+            .flag("allow-anonymous", "true")
     }
 
     /// Adds a setting.
@@ -198,6 +208,18 @@ impl Drop for NodeProcess {
 #[expect(clippy::print_stderr, reason = "the test runner shows it with the failure")]
 pub fn show(text: &str) {
     eprintln!("{text}");
+}
+
+/// A cluster's key, made by the program.
+///
+/// # Panics
+/// Where it does not make one.
+pub fn new_key() -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("key");
+    let made = Command::new(binary()).args(["key", "new", "--out"]).arg(&file).output();
+    assert!(made.expect("mlx-node runs").status.success());
+    fs::read_to_string(file).expect("written").trim().to_owned()
 }
 
 /// The process that `parent` started; one that has ended and was not waited for yet is none.

@@ -5,10 +5,9 @@
 //! `tests/goldens`, whose tokens are nowhere near a tie: an answer that differs is wrong.
 //! `scripts/test-faults` runs more streams than the ordinary test run and shows the figures.
 
-use cluster_tests::{Client, Network, NodeProcess, NodeSpec, StreamEnd, binary, model, wait_for};
+use cluster_tests::{Client, Network, NodeProcess, NodeSpec, StreamEnd, model, new_key, wait_for};
 use serde_json::{Value, json};
 use std::{
-    process::Command,
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -166,23 +165,11 @@ impl Cluster {
     fn start() -> Option<Self> {
         let model = model()?;
         let network = Network::new(NODES + 1)?;
-        let folder = tempfile::tempdir().expect("a folder");
-        let file = folder.path().join("key");
-        let made = Command::new(binary()).args(["key", "new", "--out"]).arg(&file).output();
-        assert!(made.expect("mlx-node runs").status.success());
-        let key = std::fs::read_to_string(file).expect("written");
-        let spec = |index: u8, name: String, roles: &str| {
-            let (place, address) = network.place(index);
-            let http = (address, 8080).into();
-            NodeSpec { name, place, client: network.client(), http, flags: vec![] }
-                .flag("roles", roles)
-                .flag("cluster-key", key.trim())
-                .flag("allow-anonymous", "true")
-        };
-        let router = spec(NODES, "router".to_owned(), "router").start();
+        let key = new_key();
+        let router = NodeSpec::at(&network, NODES, "router", "router", &key).start();
         let specs: Vec<NodeSpec> = (0..NODES)
             .map(|index| {
-                spec(index, format!("n{index}"), "node,router")
+                NodeSpec::at(&network, index, &format!("n{index}"), "node,router", &key)
                     .flag("model", &model.to_string_lossy())
                     .flag("model-name", MODEL)
                     .flag("max-batch", "4")

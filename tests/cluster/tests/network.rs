@@ -1,9 +1,8 @@
 //! Two nodes in two network namespaces: they find each other over mDNS, one is killed under load and returns.
 
-use cluster_tests::{Client, Network, NodeSpec, StreamEnd, binary, model, wait_for};
+use cluster_tests::{Client, Network, NodeSpec, StreamEnd, model, new_key, wait_for};
 use std::{
     collections::BTreeSet,
-    process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -33,25 +32,11 @@ struct Pair {
 fn pair() -> Option<Pair> {
     let model = model()?;
     let network = Network::new(2)?;
-    let folder = tempfile::tempdir().expect("a folder");
-    let file = folder.path().join("key");
-    let made =
-        Command::new(binary()).args(["key", "new", "--out"]).arg(&file).output().expect("mlx-node runs");
-    assert!(made.status.success(), "{made:?}");
-    let key = std::fs::read_to_string(file).expect("written");
+    let key = new_key();
     let spec = |index: u8, name: &str| {
-        let (place, address) = network.place(index);
-        NodeSpec {
-            name: name.to_owned(),
-            place,
-            client: network.client(),
-            http: (address, 8080).into(),
-            flags: vec![],
-        }
-        .flag("model", &model.to_string_lossy())
-        .flag("cluster-key", key.trim())
-        .flag("allow-anonymous", "true")
-        .flag("max-batch", SLOTS)
+        NodeSpec::at(&network, index, name, "node,router", &key)
+            .flag("model", &model.to_string_lossy())
+            .flag("max-batch", SLOTS)
     };
     Some(Pair { specs: [spec(0, "one"), spec(1, "two")], _network: network })
 }

@@ -6,13 +6,12 @@
 //! `scripts/test-pipeline` runs more trials than the ordinary test run and shows the figures.
 
 use cluster_tests::{
-    Client, Network, NodeProcess, NodeSpec, binary, has_ended, model, show, stray_connection, wait_for,
+    Client, Network, NodeProcess, NodeSpec, has_ended, model, new_key, show, stray_connection, wait_for,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::{
     fmt::Write,
-    process::Command,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -163,19 +162,8 @@ impl Cluster {
         let model = model()?;
         let network = Network::new(members + 1)?;
         let folder = tempfile::tempdir().expect("a folder");
-        let key = folder.path().join("key");
-        let made = Command::new(binary()).args(["key", "new", "--out"]).arg(&key).output();
-        assert!(made.expect("mlx-node runs").status.success());
-        let key = std::fs::read_to_string(key).expect("written");
-        let spec = |index: u8, name: String, roles: &str| {
-            let (place, address) = network.place(index);
-            let http = (address, 8080).into();
-            NodeSpec { name, place, client: network.client(), http, flags: vec![] }
-                .flag("roles", roles)
-                .flag("cluster-key", key.trim())
-                .flag("allow-anonymous", "true")
-        };
-        let router = spec(members, "router".to_owned(), "router").start();
+        let key = new_key();
+        let router = NodeSpec::at(&network, members, "router", "router", &key).start();
         let names: Vec<String> = (0..members).map(|index| format!("n{index}")).collect();
         let specs: Vec<NodeSpec> = (0..members)
             .map(|index| {
@@ -185,7 +173,7 @@ impl Cluster {
                 write!(text, "members = {names:?}\nkv_tokens = 4096\nforced = true\n").expect("a string");
                 writeln!(text, "memory = \"{} MiB\"", memory[usize::from(index)]).expect("a string");
                 std::fs::write(&file, text).expect("written");
-                spec(index, names[usize::from(index)].clone(), "node,router")
+                NodeSpec::at(&network, index, &names[usize::from(index)], "node,router", &key)
                     .flag("config", &file.to_string_lossy())
                     .flag("model-name", MODEL)
             })

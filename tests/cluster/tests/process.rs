@@ -1,9 +1,8 @@
 //! One process on the loopback: its engine dies and comes back, it drains, it refuses the wrong key.
 
-use cluster_tests::{Client, NodeSpec, StreamEnd, binary, free_port, is_alive, model, wait_for};
+use cluster_tests::{Client, NodeSpec, StreamEnd, free_port, is_alive, model, new_key, wait_for};
 use rustix::process::Signal;
 use std::{
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -175,14 +174,4 @@ fn served_by(client: &Client, count: usize) -> Vec<String> {
     names.sort();
     names.dedup();
     names
-}
-
-/// A new cluster key, made by the program.
-fn new_key() -> String {
-    let folder = tempfile::tempdir().expect("a folder");
-    let file = folder.path().join("key");
-    let made =
-        Command::new(binary()).args(["key", "new", "--out"]).arg(&file).output().expect("mlx-node runs");
-    assert!(made.status.success(), "{made:?}");
-    std::fs::read_to_string(file).expect("written").trim().to_owned()
 }
