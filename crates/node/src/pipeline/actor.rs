@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use types::{PipelinePlan, PipelineReport};
+use types::PipelineReport;
 
 /// How often it is looked who is there, which is also the group's clock.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
@@ -41,13 +41,15 @@ pub(crate) struct PipelineState {
     round: Option<JoinHandle<()>>,
     /// What the last round gave.
     planned: Option<(u64, Arc<Planned>)>,
+    /// The last one; it may have ended.
     epoch: Option<Epoch>,
-    /// The plan that runs, or is about to.
-    plan: Option<PipelinePlan>,
+    /// What runs, or is about to.
+    running: Option<Arc<Planned>>,
     looks: JoinHandle<()>,
 }
 
 struct Epoch {
+    number: u64,
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
@@ -69,7 +71,16 @@ impl Actor for PipelineActor {
         }));
         let group = Group::new(host.own(), name, host.settings().members.clone(), now());
         let looks = myself.send_interval(LOOK_INTERVAL, || PipelineMsg::Look);
-        Ok(PipelineState { host, times, group, round: None, planned: None, epoch: None, plan: None, looks })
+        Ok(PipelineState {
+            host,
+            times,
+            group,
+            round: None,
+            planned: None,
+            epoch: None,
+            running: None,
+            looks,
+        })
     }
 
     async fn handle(
@@ -96,7 +107,7 @@ impl Actor for PipelineActor {
             PipelineMsg::Event(event) => event,
         };
         if matches!(event, Event::Torn(_)) {
-            state.plan = None;
+            state.running = None;
         }
         for action in state.group.handle(now(), event) {
             state.carry_out(&myself, action);
@@ -114,7 +125,7 @@ impl Actor for PipelineActor {
         if let Some(round) = state.round.take() {
             round.abort();
         }
-        if let Some(Epoch { stop, task }) = state.epoch.take() {
+        if let Some(Epoch { stop, task, .. }) = state.epoch.take() {
             stop.send_replace(true);
             // Its processes are killed, and are gone within that time.
             let _ = timeout(2 * ENGINE_REAP_TIME_MAX, task).await;
@@ -147,7 +158,7 @@ impl PipelineState {
                     return;
                 };
                 tracing::info!(epoch, stages = planned.members.len(), plan = ?planned.plan, "starting a pipeline");
-                self.plan = Some(planned.plan.clone());
+                self.running = Some(planned.clone());
                 let (host, times, myself) = (self.host.clone(), self.times, myself.clone());
                 let (stop, stopped) = watch::channel(false);
                 let task = tokio::spawn(async move {
@@ -157,12 +168,13 @@ impl PipelineState {
                     };
                     head::run_epoch(&host, epoch, &planned, times, tell, stopped).await;
                 });
-                self.epoch = Some(Epoch { stop, task });
+                self.epoch = Some(Epoch { number: epoch, stop, task });
             }
             Action::Tear { epoch, reason } => {
                 tracing::info!(epoch, %reason, "ending a pipeline");
-                match &self.epoch {
+                match self.epoch.as_ref().filter(|it| it.number == epoch) {
                     Some(running) => drop(running.stop.send_replace(true)),
+                    // It was never begun.
                     None => drop(myself.send_message(PipelineMsg::Event(Event::Torn(epoch)))),
                 }
             }
@@ -171,11 +183,8 @@ impl PipelineState {
 
     /// What is to come of a plan: where one runs that is about as good, that one.
     fn worth(&self, found: Result<Planned, super::Unplanned>) -> Result<Planned, super::Unplanned> {
-        let runs = self.plan.as_ref().zip(self.planned.as_ref());
-        match (found, runs) {
-            (Ok(found), Some((plan, (_, running))))
-                if found.plan.tokens_per_s < plan.tokens_per_s * GAIN_MIN =>
-            {
+        match (found, &self.running) {
+            (Ok(found), Some(running)) if found.plan.tokens_per_s < running.plan.tokens_per_s * GAIN_MIN => {
                 Ok(Planned::clone(running))
             }
             (found, _) => found,
@@ -191,7 +200,7 @@ impl PipelineState {
             epoch: stand.epoch,
             phase: stand.phase,
             detail: stand.detail,
-            plan: self.plan.clone(),
+            plan: self.running.as_ref().map(|running| running.plan.clone()),
         });
     }
 }
