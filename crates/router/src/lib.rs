@@ -33,7 +33,6 @@ pub use learned::Learned;
 pub use node::KnownNode;
 pub use plan::{Meant, PASSED_MAX, Plan};
 pub use query::{Considered, Excluded, Resync, Route, RouteError, RouteQuery, RouteReason};
-
 pub use queue::{Pass, Queue, QueueFull, QueueId, Waiting};
 pub use router::Router;
 pub use settings::{CostWeights, NODE_WAITING_MAX, Policy, PolicyError, RivalSettings, RouterSettings};

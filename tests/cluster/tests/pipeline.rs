@@ -271,7 +271,10 @@ impl Cluster {
             thread::sleep(Duration::from_millis(50));
         }
         let hang = left(&ranks);
-        figures.gone_s = figures.gone_s.max(since.elapsed().as_secs_f64());
+        // A stranger had to wait for the next epoch's rank first.
+        if fault != Fault::Stray {
+            figures.gone_s = figures.gone_s.max(since.elapsed().as_secs_f64());
+        }
         match fault {
             Fault::MemberKilled | Fault::HeadKilled => self.nodes[victim] = self.specs[victim].start(),
             Fault::MemberStopped | Fault::LinkDown => {
