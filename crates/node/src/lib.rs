@@ -3,8 +3,9 @@
 //! [`start`] makes the parts that the roles ask for and gives a [`NodeHandle`], which is the router to its process
 //! ([`types::Generate`], [`types::Directory`], [`types::Sessions`]). The actors:
 //!
-//! - the node actor (`node_actor.rs`) hosts the engine supervisor and reports the engine's state and load;
+//! - the node actor (`node_actor.rs`) hosts the engine supervisor, or the pipeline actor, and reports state and load;
 //! - the engine supervisor (`engine_actor.rs`) starts the engine child (`engine_child.rs`) again and again;
+//! - the pipeline actor (`pipeline/actor.rs`) hosts a round of measurements or an epoch of ranks, where this node is the head;
 //! - the discovery actor (`discovery_actor.rs`) hosts one uplink (`uplink.rs`) per router that was found;
 //! - the router actor (`router_actor.rs`) hosts one peer (`peer.rs`) per node that connected.
 //!

@@ -1,4 +1,4 @@
-//! Stands in for `getrandom` 0.4, as far as rand 0.10 and tempfile use it.
+//! Stands in for `getrandom` 0.4, as far as rand 0.10 uses it.
 
 use rand_core::{TryCryptoRng, TryRng};
 use std::fmt;
@@ -18,14 +18,6 @@ impl std::error::Error for Error {}
 /// The thread's numbers.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SysRng;
-
-/// The thread's next number.
-///
-/// # Errors
-/// None.
-pub fn u64() -> Result<u64, Error> {
-    SysRng.try_next_u64()
-}
 
 impl TryRng for SysRng {
     type Error = Error;
