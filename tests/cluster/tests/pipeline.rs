@@ -253,12 +253,14 @@ impl Cluster {
             Fault::LinkDown => self.network.plug(victim as u8, false),
             Fault::Stray => {
                 self.nodes[victim].kill_engine();
-                let before = ranks[victim];
-                let port = wait_for("the next rank has its place", FORMED_TIME_MAX, || {
-                    let next = self.nodes[victim].engine_pid().filter(|next| Some(*next) != before)?;
-                    cluster_tests::ring_address(next)
+                // The next epoch may do without the victim: any of its ranks will do.
+                let (place, port) = wait_for("a next rank has its place", FORMED_TIME_MAX, || {
+                    self.nodes.iter().zip(&self.specs).zip(&ranks).find_map(|((node, spec), before)| {
+                        let next = node.engine_pid().filter(|next| Some(*next) != *before)?;
+                        cluster_tests::ring_address(next).map(|port| (&spec.place, port))
+                    })
                 });
-                stray = stray_connection(&self.specs[victim].place, port);
+                stray = stray_connection(place, port);
             }
         }
         // What a stopped or cut off node has is not to be had from outside; the others' must be gone.
