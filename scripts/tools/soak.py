@@ -216,7 +216,8 @@ class Soak:
                 if finish not in ("stop", "length"):
                     raise Unexpected(f"{kind}: the stream is done, and its finish_reason is {finish}")
                 return "answered"
-            if not data:
+            # A line with nothing before the colon is a comment: the server is there, and has no news.
+            if not data or data.startswith(":"):
                 continue
             event = json.loads(data)
             if "error" in event:
@@ -278,8 +279,9 @@ class Soak:
         node = self.nodes[0]
         while not self.ended.wait(SAMPLE_S):
             table = processes()
-            family = [pid for pid, (parent, _) in table.items() if node.child.pid in (pid, parent)]
-            self.samples.append((time.monotonic(), sum(table[pid][1] for pid in family) / 1024))
+            own = sum(kb for pid, (_, kb) in table.items() if pid == node.child.pid) / 1024
+            engine = sum(kb for parent, kb in table.values() if parent == node.child.pid) / 1024
+            self.samples.append((time.monotonic(), own, engine))
 
     def counts(self):
         """node-1's descriptors and threads, at rest."""
@@ -410,6 +412,7 @@ def main():
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--binary", required=True)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--samples", type=pathlib.Path, help="write [seconds, node's MB, engine's MB] here as JSON")
     arguments = parser.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
     soak = Soak(arguments, folder)
@@ -432,7 +435,9 @@ def main():
         if was is not None and now is not None and now > was + slack:
             soak.failed(f"{was} {what} before, {now} after")
     settled = [s for s in soak.samples if s[0] >= soak.samples[0][0] + WARM_UP_SHARE * 60 * arguments.minutes]
-    slope, error = slope_per_hour(settled)
+    slope, error = slope_per_hour([(at, own + engine) for at, own, engine in settled])
+    if arguments.samples:
+        arguments.samples.write_text(json.dumps(soak.samples))
     if soak.errors:
         print(f"soak: logs are in {folder}", file=sys.stderr)
     print(json.dumps({
@@ -440,7 +445,11 @@ def main():
         "unexpected_errors": len(soak.errors),
         "rss_slope_mb_per_hour": slope and round(slope, 1),
         "rss_slope_error": error and round(error, 1),
-        "rss_mb": [round(soak.samples[0][1]), round(soak.samples[-1][1])] if soak.samples else None,
+        "rss_slope_node_and_engine": [
+            slope and round(slope, 1)
+            for slope, _ in (slope_per_hour([(sample[0], sample[part]) for sample in settled]) for part in (1, 2))
+        ],
+        "rss_mb_node_and_engine": [[round(mb) for mb in soak.samples[at][1:]] for at in (0, -1)] if soak.samples else None,
         "outcomes": dict(sorted(soak.outcomes.items())),
         "faults": dict(soak.faults),
         "descriptors": [before[0], after[0]],

@@ -16,6 +16,9 @@ use types::{BLOCK_TOKENS, EngineState};
 const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 /// The most: beyond it no prediction is worth much.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+/// How much slower than the best a node has to seem before it is tried for that alone: what is less does not keep requests
+/// from it for long.
+const SLOWER_MIN: f64 = 1.5;
 
 impl Router {
     /// Where the request should go, or why nowhere.
@@ -57,7 +60,7 @@ impl Router {
             now,
         };
         let chosen = occasion.choose(&all);
-        if let Some(one) = chosen.and_then(|best| self.trial(&all, &all[best])) {
+        if let Some(one) = chosen.and_then(|best| self.trial(query, &all, &all[best], now)) {
             let cost = self.cost(one, one.matched_tokens, query, plan, now);
             return Ok(Route {
                 node: one.node,
@@ -92,17 +95,34 @@ impl Router {
         }
     }
 
-    /// A node to be tried instead of the best one: one that is due, and would begin as soon were it as wrong about itself as
-    /// is believed possible at all.
-    fn trial<'a, 'b>(&self, all: &'b [Candidate<'a>], best: &Candidate<'_>) -> Option<&'b Candidate<'a>> {
+    /// A node to be tried instead of the best one: one that is due, is taken to be slower than the best, and would begin as
+    /// soon were it as wrong about itself as is believed possible at all. One that is merely without the prefix has nothing
+    /// to prove.
+    fn trial<'a, 'b>(
+        &self,
+        query: &RouteQuery<'_>,
+        all: &'b [Candidate<'a>],
+        best: &Candidate<'_>,
+        now: Instant,
+    ) -> Option<&'b Candidate<'a>> {
         if self.settings.policy != Policy::Cost {
             return None;
         }
+        let pace = |one: &Candidate<'_>| {
+            let work = one.known.work(self.usual(), 0.0, now);
+            (work.predictor.read_s(f64::from(query.prompt_tokens)), work.step_s(1))
+        };
+        let (read_s, step_s) = pace(best);
+        let seems_slower = |one: &Candidate<'_>| {
+            let (its_read_s, its_step_s) = pace(one);
+            its_read_s > read_s * SLOWER_MIN || its_step_s > step_s * SLOWER_MIN
+        };
         let possible = |one: &&Candidate<'_>| {
             one.excluded.is_none()
                 && one.node != best.node
                 && one.first_token_s <= best.first_token_s.max(TIE_S) * DRIFT_MAX
                 && one.known.is_due(self.booked, self.nodes.len())
+                && seems_slower(one)
         };
         all.iter().filter(possible).min_by_key(|one| one.known.last_turn)
     }
