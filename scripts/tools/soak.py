@@ -5,7 +5,7 @@ drained and comes back with the other model name. What is promised meanwhile, an
 
 - a request that node-1 takes for the model that it serves is answered whole, whatever happens to node-2, or refused with 429
   and Retry-After;
-- a client of node-2 may lose its connection while that is dead or ending, at no other time;
+- a client of node-2 may lose its connection, or be told that it is leaving, while that is dead or ending, at no other time;
 - the model that only node-2 serves now and then may be missing (404, 503) or end with an error said in the stream;
 - a request that is wrong is refused with 400.
 """
@@ -198,6 +198,9 @@ class Soak:
                 return "refused, wrong"
             if kind == "other" and answer.status in (404, 503):
                 return "refused, no such model now"
+            if answer.status == 503 and "is leaving" in said:
+                # As good as a connection that it does not take any more: only a node that ends may say so.
+                raise ConnectionRefusedError(said)
             raise Unexpected(f"{kind}: {answer.status}: {said}")
         if kind == "wrong":
             raise Unexpected("a negative temperature was served")
