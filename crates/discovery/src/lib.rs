@@ -9,12 +9,15 @@
 mod mdns;
 mod peers;
 
-use mdns::{Heard, Mdns};
+use mdns::Mdns;
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
 };
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
 use types::{NodeId, Role};
 
 /// What to announce and whom to look for.
@@ -26,8 +29,9 @@ pub struct DiscoverySettings {
     pub id: NodeId,
     /// This process's name for people, part of the announced instance's name.
     pub name: String,
-    /// Fingerprint of the cluster key; others' are ignored.
-    pub fingerprint: String,
+    /// Fingerprints of the cluster's keys, at least one; those of others are ignored. The first is announced. They may change
+    /// while discovery runs.
+    pub fingerprints: watch::Receiver<Vec<String>>,
     /// What this process does.
     pub roles: Vec<Role>,
     /// The UDP port its transport listens on.
@@ -120,7 +124,7 @@ pub fn start(settings: DiscoverySettings) -> Result<Discovery, DiscoveryError> {
     let mut tasks = JoinSet::new();
     let mdns = if settings.mdns {
         let (mdns, announcements) = Mdns::start(&settings)?;
-        tasks.spawn(mdns::watch(mdns.daemon(), announcements, Heard::new(&settings), sender.clone()));
+        tasks.spawn(mdns::watch(mdns.daemon(), announcements, settings.clone(), sender.clone()));
         Some(mdns)
     } else {
         None

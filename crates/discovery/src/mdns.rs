@@ -10,7 +10,10 @@ use std::{
     net::{Ipv6Addr, SocketAddr, SocketAddrV6},
     time::Duration,
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
 use types::{NodeId, Role, limits::NODES_MAX};
 
 /// What all processes of all clusters announce.
@@ -96,12 +99,13 @@ fn announcement(settings: &DiscoverySettings) -> mdns_sd::Result<ServiceInfo> {
     // A host name of our own: the system's responder owns the machine's.
     let host = format!("mlx-node-{short}.local.");
     let roles: Vec<&str> = settings.roles.iter().map(role_name).collect();
+    let own = settings.fingerprints.borrow().first().cloned().unwrap_or_default();
     let txt = [
         ("v", TXT_VERSION),
         ("id", &id),
         ("cluster", &settings.cluster),
         ("roles", &roles.join(",")),
-        ("fp", &settings.fingerprint),
+        ("fp", &own),
     ];
     let mut service =
         ServiceInfo::new(SERVICE, &instance, &host, "", settings.port, &txt[..])?.enable_addr_auto();
@@ -148,13 +152,25 @@ fn check_interfaces(names: &[String]) -> Result<(), DiscoveryError> {
 pub(crate) async fn watch(
     daemon: ServiceDaemonHandle,
     mut announcements: Receiver<ServiceEvent>,
-    mut heard: Heard,
+    mut settings: DiscoverySettings,
     events: mpsc::Sender<PeerEvent>,
 ) {
+    let mut heard = Heard::new(&settings);
+    let mut rekeyed = settings.fingerprints.clone();
     loop {
         let announcement = tokio::select! {
             announcement = announcements.recv_async() => announcement,
             () = events.closed() => return,
+            () = changed(&mut rekeyed) => {
+                heard.rekey(rekeyed.borrow_and_update().clone());
+                settings.fingerprints = rekeyed.clone();
+                // Who was a stranger may be a peer now: the daemon tells everything again to a new listener.
+                match announcement(&settings).and_then(|own| daemon.0.register(own)).and_then(|()| daemon.0.browse(SERVICE)) {
+                    Ok(again) => announcements = again,
+                    Err(error) => tracing::warn!(%error, "mDNS goes on with the old key's announcement"),
+                }
+                continue;
+            }
         };
         let told = match announcement {
             Ok(ServiceEvent::ServiceResolved(service)) => heard.resolved(&Announcement::from(&*service)),
@@ -179,6 +195,13 @@ pub(crate) async fn watch(
                 return;
             }
         }
+    }
+}
+
+/// Resolves once the fingerprints have changed; never, where nobody can change them.
+async fn changed(fingerprints: &mut watch::Receiver<Vec<String>>) {
+    if fingerprints.changed().await.is_err() {
+        std::future::pending().await
     }
 }
 
@@ -220,7 +243,7 @@ fn scoped(ip: Ipv6Addr, port: u16, interface: u32) -> Option<SocketAddr> {
 pub(crate) struct Heard {
     id: NodeId,
     cluster: String,
-    fingerprint: String,
+    fingerprints: Vec<String>,
     /// By the instance's full name, at most [`NODES_MAX`].
     peers: BTreeMap<String, Known>,
     /// Full names of instances that are not ours and were logged, at most [`NODES_MAX`].
@@ -237,8 +260,14 @@ struct Known {
 impl Heard {
     pub(crate) fn new(settings: &DiscoverySettings) -> Self {
         let (peers, strangers) = (BTreeMap::new(), BTreeSet::new());
-        let (cluster, fingerprint) = (settings.cluster.clone(), settings.fingerprint.clone());
-        Self { id: settings.id, cluster, fingerprint, peers, strangers }
+        let (cluster, fingerprints) = (settings.cluster.clone(), settings.fingerprints.borrow().clone());
+        Self { id: settings.id, cluster, fingerprints, peers, strangers }
+    }
+
+    /// Goes by other fingerprints from now on; who was a stranger is looked at anew.
+    fn rekey(&mut self, fingerprints: Vec<String>) {
+        self.fingerprints = fingerprints;
+        self.strangers.clear();
     }
 
     fn resolved(&mut self, announcement: &Announcement) -> Vec<PeerEvent> {
@@ -277,13 +306,17 @@ impl Heard {
 
     /// Why an announcement is not for us.
     fn mismatch<'a>(&self, text: impl Fn(&str) -> &'a str) -> Option<String> {
-        let expected = [
-            ("v", "announcement version", TXT_VERSION),
-            ("cluster", "cluster", &self.cluster),
-            ("fp", "cluster key", &self.fingerprint),
-        ];
-        let (key, what, ours) = expected.into_iter().find(|(key, _, ours)| text(key) != *ours)?;
-        Some(format!("its {what} is {:?}, ours is {ours:?}", text(key)))
+        let expected =
+            [("v", "announcement version", TXT_VERSION), ("cluster", "cluster", self.cluster.as_str())];
+        if let Some((key, what, ours)) = expected.into_iter().find(|(key, _, ours)| text(key) != *ours) {
+            return Some(format!("its {what} is {:?}, ours is {ours:?}", text(key)));
+        }
+        let theirs = text("fp");
+        let known = self.fingerprints.iter().any(|ours| ours == theirs);
+        (!known).then(|| {
+            let ours: Vec<String> = self.fingerprints.iter().map(|ours| format!("{ours:?}")).collect();
+            format!("its cluster key is {theirs:?}, ours is {}", ours.join(" or "))
+        })
     }
 
     fn removed(&mut self, fullname: &str) -> Vec<PeerEvent> {

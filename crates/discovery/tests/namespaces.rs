@@ -9,6 +9,7 @@ use std::{
     sync::mpsc,
     time::{Duration, Instant},
 };
+use tokio::sync::watch;
 use types::{NodeId, Role};
 
 /// Tells a child which machine it is.
@@ -53,7 +54,7 @@ fn machine() {
             cluster: "home".to_owned(),
             id: NodeId(u128::from(machine) << 96),
             name: "the same name".to_owned(),
-            fingerprint: "0011223344556677".to_owned(),
+            fingerprints: watch::channel(vec!["0011223344556677".to_owned()]).1,
             roles: vec![Role::Router],
             port: 7800 + u16::from(machine),
             mdns: true,

@@ -3,7 +3,7 @@
 
 use discovery::{Discovery, DiscoverySettings, PeerEvent, start};
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 use types::{NodeId, Role};
 
 /// Far longer than an announcement takes.
@@ -15,7 +15,7 @@ fn settings(id: u128, cluster: &str, roles: &[Role]) -> DiscoverySettings {
         cluster: format!("{cluster}-{}", std::process::id()),
         id: NodeId(id),
         name: format!("test {id}"),
-        fingerprint: "0011223344556677".to_owned(),
+        fingerprints: watch::channel(vec!["0011223344556677".to_owned()]).1,
         roles: roles.to_vec(),
         port: 40_000 + id as u16,
         mdns: true,

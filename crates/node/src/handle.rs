@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use transport::Endpoint;
+use transport::{ClusterKeys, Endpoint, TransportError};
 use types::{
     AssetsHash, BoxFuture, ClusterView, Directory, Embed, EmbedRequest, Embeddings, Generate, GenerateError,
     GenerateRequest, Generation, ModelAssets, ModelCard, NodeId, Role, RoutePlan, SessionAnswers,
@@ -36,6 +36,8 @@ pub struct NodeHandle {
     id: NodeId,
     cluster: String,
     endpoint: Endpoint,
+    /// Of the cluster's keys, for whom discovery announces and takes for a peer.
+    fingerprints: watch::Sender<Vec<String>>,
     engine: Option<(EngineHandle, ActorRef<NodeMsg>)>,
     router: Option<(RouterHandle, ActorRef<RouterMsg>)>,
     discovery: ActorRef<DiscoveryMsg>,
@@ -46,7 +48,7 @@ pub struct NodeHandle {
 /// # Errors
 /// [`StartError`]; nothing is left running then.
 pub async fn start(settings: NodeSettings) -> Result<NodeHandle, StartError> {
-    let endpoint = Endpoint::bind(settings.listen, &settings.key)?;
+    let endpoint = Endpoint::bind(settings.listen, &settings.keys)?;
     start_on(endpoint, settings).await
 }
 
@@ -67,12 +69,14 @@ pub async fn start_on(endpoint: Endpoint, settings: NodeSettings) -> Result<Node
         roles: settings.roles.clone(),
         hardware: settings.hardware.clone(),
     };
+    let (fingerprints, watched) = watch::channel(settings.keys.fingerprints());
     let mut parts = Parts { endpoint: endpoint.clone(), engine: None, router: None, discovery: None };
-    let started = parts.start(&settings, hello, is(Role::Node), is(Role::Router)).await;
+    let started = parts.start(&settings, hello, watched, is(Role::Node), is(Role::Router)).await;
     match (started, parts) {
         (Ok(()), Parts { engine, router, discovery: Some(discovery), .. }) => {
             let engine = engine.map(|(engine, actor, _)| (engine, actor));
-            Ok(NodeHandle { id: settings.id, cluster: settings.cluster, endpoint, engine, router, discovery })
+            let (id, cluster) = (settings.id, settings.cluster);
+            Ok(NodeHandle { id, cluster, endpoint, fingerprints, engine, router, discovery })
         }
         (Err(error), parts) => {
             parts.stop("this node cannot start").await;
@@ -99,6 +103,7 @@ impl Parts {
         &mut self,
         settings: &NodeSettings,
         hello: Hello,
+        fingerprints: watch::Receiver<Vec<String>>,
         is_node: bool,
         is_router: bool,
     ) -> Result<(), StartError> {
@@ -150,7 +155,7 @@ impl Parts {
             cluster: settings.cluster.clone(),
             id: settings.id,
             name: settings.name.clone(),
-            fingerprint: settings.key.fingerprint(),
+            fingerprints,
             roles: settings.roles.clone(),
             port: self.endpoint.local_address().port(),
             mdns: settings.mdns,
@@ -229,6 +234,16 @@ impl NodeHandle {
     /// Where its QUIC endpoint listens.
     pub fn local_address(&self) -> SocketAddr {
         self.endpoint.local_address()
+    }
+
+    /// Goes over to other keys of the cluster; [`Endpoint::rekey`] says what becomes of connections that are up.
+    ///
+    /// # Errors
+    /// Where the transport refuses; nothing is changed then.
+    pub fn rekey(&self, keys: &ClusterKeys) -> Result<(), TransportError> {
+        self.endpoint.rekey(keys)?;
+        self.fingerprints.send_replace(keys.fingerprints());
+        Ok(())
     }
 
     /// Whether a model can answer: any node's for a router, its own for a node without the router role.

@@ -6,7 +6,7 @@ use crate::pipeline::PipelineSettings;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use transport::ClusterKey;
+use transport::ClusterKeys;
 use types::{NodeId, Role};
 
 /// From the start of an engine child to its `Ready`: the largest checkpoints over a slow external disk.
@@ -84,7 +84,7 @@ pub struct NodeSettings {
     /// Where the cluster's QUIC endpoint listens (UDP).
     pub listen: SocketAddr,
     /// What proves that others belong to the cluster.
-    pub key: ClusterKey,
+    pub keys: ClusterKeys,
     /// How to start the engine; needed for [`Role::Node`] without a pipeline.
     pub engine: Option<Arc<dyn StartEngine>>,
     /// How its router dispatches; of no use without [`Role::Router`].

@@ -14,6 +14,8 @@ pub(crate) const REFUSED: VarInt = VarInt::from_u32(1);
 pub(crate) const ITSELF: VarInt = VarInt::from_u32(2);
 /// The other end does not keep to the protocol.
 pub(crate) const PROTOCOL: VarInt = VarInt::from_u32(3);
+/// The other end proved a key that is not accepted any more.
+pub(crate) const REVOKED: VarInt = VarInt::from_u32(7);
 /// Nothing was heard of the other end for too long.
 pub(crate) const SILENT: VarInt = VarInt::from_u32(6);
 /// A request's stream: nobody wants the answer any more.

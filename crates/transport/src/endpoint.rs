@@ -1,18 +1,23 @@
 //! The socket: dialling, listening, and the handshakes in flight (what is said in them is in `handshake`).
 
 use crate::{
-    ClusterKey, ControlReceiver, Peer, RouterLink, close, handshake,
+    ClusterKeys, ControlReceiver, Peer, RouterLink, close, handshake,
     limits::{CLOSE_TIME_MAX, HANDSHAKE_TIME_MAX, HANDSHAKES_MAX},
-    socket, tls,
+    socket,
+    tls::{self, Accepted, Configs},
     warnings::Warnings,
 };
 use ring::hmac;
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
 };
-use tokio::{sync::Mutex, task::JoinSet, time::timeout};
+use tokio::{
+    sync::{Mutex, watch},
+    task::JoinSet,
+    time::timeout,
+};
 use wire::Hello;
 
 /// Why an endpoint cannot be had.
@@ -91,16 +96,23 @@ pub struct Endpoint(Arc<Inner>);
 struct Inner {
     quinn: quinn::Endpoint,
     local: SocketAddr,
-    server: quinn::ServerConfig,
-    client: quinn::ClientConfig,
+    doors: RwLock<Doors>,
+    /// Told to those who watch over connections that are up.
+    accepted: watch::Sender<Accepted>,
     warnings: Warnings,
     handshakes: Mutex<Handshakes>,
+}
+
+/// With which keys is dialled and listened.
+#[derive(Debug)]
+struct Doors {
+    configs: Configs,
+    listening: bool,
 }
 
 /// What [`Endpoint::accept`] works on; behind a lock because several may wait in it.
 #[derive(Debug, Default)]
 struct Handshakes {
-    listening: bool,
     tasks: JoinSet<Option<(Peer, ControlReceiver)>>,
 }
 
@@ -108,7 +120,7 @@ impl Endpoint {
     /// Listens on `address`. An unspecified address means all of both IPv4 and IPv6 where the system can.
     ///
     /// Needs a tokio runtime.
-    pub fn bind(address: SocketAddr, key: &ClusterKey) -> Result<Self, TransportError> {
+    pub fn bind(address: SocketAddr, keys: impl Into<ClusterKeys>) -> Result<Self, TransportError> {
         let port = address.port();
         let all = [(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()];
         let addresses: &[SocketAddr] = if address.ip().is_unspecified() { &all } else { &[address] };
@@ -123,14 +135,14 @@ impl Endpoint {
                 break;
             }
         }
-        Self::new(bound.map_err(|source| TransportError::Bind { address, source })?, key)
+        Self::new(bound.map_err(|source| TransportError::Bind { address, source })?, &keys.into())
     }
 
     /// Uses a socket and a runtime of the caller's, and random numbers from a seed if there is one.
     pub fn with_socket(
         socket: Arc<dyn quinn::AsyncUdpSocket>,
         runtime: Arc<dyn quinn::Runtime>,
-        key: &ClusterKey,
+        keys: impl Into<ClusterKeys>,
         rng_seed: Option<[u8; 32]>,
     ) -> Result<Self, TransportError> {
         let mut config = quinn::EndpointConfig::default();
@@ -138,14 +150,44 @@ impl Endpoint {
             config.reset_key(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &seed))).rng_seed(Some(seed));
         }
         let quinn = quinn::Endpoint::new_with_abstract_socket(config, None, socket, runtime);
-        Self::new(quinn.map_err(|source| TransportError::Socket { source })?, key)
+        Self::new(quinn.map_err(|source| TransportError::Socket { source })?, &keys.into())
     }
 
-    fn new(quinn: quinn::Endpoint, key: &ClusterKey) -> Result<Self, TransportError> {
+    fn new(quinn: quinn::Endpoint, keys: &ClusterKeys) -> Result<Self, TransportError> {
         let local = quinn.local_addr().map_err(|source| TransportError::Socket { source })?;
-        let (server, client) = tls::configs(key)?;
+        let configs = tls::configs(keys)?;
+        let accepted = watch::Sender::new(configs.accepted.clone());
+        let doors = RwLock::new(Doors { configs, listening: false });
         let (warnings, handshakes) = (Warnings::default(), Mutex::default());
-        Ok(Self(Arc::new(Inner { quinn, local, server, client, warnings, handshakes })))
+        Ok(Self(Arc::new(Inner { quinn, local, doors, accepted, warnings, handshakes })))
+    }
+
+    /// Goes over to other keys: for whom is dialled and accepted from now on, and for the connections that are up, of which
+    /// those end whose other end proved a key that is not among them.
+    ///
+    /// # Errors
+    /// Where the TLS library refuses; nothing is changed then.
+    pub fn rekey(&self, keys: impl Into<ClusterKeys>) -> Result<(), TransportError> {
+        let configs = tls::configs(&keys.into())?;
+        let accepted = configs.accepted.clone();
+        {
+            let mut doors = self.0.doors.write().unwrap_or_else(PoisonError::into_inner);
+            doors.configs = configs;
+            if doors.listening {
+                self.0.quinn.set_server_config(Some(doors.configs.server.clone()));
+            }
+        }
+        self.0.accepted.send_replace(accepted);
+        Ok(())
+    }
+
+    /// Listens from now on, if not yet.
+    fn listen(&self) {
+        let mut doors = self.0.doors.write().unwrap_or_else(PoisonError::into_inner);
+        if !doors.listening {
+            self.0.quinn.set_server_config(Some(doors.configs.server.clone()));
+            doors.listening = true;
+        }
     }
 
     /// Where this endpoint listens.
@@ -156,16 +198,22 @@ impl Endpoint {
     /// Node side: dials a router, says hello, and is welcomed or refused, within [`HANDSHAKE_TIME_MAX`]. A refusal is
     /// also logged.
     pub async fn join(&self, router: SocketAddr, hello: Hello) -> Result<RouterLink, JoinError> {
-        let connecting = self.0.quinn.connect_with(self.0.client.clone(), router, tls::SERVER_NAME);
+        let client = {
+            let doors = self.0.doors.read().unwrap_or_else(PoisonError::into_inner);
+            doors.configs.client.clone()
+        };
+        let accepted = self.0.accepted.subscribe();
+        let connecting = self.0.quinn.connect_with(client, router, tls::SERVER_NAME);
         let connecting =
             connecting.map_err(|error| JoinError::Address { router, reason: error.to_string() })?;
-        let joined = match timeout(HANDSHAKE_TIME_MAX, handshake::join(connecting, router, hello)).await {
-            Ok(joined) => joined,
-            Err(_) => {
-                let reason = format!("no welcome within {} s", HANDSHAKE_TIME_MAX.as_secs());
-                Err(JoinError::Unreachable { router, reason })
-            }
-        };
+        let joined =
+            match timeout(HANDSHAKE_TIME_MAX, handshake::join(connecting, router, hello, accepted)).await {
+                Ok(joined) => joined,
+                Err(_) => {
+                    let reason = format!("no welcome within {} s", HANDSHAKE_TIME_MAX.as_secs());
+                    Err(JoinError::Unreachable { router, reason })
+                }
+            };
         if let Err(error @ (JoinError::Refused { .. } | JoinError::Key { .. })) = &joined {
             self.0.warnings.not_joined(error);
         }
@@ -176,10 +224,7 @@ impl Endpoint {
     /// logged and skipped. Until this is first called, nobody can connect. Safe to cancel.
     pub async fn accept(&self, welcome: &Hello) -> Option<(Peer, ControlReceiver)> {
         let mut handshakes = self.0.handshakes.lock().await;
-        if !handshakes.listening {
-            self.0.quinn.set_server_config(Some(self.0.server.clone()));
-            handshakes.listening = true;
-        }
+        self.listen();
         loop {
             let room = handshakes.tasks.len() < HANDSHAKES_MAX;
             tokio::select! {
@@ -219,7 +264,8 @@ async fn greet(
     welcome: Hello,
 ) -> Option<(Peer, ControlReceiver)> {
     let peer = close::canonical(incoming.remote_address());
-    let greeted = timeout(HANDSHAKE_TIME_MAX, handshake::greet(incoming, welcome)).await;
+    let accepted = endpoint.0.accepted.subscribe();
+    let greeted = timeout(HANDSHAKE_TIME_MAX, handshake::greet(incoming, welcome, accepted)).await;
     let refusal = match greeted {
         Ok(Ok(accepted)) => return Some(accepted),
         Ok(Err(refusal)) => refusal,

@@ -7,11 +7,14 @@ use crate::{
     ControlReceiver, JoinError, Peer, RouterLink,
     close::{self, ReceiveError, SendError, close},
     framed::{FrameReader, FrameWriter},
+    revocation,
+    tls::Accepted,
 };
 use quinn::{
     Connecting, Connection, ConnectionError, Incoming, ReadError, ReadExactError, RecvStream, WriteError,
 };
 use std::net::SocketAddr;
+use tokio::sync::watch;
 use wire::{
     Control, FrameClass, Hello, PrefaceError,
     preface::{self, PREFACE_BYTES},
@@ -25,9 +28,14 @@ pub(crate) struct Refusal(pub(crate) String);
 const CRYPTO_ERRORS: std::ops::Range<u64> = 0x100..0x200;
 
 /// The router's side.
-pub(crate) async fn greet(incoming: Incoming, welcome: Hello) -> Result<(Peer, ControlReceiver), Refusal> {
+pub(crate) async fn greet(
+    incoming: Incoming,
+    welcome: Hello,
+    accepted: watch::Receiver<Accepted>,
+) -> Result<(Peer, ControlReceiver), Refusal> {
     let connection = incoming.accept().map_err(|error| tls_refusal(&error))?;
     let connection = connection.await.map_err(|error| tls_refusal(&error))?;
+    revocation::watch(connection.clone(), accepted);
     match hear(&connection, &welcome).await {
         Ok((hello, reader, mut writer)) => {
             writer.push(&preface::preface());
@@ -83,10 +91,12 @@ pub(crate) async fn join(
     connecting: Connecting,
     router: SocketAddr,
     hello: Hello,
+    accepted: watch::Receiver<Accepted>,
 ) -> Result<RouterLink, JoinError> {
     let lost = |error: &ConnectionError| join_error(router, error);
     let refused = |reason: String| JoinError::Refused { router, reason };
     let connection = connecting.await.map_err(|error| lost(&error))?;
+    revocation::watch(connection.clone(), accepted);
     let (writer, mut reader) = connection.open_bi().await.map_err(|error| lost(&error))?;
     let mut writer = FrameWriter::new(writer);
     writer.push(&preface::preface());

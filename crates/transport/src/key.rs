@@ -19,6 +19,46 @@ const DIGITS: usize = 2 * (KEY_BYTES + CHECK_BYTES);
 #[derive(Clone, PartialEq, Eq)]
 pub struct ClusterKey([u8; KEY_BYTES]);
 
+/// The key that a process proves itself with, and another one that it takes from others, too: so a cluster goes over from one
+/// key to the next while it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClusterKeys {
+    /// What this process proves itself with.
+    pub own: ClusterKey,
+    /// What others may prove themselves with instead.
+    pub other: Option<ClusterKey>,
+}
+
+impl ClusterKeys {
+    /// All keys that others may have, the own one first.
+    pub fn all(&self) -> impl Iterator<Item = &ClusterKey> {
+        [&self.own].into_iter().chain(&self.other)
+    }
+
+    /// Their fingerprints, the own one's first.
+    pub fn fingerprints(&self) -> Vec<String> {
+        self.all().map(ClusterKey::fingerprint).collect()
+    }
+}
+
+impl From<ClusterKey> for ClusterKeys {
+    fn from(own: ClusterKey) -> Self {
+        Self { own, other: None }
+    }
+}
+
+impl From<&ClusterKey> for ClusterKeys {
+    fn from(own: &ClusterKey) -> Self {
+        own.clone().into()
+    }
+}
+
+impl From<&Self> for ClusterKeys {
+    fn from(keys: &Self) -> Self {
+        keys.clone()
+    }
+}
+
 /// Why a text is not a cluster key. Never shows the text.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseKeyError {

@@ -6,7 +6,8 @@
 //!
 //! Who owns what: [`Endpoint`] the socket and the handshakes in flight, [`Peer`] and [`RouterLink`] one end of a
 //! connection, a `TokenStream` or [`ReplySender`] one end of a request's stream. Every wait is bounded by
-//! [`limits`]; both ends prove the [`ClusterKey`] in the TLS handshake, before a byte of ours is read.
+//! [`limits`]; both ends prove a [`ClusterKey`] in the TLS handshake, before a byte of ours is read. Which keys are taken may
+//! change while connections are up ([`Endpoint::rekey`]).
 #![warn(missing_docs)]
 
 mod close;
@@ -17,6 +18,7 @@ mod key;
 pub mod limits;
 mod peer;
 mod pipeline;
+mod revocation;
 mod router_link;
 mod silence;
 mod socket;
@@ -24,7 +26,7 @@ mod tls;
 mod warnings;
 
 pub use endpoint::{Endpoint, JoinError, TransportError};
-pub use key::{ClusterKey, GenerateKeyError, ParseKeyError};
+pub use key::{ClusterKey, ClusterKeys, GenerateKeyError, ParseKeyError};
 pub use peer::{ControlReceiver, NoAnswer, Peer};
 pub use pipeline::{StageStream, Tunnel, TunnelOpening};
 pub use router_link::{IncomingRequest, LinkClosed, ReplyError, ReplySender, RouterLink};

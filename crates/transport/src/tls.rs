@@ -1,9 +1,10 @@
 //! Identity: mutual TLS 1.3 with raw public keys (RFC 7250) instead of certificates.
 //!
 //! All machines of a cluster derive the same Ed25519 key pair from the cluster key. Each end sends that public key,
-//! signs the handshake with it, and accepts no other: whoever has not the cluster key ends in the handshake.
+//! signs the handshake with it, and accepts no other, but that of a second cluster key while the cluster goes over from one
+//! to the next: whoever has neither ends in the handshake.
 
-use crate::{ClusterKey, TransportError, limits};
+use crate::{ClusterKey, ClusterKeys, TransportError, limits};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
@@ -31,22 +32,43 @@ pub(crate) const SERVER_NAME: &str = "mlx-node";
 const PKCS8_ED25519: [u8; 16] =
     [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
 
-/// The settings of both roles for one cluster key.
-pub(crate) fn configs(
-    key: &ClusterKey,
-) -> Result<(quinn::ServerConfig, quinn::ClientConfig), TransportError> {
-    configs_for(key, ALPN)
+/// The settings of both roles for a cluster's keys, and who proves one of them.
+#[derive(Debug)]
+pub(crate) struct Configs {
+    pub(crate) server: quinn::ServerConfig,
+    pub(crate) client: quinn::ClientConfig,
+    pub(crate) accepted: Accepted,
+}
+
+/// The public keys that are accepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Accepted(Vec<SubjectPublicKeyInfoDer<'static>>);
+
+impl Accepted {
+    /// Whether the other end of a connection proved one of them.
+    pub(crate) fn has(&self, connection: &quinn::Connection) -> bool {
+        let proved = connection.peer_identity().and_then(|it| it.downcast::<Vec<CertificateDer<'_>>>().ok());
+        proved.is_some_and(|proved| proved.first().is_some_and(|key| self.is_one(key)))
+    }
+
+    fn is_one(&self, key: &CertificateDer<'_>) -> bool {
+        self.0.iter().any(|accepted| accepted.as_ref() == key.as_ref())
+    }
+}
+
+/// The settings of both roles.
+pub(crate) fn configs(keys: &ClusterKeys) -> Result<Configs, TransportError> {
+    configs_for(keys, ALPN)
 }
 
 /// The same for any application protocol, so that tests can be strangers who have the key.
-pub(crate) fn configs_for(
-    key: &ClusterKey,
-    alpn: &[u8],
-) -> Result<(quinn::ServerConfig, quinn::ClientConfig), TransportError> {
+pub(crate) fn configs_for(keys: &ClusterKeys, alpn: &[u8]) -> Result<Configs, TransportError> {
     let provider = Arc::new(crypto::ring::default_provider());
-    let identity = identity(key)?;
-    let verifier = Arc::new(OnlyThisKey {
-        key: SubjectPublicKeyInfoDer::from(identity.cert[0].as_ref().to_vec()),
+    let public = |key| Ok(SubjectPublicKeyInfoDer::from(identity(key)?.cert[0].as_ref().to_vec()));
+    let accepted = Accepted(keys.all().map(public).collect::<Result<_, _>>()?);
+    let identity = identity(&keys.own)?;
+    let verifier = Arc::new(OnlyTheseKeys {
+        accepted: accepted.clone(),
         algorithms: provider.signature_verification_algorithms,
     });
     let mut server = server_crypto(&provider, &verifier, Arc::clone(&identity))?;
@@ -63,15 +85,15 @@ pub(crate) fn configs_for(
         .migration(false);
     let mut client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client).map_err(tls)?));
     client.transport_config(Arc::new(transport(limits::REQUESTS_MAX)));
-    Ok((server, client))
+    Ok(Configs { server, client, accepted })
 }
 
 fn server_crypto(
     provider: &Arc<CryptoProvider>,
-    verifier: &Arc<OnlyThisKey>,
+    verifier: &Arc<OnlyTheseKeys>,
     identity: Arc<CertifiedKey>,
 ) -> Result<rustls::ServerConfig, TransportError> {
-    let verifier: Arc<dyn ClientCertVerifier> = Arc::<OnlyThisKey>::clone(verifier);
+    let verifier: Arc<dyn ClientCertVerifier> = Arc::<OnlyTheseKeys>::clone(verifier);
     let mut server = rustls::ServerConfig::builder_with_provider(Arc::clone(provider))
         .with_protocol_versions(&[&TLS13])
         .map_err(tls)?
@@ -86,10 +108,10 @@ fn server_crypto(
 
 fn client_crypto(
     provider: &Arc<CryptoProvider>,
-    verifier: &Arc<OnlyThisKey>,
+    verifier: &Arc<OnlyTheseKeys>,
     identity: Arc<CertifiedKey>,
 ) -> Result<rustls::ClientConfig, TransportError> {
-    let verifier: Arc<dyn ServerCertVerifier> = Arc::<OnlyThisKey>::clone(verifier);
+    let verifier: Arc<dyn ServerCertVerifier> = Arc::<OnlyTheseKeys>::clone(verifier);
     let mut client = rustls::ClientConfig::builder_with_provider(Arc::clone(provider))
         .with_protocol_versions(&[&TLS13])
         .map_err(tls)?
@@ -135,33 +157,37 @@ fn tls(error: impl ToString) -> TransportError {
     TransportError::Tls { message: error.to_string() }
 }
 
-/// The peer's public key is not the one derived from this cluster's key.
+/// The peer's public key is none of those derived from this cluster's keys.
 #[derive(Debug, thiserror::Error)]
 #[error("it has another cluster key")]
 struct AnotherKey;
 
-/// Accepts one public key, on both sides.
+/// Accepts these public keys, on both sides.
 #[derive(Debug)]
-struct OnlyThisKey {
-    key: SubjectPublicKeyInfoDer<'static>,
+struct OnlyTheseKeys {
+    accepted: Accepted,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-impl OnlyThisKey {
+impl OnlyTheseKeys {
     fn check(&self, end_entity: &CertificateDer<'_>) -> Result<(), Error> {
-        if end_entity.as_ref() == self.key.as_ref() {
+        if self.accepted.is_one(end_entity) {
             Ok(())
         } else {
             Err(Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(AnotherKey)))))
         }
     }
 
+    /// Whether the key that was sent, one of those accepted, signed the handshake.
     fn check_signature(
         &self,
         message: &[u8],
+        end_entity: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature_with_raw_key(message, &self.key, signed, &self.algorithms)
+        self.check(end_entity)?;
+        let key = SubjectPublicKeyInfoDer::from(end_entity.as_ref());
+        verify_tls13_signature_with_raw_key(message, &key, signed, &self.algorithms)
     }
 }
 
@@ -170,7 +196,7 @@ fn no_tls12() -> Result<HandshakeSignatureValid, Error> {
     Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
 }
 
-impl ServerCertVerifier for OnlyThisKey {
+impl ServerCertVerifier for OnlyTheseKeys {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -194,10 +220,10 @@ impl ServerCertVerifier for OnlyThisKey {
     fn verify_tls13_signature(
         &self,
         message: &[u8],
-        _cert: &CertificateDer<'_>,
+        cert: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.check_signature(message, signed)
+        self.check_signature(message, cert, signed)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -209,7 +235,7 @@ impl ServerCertVerifier for OnlyThisKey {
     }
 }
 
-impl ClientCertVerifier for OnlyThisKey {
+impl ClientCertVerifier for OnlyTheseKeys {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
@@ -235,10 +261,10 @@ impl ClientCertVerifier for OnlyThisKey {
     fn verify_tls13_signature(
         &self,
         message: &[u8],
-        _cert: &CertificateDer<'_>,
+        cert: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.check_signature(message, signed)
+        self.check_signature(message, cert, signed)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

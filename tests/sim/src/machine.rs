@@ -107,7 +107,7 @@ impl Machine {
             roles: roles.into_iter().filter_map(|(role, has)| has.then_some(role)).collect(),
             hardware: "none".to_owned(),
             listen: (address(self.index), PORT).into(),
-            key: self.key.clone(),
+            keys: self.key.clone().into(),
             engine: self.roles.node.then(|| Arc::new(engines.host()) as Arc<dyn StartEngine>),
             dispatch: DispatchSettings::default(),
             wait_for_model: false,

@@ -5,7 +5,7 @@ fn settings(id: u128) -> DiscoverySettings {
         cluster: "home".to_owned(),
         id: NodeId(id),
         name: "studio".to_owned(),
-        fingerprint: "00112233".to_owned(),
+        fingerprints: watch::channel(vec!["00112233".to_owned()]).1,
         roles: vec![Role::Node, Role::Router],
         port: 7800,
         mdns: true,
@@ -57,7 +57,13 @@ fn itself_and_strangers_are_ignored() {
             DiscoverySettings { cluster: "office".to_owned(), ..settings(2 << 96) },
             "its cluster is \"office\"",
         ),
-        (DiscoverySettings { fingerprint: "ffffffff".to_owned(), ..settings(3 << 96) }, "its cluster key is"),
+        (
+            DiscoverySettings {
+                fingerprints: watch::channel(vec!["ffffffff".to_owned()]).1,
+                ..settings(3 << 96)
+            },
+            "its cluster key is",
+        ),
     ];
     for (settings, expected) in &ignored {
         let announced = announced(settings, &["10.0.0.2:7800"]);
@@ -121,4 +127,25 @@ fn unknown_interfaces_are_named() {
         error.starts_with("interfaces: \"nosuch0\" is not a network interface of this machine (they are: "),
         "{error}"
     );
+}
+
+#[test]
+fn while_the_key_changes_both_fingerprints_are_known() {
+    let with = |id, fingerprint: &str| DiscoverySettings {
+        fingerprints: watch::channel(vec![fingerprint.to_owned()]).1,
+        ..settings(id)
+    };
+    let mut heard = Heard::new(&with(1, "old"));
+    let other = announced(&with(2, "new"), &["10.0.0.2:7800"]);
+    let told = heard.resolved(&other);
+    let [PeerEvent::Ignored { reason, .. }] = told.as_slice() else { panic!("{told:?}") };
+    assert_eq!(reason, "its cluster key is \"new\", ours is \"old\"");
+    heard.rekey(vec!["old".to_owned(), "new".to_owned()]);
+    let both = [Role::Node, Role::Router];
+    assert_eq!(heard.resolved(&other), [found(2, &["10.0.0.2:7800"], &both)]);
+    // The same peer, with the other key: nothing is new of it.
+    assert_eq!(heard.resolved(&announced(&with(2, "old"), &["10.0.0.2:7800"])), []);
+    heard.rekey(vec!["new".to_owned()]);
+    let told = heard.resolved(&announced(&with(2, "old"), &["10.0.0.2:7800"]));
+    assert!(matches!(told[..], [PeerEvent::Lost { .. }, PeerEvent::Ignored { .. }]), "{told:?}");
 }

@@ -75,7 +75,7 @@ impl Cluster {
             roles: roles.to_vec(),
             hardware: "none".to_owned(),
             listen: ([127, 0, 0, 1], 0).into(),
-            key: self.key.clone(),
+            keys: self.key.clone().into(),
             engine: Some(Arc::new(EngineCommandLine { program: fake_engine(), args, env: Vec::new() })),
             dispatch: DispatchSettings::default(),
             wait_for_model: true,

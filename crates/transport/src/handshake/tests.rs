@@ -1,6 +1,6 @@
 //! Who is kept out, what they are told, and what is logged.
 
-use crate::{ClusterKey, Endpoint, JoinError, close, tls};
+use crate::{ClusterKey, ClusterKeys, Endpoint, JoinError, RouterLink, close, tls};
 use quinn::crypto::rustls::QuicClientConfig;
 use std::{
     io::Write,
@@ -141,7 +141,7 @@ async fn no_key_at_all_gets_nothing() {
 #[tokio::test]
 async fn another_protocol_gets_nothing() {
     let key = ClusterKey::generate().unwrap();
-    let (_, client) = tls::configs_for(&key, b"mlx-node/0").unwrap();
+    let client = tls::configs_for(&(&key).into(), b"mlx-node/0").unwrap().client;
     let (seen, _) = check_kept_out(&key, async |router| read_all(router, client).await).await;
     assert!(is_tls_alert(&seen.expect_err("nothing may come")));
 }
@@ -149,7 +149,7 @@ async fn another_protocol_gets_nothing() {
 #[tokio::test]
 async fn another_version_is_refused_by_name_on_both_sides() {
     let key = ClusterKey::generate().unwrap();
-    let (_, client) = tls::configs(&key).unwrap();
+    let client = tls::configs(&(&key).into()).unwrap().client;
     // A node of version 2 tells so and reads, as far as version 1 is concerned, garbage.
     let (seen, log) = check_kept_out(&key, async |router| {
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -171,7 +171,7 @@ async fn another_version_is_refused_by_name_on_both_sides() {
 async fn a_router_of_another_version_is_named_too() {
     let key = ClusterKey::generate().unwrap();
     let (log, _guard) = Log::start();
-    let (server, _) = tls::configs(&key).unwrap();
+    let server = tls::configs(&(&key).into()).unwrap().server;
     let router = quinn::Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
     let address = router.local_addr().unwrap();
     let node = endpoint(&key);
@@ -220,7 +220,7 @@ async fn a_bad_hello_is_refused() {
         (&[1, 0, 0, 0, 4], "the first frame is no hello"),
     ];
     for (frame, reason) in cases {
-        let (_, client) = tls::configs(&key).unwrap();
+        let client = tls::configs(&(&key).into()).unwrap().client;
         let (seen, log) = check_kept_out(&key, async |router| {
             let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
             let connection = endpoint.connect_with(client, router, tls::SERVER_NAME).unwrap().await.unwrap();
@@ -293,4 +293,48 @@ impl rustls::client::danger::ServerCertVerifier for AnyRouter {
     fn requires_raw_public_keys(&self) -> bool {
         self.raw_keys
     }
+}
+
+/// A cluster goes over from one key to the next in three steps, each on one end after the other: whatever of both is done,
+/// they connect, and connections stay up, until a key is taken back that one of them was made with.
+#[tokio::test]
+async fn a_cluster_changes_its_key_end_by_end() {
+    let (old, new) = (ClusterKey::generate().unwrap(), ClusterKey::generate().unwrap());
+    let with = |own: &ClusterKey, other: Option<&ClusterKey>| ClusterKeys {
+        own: own.clone(),
+        other: other.cloned(),
+    };
+    let (router, node) = (endpoint(&old), endpoint(&old));
+    let address = router.local_address();
+    let connect = async || {
+        let welcome = hello(1, "home");
+        let (peer, link) = tokio::join!(router.accept(&welcome), node.join(address, hello(2, "home")));
+        (peer.expect("open"), link.expect("joined"))
+    };
+    let first = connect().await;
+    let steps = [with(&old, Some(&new)), with(&new, Some(&old))];
+    for keys in &steps {
+        for end in [&router, &node] {
+            end.rekey(keys).unwrap();
+            connect().await;
+        }
+    }
+    let second = connect().await;
+    let stays = async |link: &RouterLink| timeout(Duration::from_millis(200), link.closed()).await.is_err();
+    assert!(stays(&first.1).await, "both keys are accepted still");
+    router.rekey(&new).unwrap();
+    connect().await;
+    // It was made with the key that has gone; the second one was not.
+    let reason = timeout(Duration::from_secs(5), first.1.closed()).await.expect("closed");
+    assert!(reason.contains("not accepted any more"), "{reason}");
+    node.rekey(&new).unwrap();
+    connect().await;
+    assert!(stays(&second.1).await, "the key that it was made with is accepted");
+    let stranger = endpoint(&old);
+    let welcome = hello(1, "home");
+    let refused = tokio::select! {
+        refused = stranger.join(address, hello(3, "home")) => refused,
+        _ = router.accept(&welcome) => panic!("the old key is accepted"),
+    };
+    assert!(matches!(refused, Err(JoinError::Key { .. })), "{refused:?}");
 }
