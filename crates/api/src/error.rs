@@ -52,6 +52,17 @@ pub(crate) enum ApiError {
     #[error("{}", if *given { "the API key is not valid" } else { "an API key is needed, as `Authorization: Bearer …`" })]
     Unauthorized { given: bool },
     #[error(
+        "this API key may not do that: it needs the scope {needed:?}, which a [[key]] of the configuration gives"
+    )]
+    Scope { needed: &'static str },
+    #[error(
+        "nobody may administer this endpoint over HTTP: give a [[key]] of the configuration the scope \"admin\" (without keys, \
+         only programs on the same machine may, where nothing else is listened to)"
+    )]
+    NoAdminKey,
+    #[error("the settings were not reloaded, and nothing is changed: {message}")]
+    Settings { message: String },
+    #[error(
         "there is no response {id:?} here: the router that made a response keeps it in memory, for the same API key and \
          for a while, unless store was false; ask that router, or send the whole input"
     )]
@@ -152,6 +163,9 @@ impl ApiError {
             Self::BodyUnreadable { .. } => invalid(S::BAD_REQUEST, "body_unreadable"),
             Self::BodySlow { .. } => invalid(S::REQUEST_TIMEOUT, "body_timeout"),
             Self::Unauthorized { .. } => invalid(S::UNAUTHORIZED, "invalid_api_key"),
+            Self::Scope { .. } => invalid(S::FORBIDDEN, "insufficient_scope"),
+            Self::NoAdminKey => invalid(S::FORBIDDEN, "no_admin_key"),
+            Self::Settings { .. } => invalid(S::BAD_REQUEST, "invalid_settings"),
             Self::NoResponse { param, .. } => invalid(S::NOT_FOUND, "response_not_found").param(param),
             Self::NoSession { .. } => invalid(S::NOT_FOUND, "session_not_found").param("session_id"),
             Self::SessionUnknown { .. } => {

@@ -6,6 +6,7 @@
 //! [`types::Generation`], which cancels it. Around the handlers lie layers, each in a file: `tag` (ids, log), `metrics`, `cors`, `shape`
 //! (errors of other protocols), `head` (sizes), `auth` and `rates`.
 
+mod access;
 mod anthropic;
 mod auth;
 mod caller;
@@ -14,6 +15,7 @@ mod dashboard;
 mod error;
 mod handlers;
 mod head;
+mod held;
 mod job;
 mod limits;
 mod metrics;
@@ -25,18 +27,23 @@ mod patience;
 mod prompt;
 mod rates;
 mod responses;
+mod seats;
 mod server;
 mod shape;
 mod tag;
 mod text;
 mod text_or;
+mod tls;
 #[cfg(test)]
 #[path = "../tests/http/support/tokenizers.rs"]
 mod tokenizers_for_tests;
 
+pub use access::{Access, ApiKey, KeyHash, ParseHashError, Scopes, SharedAccess};
+pub use handlers::admin::{Operate, Reloaded};
 pub use rates::RateLimits;
-pub use server::serve;
+pub use server::{ServeSettings, serve};
 pub use text::tools::ToolFormat;
+pub use tls::{Certificate, CertificateError};
 
 use axum::{
     Router,
@@ -46,7 +53,7 @@ use axum::{
 };
 use dashboard::Readers;
 use error::ApiError;
-use handlers::{chat, completions, embeddings, models, route, sessions, status, tokenize};
+use handlers::{admin, chat, completions, embeddings, models, route, sessions, status, tokenize};
 use metrics::{Board, Watched};
 use prompt::TextCache;
 use rates::{Metered, Rates};
@@ -66,46 +73,42 @@ pub struct ApiState {
     pub directory: Arc<dyn Directory>,
     /// Who reaches the sessions.
     pub sessions: Arc<dyn Sessions>,
+    /// Who runs this process.
+    pub operate: Arc<dyn Operate>,
     /// How.
     pub settings: ApiSettings,
 }
 
 /// What can be chosen about the endpoint.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct ApiSettings {
-    /// Keys that clients must have one of; none lets everyone in.
-    pub api_keys: Vec<String>,
+    /// Who may do what.
+    pub access: SharedAccess,
     /// `owned_by` of the models.
     pub owned_by: String,
     /// No key's requests use what those of another key left in the prefix caches.
     pub cache_per_key: bool,
-    /// What each key may ask for.
-    pub rates: RateLimits,
     /// Origins whose pages may read answers, as browsers send them; `*` is every one.
     pub cors_origins: Vec<String>,
     /// How models write calls of tools, by name, where that is not as their chat templates say.
     pub tool_formats: BTreeMap<String, ToolFormat>,
-    /// Whether `/metrics` needs no key.
-    pub open_metrics: bool,
 }
 
 impl Default for ApiSettings {
     fn default() -> Self {
         Self {
-            api_keys: Vec::new(),
+            access: SharedAccess::default(),
             owned_by: "mlx-cluster".to_owned(),
             cache_per_key: false,
-            rates: RateLimits::default(),
             cors_origins: Vec::new(),
             tool_formats: BTreeMap::new(),
-            open_metrics: false,
         }
     }
 }
 
 /// The endpoint as an axum app, for [`serve`] or a larger one.
 pub fn app(state: ApiState) -> Router {
-    let rates = Arc::new(Rates::new(state.settings.rates));
+    let rates = Arc::<Rates>::default();
     let board = Arc::new(Board::new());
     let watched = Arc::new(Watched::new(state.generate, board.clone()));
     let state = Arc::new(App {
@@ -118,6 +121,7 @@ pub fn app(state: ApiState) -> Router {
         directory: state.directory,
         embed: state.embed,
         sessions: state.sessions,
+        operate: state.operate,
         settings: state.settings,
     });
     Router::new()
@@ -145,6 +149,8 @@ pub fn app(state: ApiState) -> Router {
         .route("/api/tags", get(ollama::models::tags))
         .route("/api/show", post(ollama::models::show))
         .route("/api/version", get(ollama::models::version))
+        .route("/v1/admin/reload", post(admin::reload))
+        .route("/v1/admin/drain", post(admin::drain))
         .route("/openapi.json", get(openapi::document))
         .route("/v1/cluster/events", get(dashboard::events))
         .route("/metrics", get(metrics::metrics))
@@ -170,6 +176,7 @@ struct App {
     embed: Arc<dyn Embed>,
     directory: Arc<dyn Directory>,
     sessions: Arc<dyn Sessions>,
+    operate: Arc<dyn Operate>,
     settings: ApiSettings,
     texts: TextCache,
     rates: Arc<Rates>,
@@ -189,20 +196,5 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
 impl fmt::Debug for ApiState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ApiState").field("settings", &self.settings).finish_non_exhaustive()
-    }
-}
-
-/// Without the keys.
-impl fmt::Debug for ApiSettings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ApiSettings")
-            .field("api_keys", &self.api_keys.len())
-            .field("owned_by", &self.owned_by)
-            .field("cache_per_key", &self.cache_per_key)
-            .field("rates", &self.rates)
-            .field("cors_origins", &self.cors_origins)
-            .field("tool_formats", &self.tool_formats)
-            .field("open_metrics", &self.open_metrics)
-            .finish()
     }
 }

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-/// Connections served at once; more wait in the kernel's backlog. One that does nothing costs about 30 kB.
+/// Connections served at once; where there are more, one that waits for its client makes room. One that does nothing costs about
+/// 30 kB.
 pub(crate) const CONNECTIONS_MAX: usize = 4096;
 /// For a request's headers to arrive, which also ends connections that stay idle.
 pub(crate) const HEADERS_TIME_MAX: Duration = Duration::from_secs(60);
+/// For a TLS handshake: two round trips and a signature.
+pub(crate) const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(10);
 /// Bytes that are buffered of one connection. Headers that exceed it are refused by the HTTP library, without a body.
 pub(crate) const CONNECTION_BUFFER_BYTES_MAX: usize = 64 << 10;
 /// Bytes of a request's headers, names and values: what common proxies allow.

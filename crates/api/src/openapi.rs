@@ -4,7 +4,7 @@
 
 use crate::{
     anthropic, error,
-    handlers::{embeddings, tokenize},
+    handlers::{admin, embeddings, tokenize},
     ollama,
     openai::{request, response},
     responses, shape,
@@ -24,9 +24,10 @@ pub(crate) async fn document() -> Response {
 }
 
 /// Statuses of refusals that every operation may answer with, and those of operations that generate.
-const REFUSALS: [(u16, &str); 7] = [
+const REFUSALS: [(u16, &str); 8] = [
     (400, "The request cannot be served as it is; the message says why"),
     (401, "The API key is missing or wrong"),
+    (403, "The API key is not good for this"),
     (405, "The path does not take this method"),
     (429, "Too many requests; `Retry-After` says when to come back"),
     (431, "Path or headers are too long"),
@@ -253,6 +254,20 @@ fn operations(schemas: &mut Schemas) -> Vec<Operation> {
             "The same and this router's requests, every second",
             None,
             vec![(EVENTS, json_schema!({}))],
+        ),
+        operation(
+            "post",
+            "/v1/admin/reload",
+            "Reads the configuration again; needs a key with the scope admin",
+            None,
+            schemas.got::<admin::ReloadJson>(),
+        ),
+        operation(
+            "post",
+            "/v1/admin/drain",
+            "Finishes what runs, then ends this process; needs a key with the scope admin",
+            None,
+            schemas.got::<admin::DrainJson>(),
         ),
         operation("get", "/metrics", "Figures as Prometheus reads them", None, texts(TEXT)),
         operation("get", "/health", "Whether the process lives", None, object()),

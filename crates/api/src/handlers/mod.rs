@@ -3,6 +3,7 @@
 //! Data flows one way: body → request (`openai`) → [`crate::job`] → outputs (`text`) → an answer, whole or written event by
 //! event by a [`stream::Format`].
 
+pub(crate) mod admin;
 pub(crate) mod body;
 pub(crate) mod chat;
 mod chat_format;

@@ -9,26 +9,22 @@ mod metered;
 
 pub(crate) use metered::Metered;
 
-use crate::{AppState, error::ApiError};
+use crate::{AppState, error::ApiError, held::Held};
 use axum::{
-    body::{Body, Bytes, HttpBody},
     extract::{Request, State},
     http::Method,
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use bucket::Bucket;
-use hyper::body::{Frame, SizeHint};
 use std::{
     collections::HashMap,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
     time::{Duration, Instant},
 };
 use types::ClientId;
 
-/// What each key may ask for; without keys, all clients together. None: as much as they like.
+/// What a key may ask for; without keys, all clients together. None: as much as they like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RateLimits {
     /// Requests by the minute.
@@ -51,30 +47,33 @@ pub(crate) struct RateError {
 const CONCURRENT_WAIT: Duration = Duration::from_secs(1);
 
 /// What every client has left.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Rates {
-    limits: RateLimits,
-    /// As many as there are keys at most: who has none is not let in, or is the one client that has no key.
+    /// As many as there are keys, or were: who has none is not let in, or is the one client that has no key.
     clients: Mutex<HashMap<ClientId, Client>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Client {
+    /// What the buckets were made for.
+    limits: RateLimits,
     requests: Option<Bucket>,
     tokens: Option<Bucket>,
     running: u32,
 }
 
 impl Rates {
-    pub(crate) fn new(limits: RateLimits) -> Self {
-        Self { limits, clients: Mutex::default() }
-    }
-
     /// Takes a request's place, or says what it has to wait for.
-    pub(crate) fn admit(self: &Arc<Self>, client: ClientId, now: Instant) -> Result<Place, RateError> {
+    pub(crate) fn admit(
+        self: &Arc<Self>,
+        client: ClientId,
+        limits: RateLimits,
+        now: Instant,
+    ) -> Result<Place, RateError> {
         let mut clients = self.clients();
-        let entry = self.entry(&mut clients, client, now);
-        if let Some(limit) = self.limits.concurrent.filter(|&limit| entry.running >= limit) {
+        let entry = clients.entry(client).or_default();
+        entry.bound(limits, now);
+        if let Some(limit) = limits.concurrent.filter(|&limit| entry.running >= limit) {
             let what = format!("have {limit} requests answered at a time");
             return Err(RateError { what, wait: CONCURRENT_WAIT });
         }
@@ -83,8 +82,8 @@ impl Rates {
             let what = format!("use {} {of} by the minute", limit.unwrap_or_default());
             Some(RateError { what, wait })
         };
-        let refused = refuse(&mut entry.requests, self.limits.requests_per_minute, "requests")
-            .or_else(|| refuse(&mut entry.tokens, self.limits.tokens_per_minute, "tokens"));
+        let refused = refuse(&mut entry.requests, limits.requests_per_minute, "requests")
+            .or_else(|| refuse(&mut entry.tokens, limits.tokens_per_minute, "tokens"));
         if let Some(error) = refused {
             return Err(error);
         }
@@ -97,11 +96,8 @@ impl Rates {
 
     /// Books tokens that were read or written.
     pub(crate) fn book(&self, client: ClientId, tokens: usize, now: Instant) {
-        if self.limits.tokens_per_minute.is_none() {
-            return;
-        }
         let mut clients = self.clients();
-        if let Some(bucket) = &mut self.entry(&mut clients, client, now).tokens {
+        if let Some(bucket) = clients.get_mut(&client).and_then(|client| client.tokens.as_mut()) {
             bucket.take(tokens as f64, now);
         }
     }
@@ -109,19 +105,19 @@ impl Rates {
     fn clients(&self) -> MutexGuard<'_, HashMap<ClientId, Client>> {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn entry<'a>(
-        &self,
-        clients: &'a mut HashMap<ClientId, Client>,
-        client: ClientId,
-        now: Instant,
-    ) -> &'a mut Client {
+impl Client {
+    /// Holds it to these limits from now on; what others left of a bucket is forgotten.
+    fn bound(&mut self, limits: RateLimits, now: Instant) {
         let bucket = |limit: Option<u32>| limit.map(|limit| Bucket::new(limit, now));
-        clients.entry(client).or_insert_with(|| Client {
-            requests: bucket(self.limits.requests_per_minute),
-            tokens: bucket(self.limits.tokens_per_minute),
-            running: 0,
-        })
+        if self.limits.requests_per_minute != limits.requests_per_minute {
+            self.requests = bucket(limits.requests_per_minute);
+        }
+        if self.limits.tokens_per_minute != limits.tokens_per_minute {
+            self.tokens = bucket(limits.tokens_per_minute);
+        }
+        self.limits = limits;
     }
 }
 
@@ -142,41 +138,16 @@ impl Drop for Place {
 
 /// Lets a request pass that its client may make. Only what is posted costs anything.
 pub(crate) async fn limit(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    if request.method() != Method::POST || state.settings.rates == RateLimits::default() {
+    let limits: RateLimits = request.extensions().get().copied().unwrap_or_default();
+    if request.method() != Method::POST || limits == RateLimits::default() {
         return next.run(request).await;
     }
     let client = request.extensions().get().copied().unwrap_or_default();
-    let place = match state.rates.admit(client, Instant::now()) {
+    let place = match state.rates.admit(client, limits, Instant::now()) {
         Ok(place) => place,
         Err(error) => return ApiError::from(error).into_response(),
     };
-    next.run(request).await.map(|body| Body::new(Held { body, _place: place }))
-}
-
-/// The body of an answer that holds its place, wherever it ends.
-struct Held {
-    body: Body,
-    _place: Place,
-}
-
-impl HttpBody for Held {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+    next.run(request).await.map(|body| Held::body(body, place))
 }
 
 #[cfg(test)]
@@ -196,36 +167,49 @@ mod tests {
 
     #[test]
     fn each_client_has_its_own() {
-        let rates = Arc::new(Rates::new(limits(2, 0, 0)));
+        let (rates, limits) = (Arc::<Rates>::default(), limits(2, 0, 0));
         let now = Instant::now();
         for client in [1, 2].map(ClientId) {
-            assert!(rates.admit(client, now).is_ok() && rates.admit(client, now).is_ok());
-            let error = rates.admit(client, now).expect_err("a third one");
+            assert!(rates.admit(client, limits, now).is_ok() && rates.admit(client, limits, now).is_ok());
+            let error = rates.admit(client, limits, now).expect_err("a third one");
             let expected = "this API key may use 2 requests by the minute; try again in 30 s";
             assert_eq!(error.to_string(), expected);
-            assert!(rates.admit(client, now + MINUTE / 2).is_ok());
+            assert!(rates.admit(client, limits, now + MINUTE / 2).is_ok());
         }
     }
 
     #[test]
     fn tokens_are_booked_afterwards() {
-        let rates = Arc::new(Rates::new(limits(0, 600, 0)));
+        let (rates, limits) = (Arc::<Rates>::default(), limits(0, 600, 0));
         let (client, now) = (ClientId(0), Instant::now());
-        assert!(rates.admit(client, now).is_ok());
+        assert!(rates.admit(client, limits, now).is_ok());
         rates.book(client, 1200, now);
-        assert_eq!(rates.admit(client, now).expect_err("600 too many").wait.as_secs_f64(), 60.1);
-        assert!(rates.admit(client, now + MINUTE).is_err());
-        assert!(rates.admit(client, now + MINUTE + Duration::from_millis(100)).is_ok());
+        assert_eq!(rates.admit(client, limits, now).expect_err("600 too many").wait.as_secs_f64(), 60.1);
+        assert!(rates.admit(client, limits, now + MINUTE).is_err());
+        assert!(rates.admit(client, limits, now + MINUTE + Duration::from_millis(100)).is_ok());
     }
 
     #[test]
     fn a_place_is_given_back() {
-        let rates = Arc::new(Rates::new(limits(0, 0, 1)));
+        let (rates, limits) = (Arc::<Rates>::default(), limits(0, 0, 1));
         let now = Instant::now();
-        let place = rates.admit(ClientId(1), now).expect("the first");
-        assert_eq!(rates.admit(ClientId(1), now).expect_err("a second").wait, CONCURRENT_WAIT);
-        assert!(rates.admit(ClientId(2), now).is_ok());
+        let place = rates.admit(ClientId(1), limits, now).expect("the first");
+        assert_eq!(rates.admit(ClientId(1), limits, now).expect_err("a second").wait, CONCURRENT_WAIT);
+        assert!(rates.admit(ClientId(2), limits, now).is_ok());
         drop(place);
-        assert!(rates.admit(ClientId(1), now).is_ok());
+        assert!(rates.admit(ClientId(1), limits, now).is_ok());
+    }
+
+    #[test]
+    fn other_limits_hold_at_once() {
+        let rates = Arc::<Rates>::default();
+        let (client, now) = (ClientId(1), Instant::now());
+        let running = rates.admit(client, limits(1, 0, 0), now).expect("the first");
+        assert!(rates.admit(client, limits(1, 0, 0), now).is_err());
+        // Another bound, and what runs still counts.
+        assert!(rates.admit(client, limits(2, 0, 1), now).is_err());
+        drop(running);
+        let _place = rates.admit(client, limits(2, 0, 1), now).expect("two by the minute now");
+        assert!(rates.admit(client, RateLimits::default(), now).is_ok());
     }
 }

@@ -1,6 +1,7 @@
 //! A client that goes away cancels what it asked for; a server that shuts down finishes what it has.
 
 use crate::support::*;
+use api::ServeSettings;
 use std::{sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -69,7 +70,7 @@ async fn shutdown_finishes_what_is_in_flight() {
     let shutdown = async {
         let _ = stopped.await;
     };
-    let server = tokio::spawn(api::serve(listener, cluster.app(), shutdown));
+    let server = tokio::spawn(api::serve(listener, cluster.app(), ServeSettings::default(), shutdown));
 
     // Half a request is in flight when the server is told to stop, and an idle connection is open.
     let idle = TcpStream::connect(address).await.unwrap();

@@ -1,7 +1,7 @@
 //! Every refusal: status, code, parameter, and words that say what to do.
 
 use crate::support::*;
-use api::ApiSettings;
+use api::{Access, ApiSettings};
 use axum::{Router, body::Body, http::Request};
 use types::*;
 
@@ -264,7 +264,7 @@ async fn routes_and_sizes() {
 async fn keys() {
     let cluster = Cluster::new(&["tiny"], None, ok());
     let settings =
-        ApiSettings { api_keys: vec!["first".to_owned(), "second".to_owned()], ..ApiSettings::default() };
+        ApiSettings { access: Access::of_keys(["first", "second"]).into(), ..ApiSettings::default() };
     let app = cluster.app_with(settings);
     let with = |value: Option<&str>, path: &str| {
         let builder = Request::get(path);

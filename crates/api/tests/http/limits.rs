@@ -1,7 +1,7 @@
 //! Bounds on heads and on what a key may ask for, other origins, and errors as other protocols write them.
 
 use crate::support::*;
-use api::{ApiSettings, RateLimits};
+use api::{Access, ApiSettings, RateLimits};
 use axum::{Router, body::Body, http::Request};
 use futures_util::stream;
 use http_body_util::BodyExt;
@@ -17,8 +17,10 @@ fn ok() -> Script {
 }
 
 fn keyed(rates: RateLimits) -> Router {
-    let api_keys = ["first", "second"].map(str::to_owned).to_vec();
-    Cluster::new(&["tiny"], None, ok()).app_with(ApiSettings { api_keys, rates, ..ApiSettings::default() })
+    let mut access = Access::of_keys(["first", "second"]);
+    access.keys.iter_mut().for_each(|key| key.rates = rates);
+    Cluster::new(&["tiny"], None, ok())
+        .app_with(ApiSettings { access: access.into(), ..ApiSettings::default() })
 }
 
 fn with(request: Request<Body>, headers: &[(&str, &str)]) -> Request<Body> {
@@ -96,7 +98,8 @@ async fn tokens_by_the_minute() {
 #[tokio::test]
 async fn requests_at_a_time() {
     let rates = RateLimits { concurrent: Some(1), ..RateLimits::default() };
-    let settings = ApiSettings { rates, ..ApiSettings::default() };
+    let access = Access { rates, ..Access::default() }.into();
+    let settings = ApiSettings { access, ..ApiSettings::default() };
     let app = Cluster::new(&["tiny"], None, Script::Hang(vec![tokens(0, "ab")])).app_with(settings);
     let stream = || post(TEXT, r#"{"prompt":"x","stream":true}"#);
     let mut running = app.clone().oneshot(stream()).await.unwrap();
@@ -109,8 +112,8 @@ async fn requests_at_a_time() {
 #[tokio::test]
 async fn other_origins() {
     let cors_origins = vec!["http://localhost:3000".to_owned()];
-    let api_keys = vec!["k".to_owned()];
-    let settings = ApiSettings { cors_origins, api_keys, ..ApiSettings::default() };
+    let access = Access::of_keys(["k"]).into();
+    let settings = ApiSettings { cors_origins, access, ..ApiSettings::default() };
     let app = Cluster::new(&["tiny"], None, ok()).app_with(settings);
     let preflight = |origin: &str| {
         let request = Request::options(TEXT).body(Body::empty()).unwrap();

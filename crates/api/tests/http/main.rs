@@ -1,10 +1,12 @@
 //! The endpoint as a client sees it, over a scripted cluster.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod access;
 mod choices;
 mod disconnect;
 mod embeddings;
 mod errors;
+mod hostile;
 mod latency;
 mod limits;
 mod messages;
@@ -17,5 +19,6 @@ mod sessions;
 mod streams;
 mod structured;
 mod support;
+mod tls;
 mod tokenize;
 mod tools;

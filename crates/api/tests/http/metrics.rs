@@ -1,7 +1,7 @@
 //! What is counted, and the page that shows it.
 
 use crate::support::*;
-use api::ApiSettings;
+use api::{Access, ApiSettings};
 use axum::{Router, body::Body, http::Request};
 use futures_util::StreamExt;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -146,7 +146,8 @@ async fn events(app: &Router) -> axum::body::BodyDataStream {
 async fn requests_are_shown_while_they_run_and_never_what_they_say() {
     let script = Script::Hang(vec![TokenEvent::Started { cached_tokens: 2 }, tokens(0, "secret")]);
     let cluster = Cluster::new(&["tiny"], None, script);
-    let app = cluster.app_with(ApiSettings { api_keys: vec!["hidden".to_owned()], ..ApiSettings::default() });
+    let app = cluster
+        .app_with(ApiSettings { access: Access::of_keys(["hidden"]).into(), ..ApiSettings::default() });
     let with_key = |mut request: Request<Body>| {
         request.headers_mut().insert("authorization", "Bearer hidden".parse().unwrap());
         request
@@ -220,7 +221,7 @@ async fn streams_end_when_the_router_leaves() {
 #[tokio::test]
 async fn the_page_needs_no_key_and_its_figures_do() {
     let cluster = Cluster::new(&["tiny"], None, paced());
-    let settings = ApiSettings { api_keys: vec!["k".to_owned()], ..ApiSettings::default() };
+    let settings = ApiSettings { access: Access::of_keys(["k"]).into(), ..ApiSettings::default() };
     let app = cluster.app_with(settings.clone());
     let page = ask(app.clone(), get("/")).await;
     assert_eq!((page.status(), page.header("content-type")), (200, "text/html; charset=utf-8"));
@@ -245,7 +246,10 @@ async fn the_page_needs_no_key_and_its_figures_do() {
     for path in ["/metrics", "/v1/cluster/events", "/v1/cluster", "/dashboard/none.js"] {
         assert_eq!(ask(app.clone(), get(path)).await.status(), 401, "{path}");
     }
-    let open = cluster.app_with(ApiSettings { open_metrics: true, ..settings });
+    let open = cluster.app_with(ApiSettings {
+        access: Access { open_metrics: true, ..Access::of_keys(["k"]) }.into(),
+        ..settings
+    });
     assert_eq!(ask(open.clone(), get("/metrics")).await.status(), 200);
     assert_eq!(ask(open, get("/v1/cluster/events")).await.status(), 401);
 }

@@ -1,7 +1,7 @@
 //! OpenAI's `/v1/responses` over a scripted cluster.
 
 use crate::support::*;
-use api::ApiSettings;
+use api::{Access, ApiSettings};
 use axum::{
     Router,
     body::Body,
@@ -129,8 +129,8 @@ async fn a_response_is_continued() {
 #[tokio::test]
 async fn responses_are_kept_by_client() {
     let cluster = Cluster::new(&["tiny"], Some(AGENT), agent_says("x"));
-    let api_keys = ["first", "second"].map(str::to_owned).to_vec();
-    let app = cluster.app_with(ApiSettings { api_keys, ..ApiSettings::default() });
+    let access = Access::of_keys(["first", "second"]).into();
+    let app = cluster.app_with(ApiSettings { access, ..ApiSettings::default() });
     let of = |key: &str, mut request: Request<Body>| {
         request.headers_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
         request

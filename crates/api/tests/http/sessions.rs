@@ -1,7 +1,7 @@
 //! Who is told of which sessions, and what a request says of its session, its cache and its urgency.
 
 use crate::support::*;
-use api::ApiSettings;
+use api::{Access, ApiSettings};
 use axum::{body::Body, http::Request};
 use std::sync::Arc;
 use types::*;
@@ -16,7 +16,7 @@ fn cluster() -> Arc<Cluster> {
 }
 
 fn settings(cache_per_key: bool) -> ApiSettings {
-    ApiSettings { api_keys: KEYS.map(str::to_owned).to_vec(), cache_per_key, ..ApiSettings::default() }
+    ApiSettings { access: Access::of_keys(KEYS).into(), cache_per_key, ..ApiSettings::default() }
 }
 
 fn session(client: ClientId, id: &str, node: u128) -> NodeSession {
@@ -112,7 +112,8 @@ async fn asked(settings: ApiSettings, header: Option<&str>, path: &str, fields: 
     };
     let mut request = post(path, body);
     let headers = request.headers_mut();
-    if let Some(key) = settings.api_keys.last() {
+    if !settings.access.get().keys.is_empty() {
+        let key = KEYS[1];
         headers.insert("authorization", format!("Bearer {key}").parse().unwrap());
     }
     if let Some(name) = header {

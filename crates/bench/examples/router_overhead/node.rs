@@ -1,7 +1,7 @@
 //! What our router routes to: a node with an HTTP endpoint of its own, as `mlx-node` starts one, and an engine without a
 //! model.
 
-use api::{ApiSettings, ApiState};
+use api::{ApiSettings, ApiState, Operate, Reloaded, ServeSettings};
 use engine::{
     DrawnToken, EngineSettings, Model, ModelError, ModelLimits, Slice, StepOutput, grammar::TokenMask,
 };
@@ -15,7 +15,7 @@ use std::{
 };
 use tokio::net::TcpListener;
 use transport::ClusterKey;
-use types::{BLOCK_TOKENS, ModelCard, NodeId, Role, TokenId};
+use types::{BLOCK_TOKENS, BoxFuture, ModelCard, NodeId, Role, TokenId};
 
 /// As many as `mlx-node` has.
 const WORKER_THREADS: usize = 1;
@@ -35,7 +35,7 @@ pub(crate) fn run(http: SocketAddr, router: &str, key: &Path, model: &str) -> Re
         roles: vec![Role::Node, Role::Router],
         hardware: "none".to_owned(),
         listen: ([127, 0, 0, 1], 0).into(),
-        key,
+        keys: key.into(),
         engine: Some(Arc::new(EngineCommandLine {
             program: std::env::current_exe()?,
             args: ["engine", model].map(Into::into).to_vec(),
@@ -59,9 +59,11 @@ pub(crate) fn run(http: SocketAddr, router: &str, key: &Path, model: &str) -> Re
             embed: Arc::new(node.clone()),
             directory: Arc::new(node.clone()),
             sessions: Arc::new(node),
+            operate: Arc::new(Nobody),
             settings: ApiSettings::default(),
         });
-        api::serve(TcpListener::bind(http).await?, app, std::future::pending()).await?;
+        api::serve(TcpListener::bind(http).await?, app, ServeSettings::default(), std::future::pending())
+            .await?;
         Ok(())
     })
 }
@@ -120,4 +122,15 @@ impl Model for Instant {
         let drawn = DrawnToken { token: DRAWN, logprobs: None };
         Ok(StepOutput { drawn: vec![drawn; self.steps.pop_front().unwrap_or_default()], scores: Vec::new() })
     }
+}
+
+/// Nobody reloads or drains a program that is measured.
+struct Nobody;
+
+impl Operate for Nobody {
+    fn reload(&self) -> BoxFuture<'_, Result<Reloaded, String>> {
+        Box::pin(std::future::ready(Err("there are no settings here".to_owned())))
+    }
+
+    fn drain(&self) {}
 }

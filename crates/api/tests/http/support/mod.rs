@@ -3,7 +3,7 @@
 #[expect(dead_code, reason = "the unit tests use the rest")]
 pub(crate) mod tokenizers;
 
-use api::{ApiSettings, ApiState};
+use api::{ApiSettings, ApiState, Operate, Reloaded, ServeSettings};
 use axum::{
     Router,
     body::Body,
@@ -127,7 +127,8 @@ impl Cluster {
     pub(crate) fn app_with(self: &Arc<Self>, settings: ApiSettings) -> Router {
         let (generate, embed) = (self.clone(), self.clone());
         let (directory, sessions) = (self.clone(), self.clone());
-        api::app(ApiState { generate, embed, directory, sessions, settings })
+        let operate = Arc::new(Operator::default());
+        api::app(ApiState { generate, embed, directory, sessions, operate, settings })
     }
 
     /// The only request that was generated.
@@ -360,7 +361,7 @@ pub(crate) async fn ask(app: Router, request: Request<Body>) -> Answer {
 pub(crate) async fn serve(app: Router) -> SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(api::serve(listener, app, std::future::pending()));
+    tokio::spawn(api::serve(listener, app, ServeSettings::default(), std::future::pending()));
     address
 }
 
@@ -397,4 +398,26 @@ pub(crate) fn sse(text: &str) -> Vec<(String, serde_json::Value)> {
         (field("event:"), serde_json::from_str(&data).unwrap_or_else(|error| panic!("{error}: {data}")))
     };
     text.split("\n\n").filter(|part| !part.is_empty()).map(event).collect()
+}
+
+/// Whoever runs the process: counts what it was told to do.
+#[derive(Default)]
+pub(crate) struct Operator {
+    pub(crate) reloads: AtomicUsize,
+    pub(crate) drains: AtomicUsize,
+}
+
+impl Operate for Operator {
+    fn reload(&self) -> BoxFuture<'_, Result<Reloaded, String>> {
+        // The second time the settings are broken.
+        let reloaded = match self.reloads.fetch_add(1, Ordering::Relaxed) {
+            0 => Ok(Reloaded { applied: vec!["key".to_owned()], restart: vec!["model".to_owned()] }),
+            _ => Err("cluster.toml:3: max_batch = \"0\"".to_owned()),
+        };
+        Box::pin(std::future::ready(reloaded))
+    }
+
+    fn drain(&self) {
+        self.drains.fetch_add(1, Ordering::Relaxed);
+    }
 }
