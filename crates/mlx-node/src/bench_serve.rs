@@ -165,7 +165,7 @@ pub(crate) async fn run(values: &Values, arguments: &ServeArguments) -> Result<(
         let (shared, prompt) = (arguments.shared_tokens, arguments.prompt_tokens);
         return Err(ServeBenchError::Shared { shared, prompt });
     }
-    let endpoint = Endpoint::of(values);
+    let endpoint = Endpoint::of(values)?;
     let model = Model::find(&endpoint, values.model_name.clone().fixed()).await?;
     let mut random = fastrand::Rng::with_seed(arguments.seed);
     let shared: Vec<u32> = (0..arguments.shared_tokens).map(|_| model.token(&mut random)).collect();

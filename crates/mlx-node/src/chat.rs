@@ -52,7 +52,7 @@ pub(crate) enum ChatError {
 
 /// Talks until the input ends.
 pub(crate) async fn run(values: &Values, arguments: &ChatArguments) -> Result<(), ChatError> {
-    let endpoint = Endpoint::of(values);
+    let endpoint = Endpoint::of(values)?;
     let named = values.model_name.clone().fixed();
     let served = served(&endpoint).await?;
     // The file may name what this machine serves; of a running cluster that is a model like any other.
@@ -115,7 +115,7 @@ impl Chat {
 
     /// Reads and answers lines of a terminal.
     async fn lines(&mut self, served: &[String]) -> Result<(), ChatError> {
-        eprintln!("{} at http://{}. /help tells more.", self.model, self.endpoint.address());
+        eprintln!("{} at {}. /help tells more.", self.model, self.endpoint.url());
         let mut lines = read_lines();
         let mut warned = false;
         loop {

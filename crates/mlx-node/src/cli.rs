@@ -2,12 +2,14 @@
 #![expect(clippy::print_stdout, reason = "what the commands print is their result")]
 
 use crate::{
-    EXIT_FAILED, EXIT_UNREACHABLE, EXIT_USAGE, bench, bench_router, bench_serve,
+    EXIT_FAILED, EXIT_UNREACHABLE, EXIT_USAGE, administer, bench, bench_router, bench_serve,
     chat::{self, ChatError},
-    config::{self, Config, Values},
+    config::{Config, Values},
     doctor,
     endpoint::AskError,
-    engine, failed, inspect, key, pull, serve, service,
+    engine, failed, inspect, key, pull,
+    reload::Source,
+    serve, service,
     settings::Settings,
     status::{self, Sight},
 };
@@ -49,7 +51,7 @@ enum Command {
         #[arg(long)]
         settings: String,
     },
-    /// Make or name the key that all machines of a cluster share
+    /// Make or name the key that all machines of a cluster share, or keys for HTTP clients
     #[command(subcommand)]
     Key(KeyCommand),
     /// Show the cluster as a running endpoint sees it
@@ -110,6 +112,11 @@ enum Command {
         arguments: inspect::ConvertArguments,
         #[command(flatten)]
         settings: Box<Config>,
+    },
+    /// Have a running endpoint's process finish what it does and end, as SIGTERM would
+    Drain {
+        #[command(flatten)]
+        settings: Config,
     },
     /// Look for what keeps a cluster from working, and say what to do about it
     Doctor {
@@ -176,7 +183,12 @@ enum KeyCommand {
         /// Where to; never overwritten [default: ~/.config/mlx-cluster/cluster.key]
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
+        /// Make a key for HTTP clients instead, and print it and its hash
+        #[arg(long, conflicts_with = "out")]
+        http: bool,
     },
+    /// Print the hash of an HTTP key, which is read from standard input
+    Hash,
     /// Print a key's fingerprint, which tells keys apart and nothing else
     Fingerprint {
         /// The key's file [default: the one that the settings name]
@@ -201,6 +213,14 @@ enum ConfigCommand {
         #[command(flatten)]
         settings: Config,
     },
+    /// Have a running endpoint's process read its settings again, and say what it took over and what needs a restart
+    Apply {
+        /// Print the endpoint's answer as it is
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        settings: Config,
+    },
     /// Print every setting as it stands, secrets left out, as a configuration file
     Show {
         #[command(flatten)]
@@ -211,17 +231,28 @@ enum ConfigCommand {
 /// Runs what the command line says.
 pub(crate) fn run() -> ExitCode {
     let Cli { config: file, settings: top, command } = Cli::parse();
-    let load = |flags: Config| {
-        config::load(file.as_deref(), flags.over(top.clone()), std::env::vars_os())
-            .map_err(|error| failed(EXIT_USAGE, error))
+    let source = |flags: Config| Source { file: file.clone(), flags: flags.over(top.clone()) };
+    let load = |flags: Config| source(flags).load().map_err(|error| failed(EXIT_USAGE, error));
+    let serve_with = |source: Source| {
+        let values = source.load().map_err(|error| failed(EXIT_USAGE, error))?;
+        serve::run(source, values)
     };
     let outcome = match command {
-        None => load(Config::default()).and_then(serve::run),
-        Some(Command::Serve { settings }) => load(settings).and_then(serve::run),
+        None => serve_with(source(Config::default())),
+        Some(Command::Serve { settings }) => serve_with(source(settings)),
+        Some(Command::Drain { settings }) => {
+            load(settings).and_then(|values| block_on(administer::drain(&values))?.map_err(failed_to_ask))
+        }
+        Some(Command::Config(ConfigCommand::Apply { json, settings })) => load(settings)
+            .and_then(|values| block_on(administer::reload(&values, json))?.map_err(failed_to_ask)),
         Some(Command::Engine { settings }) => return engine::run(&settings),
-        Some(Command::Key(KeyCommand::New { out })) => {
+        Some(Command::Key(KeyCommand::New { http: true, .. })) => {
+            key::new_http().map_err(|error| failed(EXIT_FAILED, error))
+        }
+        Some(Command::Key(KeyCommand::New { out, .. })) => {
             key::new(out).map_err(|error| failed(EXIT_FAILED, error))
         }
+        Some(Command::Key(KeyCommand::Hash)) => key::hash().map_err(|error| failed(EXIT_FAILED, error)),
         Some(Command::Key(KeyCommand::Fingerprint { file })) => load(Config::default())
             .and_then(|values| key::fingerprint(file, values).map_err(|error| failed(EXIT_FAILED, error))),
         Some(Command::Inspect { arguments, settings }) => {
@@ -327,6 +358,12 @@ fn check(values: Values) -> Result<(), ExitCode> {
 fn show(values: &Values) {
     for (name, value) in values.shown() {
         println!("{name} = {value}");
+    }
+    for key in &values.keys {
+        println!("\n[[key]]");
+        for (name, value) in key.shown() {
+            println!("{name} = {value}");
+        }
     }
     for pipeline in &values.pipelines {
         println!("\n[[pipeline]]");

@@ -3,6 +3,7 @@
 //! One list names every setting with its type, its default and its text for `--help`; a [`Config`] holds what one
 //! source says, and [`Config::over`] lays one over another. What is missing at the end takes its default.
 
+use crate::keys::KeyEntry;
 use crate::pipelines::Pipeline;
 use crate::values::{
     Auto, Bytes, Dequantize, Device, Limit, List, LogFilter, LogFormat, NamedFormat, Origin, Secret, Setting,
@@ -12,6 +13,7 @@ use router::Policy;
 use std::{
     ffi::OsString,
     net::SocketAddr,
+    ops::Range,
     path::{Path, PathBuf},
 };
 use toml::{
@@ -26,6 +28,8 @@ pub(crate) const VARIABLE_PREFIX: &str = "MLX_NODE_";
 const VARIABLE_FILE: &str = "MLX_NODE_CONFIG";
 /// The name of the tables that are pipelines.
 const PIPELINE: &str = "pipeline";
+/// The name of the tables that are keys.
+pub(crate) const KEY: &str = "key";
 /// Bytes of a configuration file: no list in it is long.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -59,6 +63,9 @@ macro_rules! settings {
             /// Each `[[pipeline]]` of the file.
             #[arg(skip)]
             pub(crate) pipelines: Vec<Pipeline>,
+            /// Each `[[key]]` of the file.
+            #[arg(skip)]
+            pub(crate) keys: Vec<KeyEntry>,
         }
 
         /// Every setting with a value.
@@ -67,6 +74,8 @@ macro_rules! settings {
             $($(#[doc = $doc])+ pub(crate) $name: $type,)+
             /// Each `[[pipeline]]` of the file.
             pub(crate) pipelines: Vec<Pipeline>,
+            /// Each `[[key]]` of the file.
+            pub(crate) keys: Vec<KeyEntry>,
         }
 
         impl Config {
@@ -84,12 +93,13 @@ macro_rules! settings {
             /// What `self` says, and what `under` says where `self` says nothing.
             pub(crate) fn over(self, under: Self) -> Self {
                 let pipelines = if self.pipelines.is_empty() { under.pipelines } else { self.pipelines };
-                Self { $($name: self.$name.or(under.$name),)+ pipelines }
+                let keys = if self.keys.is_empty() { under.keys } else { self.keys };
+                Self { $($name: self.$name.or(under.$name),)+ pipelines, keys }
             }
 
             /// Whether nothing is said at all.
             pub(crate) fn is_empty(&self) -> bool {
-                self.pipelines.is_empty() $(&& self.$name.is_none())+
+                self.pipelines.is_empty() && self.keys.is_empty() $(&& self.$name.is_none())+
             }
 
             /// Fills in the defaults.
@@ -99,6 +109,7 @@ macro_rules! settings {
                         <$type as Setting>::parse($default).expect("a test parses every default")
                     }),)+
                     pipelines: self.pipelines,
+                    keys: self.keys,
                 }
             }
         }
@@ -107,6 +118,25 @@ macro_rules! settings {
             /// Names and values as TOML, in the order of the list; secrets are not shown.
             pub(crate) fn shown(&self) -> Vec<(&'static str, String)> {
                 vec![$((stringify!($name), self.$name.to_toml())),+]
+            }
+
+            /// The names of settings whose values are others in `other`; tables by theirs.
+            pub(crate) fn differing(&self, other: &Self) -> Vec<&'static str> {
+                let mut names = Vec::new();
+                $(if self.$name != other.$name { names.push(stringify!($name)); })+
+                if self.pipelines != other.pipelines { names.push(PIPELINE); }
+                if self.keys != other.keys { names.push(KEY); }
+                names
+            }
+
+            /// Takes one setting's value over from `other`.
+            pub(crate) fn take(&mut self, name: &str, other: &Self) {
+                match name {
+                    $(stringify!($name) => self.$name.clone_from(&other.$name),)+
+                    PIPELINE => self.pipelines.clone_from(&other.pipelines),
+                    KEY => self.keys.clone_from(&other.keys),
+                    _ => {}
+                }
             }
         }
     };
@@ -129,8 +159,12 @@ settings! {
     listen: SocketAddr = "0.0.0.0:7415", "IP:PORT";
     /// Address and port of the HTTP endpoint
     http: SocketAddr = "127.0.0.1:8080", "IP:PORT";
-    /// Keys that HTTP clients must present one of; empty: anybody who reaches the endpoint is served
+    /// Keys that HTTP clients must present one of, or their hashes (`mlx-node key new --http`); empty: anybody who reaches the endpoint is served
     api_keys: List<Secret> = "", "KEY,…";
+    /// PEM file with the certificate that HTTP is served with over TLS, and its chain; empty: plain HTTP
+    tls_cert: String = "", "FILE";
+    /// PEM file with the certificate's private key
+    tls_key: String = "", "FILE";
     /// Serve everybody also where `http` is reachable from other machines
     allow_anonymous: bool = "false", "BOOL";
     /// Keep what each key's requests leave in the prefix caches from those of all others
@@ -253,9 +287,15 @@ pub(crate) fn from_toml(text: &str, path: &Path) -> Result<Config, ConfigError> 
     let mut config = Config::default();
     for (key, value) in entries {
         let name: &str = key.get_ref();
+        let own = |(offset, message): (Option<usize>, String)| {
+            at(offset.unwrap_or_else(|| key.span().start), message)
+        };
         if name == PIPELINE {
-            config.pipelines = pipelines(value)
-                .map_err(|(offset, message)| at(offset.unwrap_or_else(|| key.span().start), message))?;
+            config.pipelines = tables(PIPELINE, value, Pipeline::parse).map_err(own)?;
+            continue;
+        }
+        if name == KEY {
+            config.keys = tables(KEY, value, KeyEntry::parse).map_err(own)?;
             continue;
         }
         let known = Config::NAMES.contains(&name);
@@ -270,14 +310,17 @@ pub(crate) fn from_toml(text: &str, path: &Path) -> Result<Config, ConfigError> 
     Ok(config)
 }
 
-/// All of `[[pipeline]]`; an error says at which byte of the file it is, where that is known.
-fn pipelines(value: &Spanned<DeValue<'_>>) -> Result<Vec<Pipeline>, (Option<usize>, String)> {
-    let other =
-        || (None, format!("{PIPELINE}: write [[{PIPELINE}]] above its settings, once for each pipeline"));
+/// All tables of a name, such as `[[pipeline]]`; an error says at which byte of the file it is, where that is known.
+fn tables<T>(
+    name: &str,
+    value: &Spanned<DeValue<'_>>,
+    parse: impl Fn(&DeTable<'_>, &Range<usize>) -> Result<T, (usize, String)>,
+) -> Result<Vec<T>, (Option<usize>, String)> {
+    let other = || (None, format!("{name}: write [[{name}]] above its settings, once for each {name}"));
     let DeValue::Array(items) = value.get_ref() else { return Err(other()) };
     let read = |item: &Spanned<DeValue<'_>>| {
         let DeValue::Table(table) = item.get_ref() else { return Err(other()) };
-        Pipeline::parse(table, &item.span()).map_err(|(offset, message)| (Some(offset), message))
+        parse(table, &item.span()).map_err(|(offset, message)| (Some(offset), message))
     };
     items.iter().map(read).collect()
 }
@@ -328,7 +371,7 @@ pub(crate) fn plain_text(value: &DeValue<'_>) -> Result<String, String> {
 
 /// The message for a wrong value; a secret is not repeated.
 fn refused(name: &str, text: &str, expected: &str) -> String {
-    if ["api_keys", "cluster_key"].contains(&name) {
+    if ["api_keys", "cluster_key", KEY].contains(&name) {
         return format!("{name}: {expected}");
     }
     format!("{name} = {text:?}: {expected}")

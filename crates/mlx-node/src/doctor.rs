@@ -133,10 +133,16 @@ async fn endpoint(findings: &mut Findings, values: &Values, settings: &Settings)
         findings.ok("endpoint", "this machine is to be no router: it has no endpoint");
         return None;
     }
-    let endpoint = Endpoint::of(values);
+    let endpoint = match Endpoint::of(values) {
+        Ok(endpoint) => endpoint,
+        Err(error) => {
+            findings.problem("endpoint", error.to_string(), "name the certificate's file with --tls-cert");
+            return None;
+        }
+    };
     match endpoint.get_json("/v1/cluster").await {
         Ok(cluster) => {
-            findings.ok("endpoint", format!("http://{} answers", endpoint.address()));
+            findings.ok("endpoint", format!("{} answers", endpoint.url()));
             Some(cluster)
         }
         Err(AskError::Unreachable { .. }) => {

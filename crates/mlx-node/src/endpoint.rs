@@ -2,17 +2,28 @@
 //!
 //! Every request has a connection of its own: commands ask little, and measurements should not share anything.
 
-use crate::{config::Values, values::Secret};
+use crate::{
+    config::Values,
+    keys::{self, Scope},
+    pinned,
+    values::Secret,
+};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Method, Request, StatusCode, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use std::{
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 
 /// For a connection, and for an answer that is there at once; past this the endpoint is not well.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(5);
@@ -26,40 +37,87 @@ const ROUTE_HEADER: &str = "x-mlx-route";
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AskError {
+    #[error("nothing answers at {url}: {reason} (is mlx-node running there? --http names another address)")]
+    Unreachable { url: String, reason: String },
     #[error(
-        "nothing answers at http://{address}: {reason} (is mlx-node running there? --http names another address)"
+        "{url}{path}: 401: give a key with --api-keys or MLX_NODE_API_KEYS (of those that the settings have as hashes, \
+         commands know nothing)"
     )]
-    Unreachable { address: SocketAddr, reason: String },
-    #[error("http://{address}{path}: 401: give a key with --api-keys or MLX_NODE_API_KEYS")]
-    Key { address: SocketAddr, path: String },
-    #[error("http://{address}{path}: {status}: {message}")]
-    Refused { address: SocketAddr, path: String, status: u16, message: String },
-    #[error("http://{address}{path}: {reason}")]
-    Broken { address: SocketAddr, path: String, reason: String },
+    Key { url: String, path: String },
+    #[error("{url}{path}: {status}: {message}")]
+    Refused { url: String, path: String, status: u16, message: String },
+    #[error("{url}{path}: {reason}")]
+    Broken { url: String, path: String, reason: String },
+    #[error("tls_cert: {path}: {reason}")]
+    Certificate { path: String, reason: String },
 }
 
 /// An endpoint and the key to it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Endpoint {
     address: SocketAddr,
     key: Option<Secret>,
+    tls: Option<TlsConnector>,
 }
 
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Endpoint").field("url", &self.url()).finish_non_exhaustive()
+    }
+}
+
+/// What a request travels on.
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+
 impl Endpoint {
-    /// The one that `http` and `api_keys` name.
-    pub(crate) fn of(values: &Values) -> Self {
-        Self { address: reachable(values.http), key: values.api_keys.0.first().cloned() }
+    /// The one that `http` names, with a key that may ask models; over TLS where `tls_cert` is set.
+    ///
+    /// # Errors
+    /// A certificate that cannot be read.
+    pub(crate) fn of(values: &Values) -> Result<Self, AskError> {
+        Self::with_key(values, Scope::Use)
     }
 
-    pub(crate) fn address(&self) -> SocketAddr {
-        self.address
+    /// The same with a key that may administer.
+    ///
+    /// # Errors
+    /// A certificate that cannot be read.
+    pub(crate) fn to_administer(values: &Values) -> Result<Self, AskError> {
+        Self::with_key(values, Scope::Admin)
+    }
+
+    fn with_key(values: &Values, scope: Scope) -> Result<Self, AskError> {
+        let key = keys::written(&values.api_keys.0, &values.keys, scope).cloned();
+        let tls = (!values.tls_cert.is_empty()).then(|| {
+            let failed = |reason: String| AskError::Certificate { path: values.tls_cert.clone(), reason };
+            let chain = std::fs::read(&values.tls_cert).map_err(|error| failed(error.to_string()))?;
+            pinned::connector(&chain).map_err(failed)
+        });
+        Ok(Self { address: reachable(values.http), key, tls: tls.transpose()? })
+    }
+
+    pub(crate) fn url(&self) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     /// The body of a GET's answer.
     pub(crate) async fn get(&self, path: &str) -> Result<String, AskError> {
+        self.whole(Method::GET, path).await
+    }
+
+    /// The answer to a POST of nothing, as JSON.
+    pub(crate) async fn post_whole(&self, path: &str) -> Result<Value, AskError> {
+        let text = self.whole(Method::POST, path).await?;
+        serde_json::from_str(&text).map_err(|error| self.broken(path, error.to_string()))
+    }
+
+    async fn whole(&self, method: Method, path: &str) -> Result<String, AskError> {
         let broken = |reason: String| self.broken(path, reason);
         let asked = async {
-            let answer = self.send(Method::GET, path, Bytes::new()).await?;
+            let answer = self.send(method, path, Bytes::new()).await?;
             let body = Limited::new(answer.body, ANSWER_BYTES_MAX).collect().await;
             let body = body.map_err(|error| broken(error.to_string()))?.to_bytes();
             String::from_utf8(body.to_vec()).map_err(|_| broken("the answer is no text".to_owned()))
@@ -90,12 +148,27 @@ impl Endpoint {
 
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Answer, AskError> {
         let address = self.address;
-        let unreachable = |reason: String| AskError::Unreachable { address, reason };
+        let url = self.url();
+        let unreachable = |reason: String| AskError::Unreachable { url: url.clone(), reason };
         let stream = timeout(ANSWER_TIME_MAX, TcpStream::connect(address)).await;
         let stream = stream
             .map_err(|_| unreachable("no connection in time".to_owned()))?
             .map_err(|error| unreachable(error.to_string()))?;
         stream.set_nodelay(true).map_err(|error| unreachable(error.to_string()))?;
+        let stream: Box<dyn Stream> = match &self.tls {
+            None => Box::new(stream),
+            Some(tls) => {
+                let agreed =
+                    timeout(ANSWER_TIME_MAX, tls.connect(ServerName::from(address.ip()), stream)).await;
+                let agreed = agreed.map_err(|_| self.broken("", "no TLS in time".to_owned()))?;
+                Box::new(agreed.map_err(|error| {
+                    self.broken(
+                        "",
+                        format!("{error} (tls_cert is the certificate that commands expect there)"),
+                    )
+                })?)
+            }
+        };
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(path, error.to_string()))?;
@@ -118,17 +191,17 @@ impl Endpoint {
             answer.headers().get(ROUTE_HEADER).and_then(|route| route.to_str().ok()).map(str::to_owned);
         let (status, body) = (answer.status(), answer.into_body());
         match status {
-            StatusCode::OK => Ok(Answer { route, body }),
-            StatusCode::UNAUTHORIZED => Err(AskError::Key { address, path: path.to_owned() }),
+            status if status.is_success() => Ok(Answer { route, body }),
+            StatusCode::UNAUTHORIZED => Err(AskError::Key { url, path: path.to_owned() }),
             status => {
                 let message = refusal(body).await;
-                Err(AskError::Refused { address, path: path.to_owned(), status: status.as_u16(), message })
+                Err(AskError::Refused { url, path: path.to_owned(), status: status.as_u16(), message })
             }
         }
     }
 
     fn broken(&self, path: &str, reason: String) -> AskError {
-        AskError::Broken { address: self.address, path: path.to_owned(), reason }
+        AskError::Broken { url: self.url(), path: path.to_owned(), reason }
     }
 }
 

@@ -4,6 +4,7 @@
 //! the model; everything else is a command that ends by itself. Exit codes: 0 done, 1 failed, 2 wrong usage or
 //! settings, 3 no endpoint answers.
 
+mod administer;
 mod bench;
 mod bench_router;
 mod bench_serve;
@@ -17,10 +18,13 @@ mod engine;
 mod hardware;
 mod inspect;
 mod key;
+mod keys;
 mod logging;
+mod pinned;
 mod pipelines;
 mod plan;
 mod pull;
+mod reload;
 mod serve;
 mod service;
 mod settings;

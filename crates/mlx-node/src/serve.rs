@@ -1,24 +1,28 @@
 //! `mlx-node serve`: starts the parts, in an order in which nothing is served that could not work, and ends them.
 //!
 //! Model files are found (or downloaded) first, then the HTTP port is taken without listening, then the node starts
-//! and loads its model, and only then does the endpoint answer. The first SIGTERM or SIGINT drains, the second ends.
+//! and loads its model, and only then does the endpoint answer. The first SIGTERM or SIGINT drains, the second ends; SIGHUP
+//! has the settings read again (`reload`).
 
 use crate::{
     EXIT_FAILED, EXIT_USAGE,
-    config::Values,
-    failed, hardware, key, logging,
+    config::{self, Values},
+    failed, hardware, key,
+    logging::{self, LogFilterHandle},
+    reload::{Operator, Order, Reload, Source},
     settings::{EngineProcessSettings, KeyOrigin, ModelSettings, Settings},
-    values::{Goal, Secret},
+    values::Goal,
 };
-use api::{ApiSettings, ApiState};
+use api::{ApiSettings, ApiState, KeyHash, ServeSettings, SharedAccess};
 use node::engine_process::RankTask;
 use node::pipeline::{PipelineSettings, RankCommand};
 use node::{
     ENGINE_SILENCE_MAX, EngineCommandLine, MODEL_LOAD_TIME_MAX, NodeHandle, NodeSettings, StartEngine,
 };
 use router::placement;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{
-    io,
+    io::{self, IsTerminal},
     net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
@@ -28,7 +32,7 @@ use std::{
 use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{Signal, SignalKind, signal},
-    sync::oneshot,
+    sync::{mpsc, oneshot, watch},
 };
 use types::{NodeId, Role};
 
@@ -39,14 +43,21 @@ const WORKER_THREADS: usize = 1;
 /// Connections that wait to be accepted: a burst of clients between two turns of the accepting task.
 const BACKLOG: u32 = 1024;
 
+/// Descriptors of the process: a connection's each, the engine's pipes, files of models. Systems give 256 (macOS) or 1024 unless
+/// asked for more.
+const DESCRIPTORS: u64 = 8192;
+/// Of these, what is not for connections of clients.
+const DESCRIPTORS_KEPT: u64 = 512;
+
 /// Runs until a signal ends it.
 ///
 /// # Errors
 /// The exit code; what was wrong has been said.
-pub(crate) fn run(values: Values) -> Result<(), ExitCode> {
-    logging::start(&values.log.0, values.log_format);
-    let settings = Settings::resolve(values).map_err(|error| failed(EXIT_USAGE, error))?;
+pub(crate) fn run(source: Source, values: Values) -> Result<(), ExitCode> {
+    let log = logging::start(&values.log.0, values.log_format);
+    let settings = Settings::resolve(values.clone()).map_err(|error| failed(EXIT_USAGE, error))?;
     say_where_the_key_is_from(&settings);
+    warn_of_plain_keys(&source, &values);
     let parts = settings.model.as_ref().map(|model| parts(&settings, model)).transpose()?.unwrap_or_default();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
@@ -54,13 +65,20 @@ pub(crate) fn run(values: Values) -> Result<(), ExitCode> {
         .enable_all()
         .build()
         .map_err(|error| failed(EXIT_FAILED, format_args!("the system gives no threads: {error}")))?;
-    let outcome = runtime.block_on(serve(settings, parts));
+    let outcome = runtime.block_on(serve(settings, parts, Started { source, values, log }));
     // What has not ended by now is not waited for: the engine process ends with its standard input.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(settings: Settings, parts: Parts) -> Result<(), ExitCode> {
+/// What settings were started with, to read them again.
+struct Started {
+    source: Source,
+    values: Values,
+    log: LogFilterHandle,
+}
+
+async fn serve(settings: Settings, parts: Parts, started: Started) -> Result<(), ExitCode> {
     let no_signals =
         |error: io::Error| failed(EXIT_FAILED, format_args!("cannot listen to signals: {error}"));
     let mut signals = Signals::new().map_err(no_signals)?;
@@ -68,26 +86,43 @@ async fn serve(settings: Settings, parts: Parts) -> Result<(), ExitCode> {
     let http = http.map_err(|error| {
         failed(EXIT_FAILED, format_args!("http = \"{}\" cannot be had: {error}", settings.http))
     })?;
+    let access = SharedAccess::new(settings.access.clone());
     let api = ApiSettings {
-        api_keys: settings.api_keys.iter().map(|Secret(key)| key.clone()).collect(),
+        access: access.clone(),
         cache_per_key: settings.cache_per_key,
-        rates: settings.rates,
         cors_origins: settings.cors_origins.clone(),
         tool_formats: settings.tool_formats.clone(),
-        open_metrics: settings.open_metrics,
         ..ApiSettings::default()
     };
-    let drain_timeout = settings.drain_timeout;
+    let (certificate, pem) = settings.tls.clone().map(|(it, pem)| (watch::Sender::new(it), pem)).unzip();
+    let serving = ServeSettings {
+        certificate: certificate.as_ref().map(watch::Sender::subscribe),
+        connections_max: connections_max(),
+        ..ServeSettings::default()
+    };
+    let mut reload = Reload {
+        source: started.source,
+        values: started.values,
+        keys: settings.keys.clone(),
+        alone: matches!(settings.key_origin, KeyOrigin::Random(_)),
+        access,
+        certificate,
+        pem,
+        drain_timeout: settings.drain_timeout,
+        log: started.log,
+    };
+    let (operator, mut orders) = Operator::new();
     let starting = node::start(node_settings(settings, parts)?);
     let node = tokio::select! {
         started = starting => started.map_err(|error| failed(EXIT_FAILED, error))?,
         () = signals.next() => return Ok(()),
     };
     let (stop, stopped) = oneshot::channel();
-    let endpoint = http.map(|socket| listen(socket, &node, api, stopped)).transpose();
+    let endpoint = http.map(|socket| listen(socket, &node, operator, api, serving, stopped)).transpose();
     let endpoint = endpoint
         .map_err(|error| failed(EXIT_FAILED, format_args!("the HTTP endpoint cannot start: {error}")))?;
-    signals.next().await;
+    until_drained(&mut signals, &mut orders, &mut reload, &node).await;
+    let drain_timeout = reload.drain_timeout;
     tracing::info!(at_most = ?drain_timeout, "draining: finishing what runs, refusing what comes");
     let finish = async {
         // The endpoint is gone already where the process has none.
@@ -117,6 +152,62 @@ async fn serve(settings: Settings, parts: Parts) -> Result<(), ExitCode> {
     Ok(())
 }
 
+/// Does what is ordered until it is to end.
+async fn until_drained(
+    signals: &mut Signals,
+    orders: &mut mpsc::Receiver<Order>,
+    reload: &mut Reload,
+    node: &NodeHandle,
+) {
+    let in_terminal = io::stderr().is_terminal();
+    loop {
+        tokio::select! {
+            _ = signals.terminate.recv() => return,
+            _ = signals.interrupt.recv() => return,
+            _ = signals.hangup.recv() => {
+                if in_terminal && !io::stderr().is_terminal() {
+                    tracing::info!("the terminal was closed");
+                    return;
+                }
+                if let Err(error) = reload.reload(node) {
+                    tracing::error!(%error, "the settings were not reloaded, and nothing is changed");
+                }
+            }
+            // Without an endpoint nobody orders anything.
+            Some(order) = orders.recv() => match order {
+                Order::Reload(done) => {
+                    let reloaded = reload.reload(node);
+                    if let Err(error) = &reloaded {
+                        tracing::error!(%error, "the settings were not reloaded, and nothing is changed");
+                    }
+                    // Who asked may have gone.
+                    let _ = done.send(reloaded);
+                }
+                Order::Drain => {
+                    tracing::info!("an administrator has this process end");
+                    return;
+                }
+            },
+        }
+    }
+}
+
+/// Asks the system for descriptors, and says how many connections they are enough for.
+fn connections_max() -> usize {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = maximum.map_or(DESCRIPTORS, |maximum| maximum.min(DESCRIPTORS));
+    let mut had = current.unwrap_or(u64::MAX);
+    if had < wanted {
+        match setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum }) {
+            Ok(()) => had = wanted,
+            Err(error) => tracing::warn!(%error, had, wanted, "the system gives no more descriptors"),
+        }
+    }
+    let most = ServeSettings::default().connections_max;
+    let room = had.saturating_sub(DESCRIPTORS_KEPT).max(had / 2);
+    usize::try_from(room).map_or(most, |room| most.min(room))
+}
+
 /// Takes a port without answering on it: a port in use is found out before minutes of loading.
 fn take_port(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
@@ -129,7 +220,9 @@ fn take_port(address: SocketAddr) -> io::Result<TcpSocket> {
 fn listen(
     socket: TcpSocket,
     node: &NodeHandle,
+    operator: Operator,
     settings: ApiSettings,
+    serving: ServeSettings,
     stopped: oneshot::Receiver<()>,
 ) -> io::Result<tokio::task::JoinHandle<io::Result<()>>> {
     let listener: TcpListener = socket.listen(BACKLOG)?;
@@ -138,9 +231,10 @@ fn listen(
         embed: Arc::new(node.clone()),
         directory: Arc::new(node.clone()),
         sessions: Arc::new(node.clone()),
+        operate: Arc::new(operator),
         settings,
     });
-    Ok(tokio::spawn(api::serve(listener, app, async {
+    Ok(tokio::spawn(api::serve(listener, app, serving, async {
         // A dropped sender means the same.
         let _ = stopped.await;
     })))
@@ -157,7 +251,7 @@ fn node_settings(settings: Settings, Parts { engine, pipeline }: Parts) -> Resul
         roles: settings.roles,
         hardware: hardware::describe(),
         listen: settings.listen,
-        key: settings.key,
+        keys: settings.keys,
         dispatch: settings.dispatch,
         wait_for_model: engine.is_some(),
         engine: engine.map(|engine| Arc::new(engine) as Arc<dyn StartEngine>),
@@ -249,7 +343,10 @@ impl RankCommand for EngineCommand {
 }
 
 fn say_where_the_key_is_from(settings: &Settings) {
-    let fingerprint = settings.key.fingerprint();
+    let fingerprint = settings.keys.own.fingerprint();
+    if let Some(other) = &settings.keys.other {
+        tracing::info!(fingerprint = other.fingerprint(), "a second cluster key is taken from others, too");
+    }
     match &settings.key_origin {
         KeyOrigin::Random(looked) => {
             let file =
@@ -272,18 +369,37 @@ fn say_where_the_key_is_from(settings: &Settings) {
     }
 }
 
-/// SIGTERM and SIGINT.
+/// HTTP keys that stand in the settings as they are: they work, but whoever reads the file has them.
+fn warn_of_plain_keys(source: &Source, values: &Values) {
+    let all = values.api_keys.0.iter().chain(values.keys.iter().map(|entry| &entry.key));
+    let plain = all.filter(|key| !KeyHash::is_written(&key.0)).count();
+    if plain == 0 {
+        return;
+    }
+    tracing::info!(
+        keys = plain,
+        "HTTP keys stand in the settings as they are; `mlx-node key hash` makes hashes of them"
+    );
+    if let Some(path) = config::used_file(source.file.as_deref()).filter(|path| key::is_exposed(path)) {
+        tracing::warn!("other users of this machine may read the keys in it: chmod 600 {}", path.display());
+    }
+}
+
+/// SIGTERM and SIGINT, and apart from them SIGHUP.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        let [terminate, interrupt, hangup] =
+            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+        Ok(Self { terminate: terminate?, interrupt: interrupt?, hangup: hangup? })
     }
 
-    /// Resolves with the next of either.
+    /// Resolves with the next of the first two.
     async fn next(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}

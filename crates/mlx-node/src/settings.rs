@@ -3,26 +3,30 @@
 use crate::{
     config::{self, Values},
     hardware,
+    keys::{self, KeysError},
     pipelines::{self, Pipeline, PipelinesError},
     values::{Auto, Dequantize, Device, LogFormat, NamedFormat, Origin, Secret},
 };
-use api::{RateLimits, ToolFormat};
+use api::{Access, Certificate, CertificateError, RateLimits, ToolFormat};
 use node::{DispatchSettings, engine_process::RankTask};
 use router::RouterSettings;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
+    fmt,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
-use transport::ClusterKey;
+use transport::{ClusterKey, ClusterKeys};
 use types::Role;
 
 /// Bytes of a cluster's or node's name: one string of an mDNS TXT record holds 255 with its key.
 const NAME_BYTES_MAX: usize = 128;
 /// Bytes of a key file; a key has 78.
 const KEY_FILE_BYTES_MAX: u64 = 4096;
+/// Bytes of a file with a certificate and its chain, or with its key.
+const PEM_BYTES_MAX: u64 = 1 << 20;
 /// The name of the cluster key's file in the configuration's folder.
 pub(crate) const KEY_FILE_NAME: &str = "cluster.key";
 /// Sequences that a model may keep open: each costs a slot of KV, and steps grow with them.
@@ -48,8 +52,18 @@ pub(crate) enum SettingsError {
         "http = \"{http}\" can be reached from other machines: set api_keys, or allow_anonymous = true to serve everybody"
     )]
     Open { http: SocketAddr },
-    #[error("api_keys: a key is empty")]
-    EmptyApiKey,
+    #[error(transparent)]
+    ApiKeys(#[from] KeysError),
+    #[error("{set} is set and {missing} is not: TLS needs both files")]
+    HalfTls { set: &'static str, missing: &'static str },
+    #[error("{name}: {path}: {message}")]
+    Tls { name: &'static str, path: String, message: String },
+    #[error("{}: it holds {count} keys; one is expected, or two while a cluster goes over to another", path.display())]
+    KeyCount { path: PathBuf, count: usize },
+    #[error(
+        "cluster_key: {count} keys; one is expected, or two while a cluster goes over to another, with a comma between them"
+    )]
+    KeyCountSetting { count: usize },
     #[error("peers: {peer:?} is not host:port")]
     Peer { peer: String },
     #[error("cluster_key: {0}")]
@@ -87,13 +101,14 @@ pub(crate) struct Settings {
     pub(crate) max_batch: u32,
     pub(crate) listen: SocketAddr,
     pub(crate) http: SocketAddr,
-    pub(crate) api_keys: Vec<Secret>,
+    /// Who may do what over HTTP.
+    pub(crate) access: Access,
+    /// What HTTP is served with over TLS, and what that was read from.
+    pub(crate) tls: Option<(Certificate, TlsFiles)>,
     pub(crate) cache_per_key: bool,
-    pub(crate) rates: RateLimits,
     pub(crate) cors_origins: Vec<String>,
     pub(crate) tool_formats: BTreeMap<String, ToolFormat>,
-    pub(crate) open_metrics: bool,
-    pub(crate) key: ClusterKey,
+    pub(crate) keys: ClusterKeys,
     pub(crate) key_origin: KeyOrigin,
     pub(crate) mdns: bool,
     pub(crate) interfaces: Vec<String>,
@@ -163,11 +178,21 @@ impl Settings {
             }
             false => (None, None),
         };
-        let api_keys = values.api_keys.0;
-        if api_keys.iter().any(|key| key.0.is_empty()) {
-            return Err(SettingsError::EmptyApiKey);
-        }
+        let rates = RateLimits {
+            requests_per_minute: values.key_requests_per_minute.0,
+            tokens_per_minute: values.key_tokens_per_minute.0,
+            concurrent: values.key_concurrency.0,
+        };
+        let api_keys = keys::resolve(&values.api_keys.0, &values.keys, rates)?;
         let open = !values.http.ip().is_loopback() && api_keys.is_empty() && !values.allow_anonymous;
+        let access = Access {
+            keys: api_keys,
+            rates,
+            // Whoever reaches the loopback has an account on this machine, and could end the process as well.
+            open_admin: values.http.ip().is_loopback(),
+            open_metrics: values.open_metrics,
+        };
+        let tls = tls(&values.tls_cert, &values.tls_key)?;
         if roles.contains(&Role::Router) && open {
             return Err(SettingsError::Open { http: values.http });
         }
@@ -179,7 +204,7 @@ impl Settings {
                 return Err(SettingsError::Peer { peer: peer.clone() });
             }
         }
-        let (key, key_origin) = cluster_key(&values.cluster_key, values.key_file)?;
+        let (keys, key_origin) = cluster_keys(&values.cluster_key, values.key_file)?;
         let alone = matches!(key_origin, KeyOrigin::Random(_));
         if alone && !values.peers.0.is_empty() {
             return Err(SettingsError::NoKey { what: "peers" });
@@ -200,13 +225,9 @@ impl Settings {
             // Nobody can come in without the key: no port that others could reach, or that could be taken.
             listen: if alone { (Ipv4Addr::LOCALHOST, 0).into() } else { values.listen },
             http: values.http,
-            api_keys,
+            access,
+            tls,
             cache_per_key: values.cache_per_key,
-            rates: RateLimits {
-                requests_per_minute: values.key_requests_per_minute.0,
-                tokens_per_minute: values.key_tokens_per_minute.0,
-                concurrent: values.key_concurrency.0,
-            },
             cors_origins: values.cors_origins.0.into_iter().map(|Origin(origin)| origin).collect(),
             tool_formats: values
                 .tool_formats
@@ -214,8 +235,7 @@ impl Settings {
                 .into_iter()
                 .map(|NamedFormat { model, format }| (model, format))
                 .collect(),
-            open_metrics: values.open_metrics,
-            key,
+            keys,
             key_origin,
             mdns: values.mdns && !alone,
             interfaces: values.interfaces.0,
@@ -281,9 +301,48 @@ fn served_name(source: &str) -> String {
     }
 }
 
-fn cluster_key(setting: &Secret, file: Auto<PathBuf>) -> Result<(ClusterKey, KeyOrigin), SettingsError> {
+/// A certificate and its key as they were read, to tell whether they have changed.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct TlsFiles {
+    chain: Vec<u8>,
+    key: Vec<u8>,
+}
+
+impl fmt::Debug for TlsFiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TlsFiles")
+    }
+}
+
+/// Reads the certificate that HTTP is served with, if any.
+fn tls(cert: &str, key: &str) -> Result<Option<(Certificate, TlsFiles)>, SettingsError> {
+    match (cert.is_empty(), key.is_empty()) {
+        (true, true) => return Ok(None),
+        (false, true) => return Err(SettingsError::HalfTls { set: "tls_cert", missing: "tls_key" }),
+        (true, false) => return Err(SettingsError::HalfTls { set: "tls_key", missing: "tls_cert" }),
+        (false, false) => {}
+    }
+    let failed = |name, path: &str, message| SettingsError::Tls { name, path: path.to_owned(), message };
+    let read = |name, path: &str| {
+        let bytes = std::fs::metadata(path).map_err(|error| failed(name, path, error.to_string()))?.len();
+        if bytes > PEM_BYTES_MAX {
+            return Err(failed(name, path, format!("{bytes} bytes are too many for PEM")));
+        }
+        std::fs::read(path).map_err(|error| failed(name, path, error.to_string()))
+    };
+    let files = TlsFiles { chain: read("tls_cert", cert)?, key: read("tls_key", key)? };
+    let certificate = Certificate::from_pem(&files.chain, &files.key).map_err(|error| match error {
+        CertificateError::Key(_) | CertificateError::Pair(_) => failed("tls_key", key, error.to_string()),
+        error => failed("tls_cert", cert, error.to_string()),
+    })?;
+    Ok(Some((certificate, files)))
+}
+
+fn cluster_keys(setting: &Secret, file: Auto<PathBuf>) -> Result<(ClusterKeys, KeyOrigin), SettingsError> {
     if !setting.0.is_empty() {
-        return Ok((setting.0.parse().map_err(SettingsError::Key)?, KeyOrigin::Setting));
+        let keys = setting.0.split(',').map(str::parse).collect::<Result<Vec<_>, _>>();
+        let keys = one_or_two(keys.map_err(SettingsError::Key)?);
+        return Ok((keys.map_err(|count| SettingsError::KeyCountSetting { count })?, KeyOrigin::Setting));
     }
     let usual = config::folder().map(|folder| folder.join(KEY_FILE_NAME));
     let path = match file {
@@ -291,23 +350,42 @@ fn cluster_key(setting: &Secret, file: Auto<PathBuf>) -> Result<(ClusterKey, Key
         Auto::Auto => usual.clone().filter(|path| path.exists()),
     };
     let Some(path) = path else {
-        return Ok((ClusterKey::generate().map_err(SettingsError::RandomKey)?, KeyOrigin::Random(usual)));
+        let key = ClusterKey::generate().map_err(SettingsError::RandomKey)?;
+        return Ok((key.into(), KeyOrigin::Random(usual)));
     };
-    Ok((read_key(&path)?, KeyOrigin::File(path)))
+    Ok((read_keys(&path)?, KeyOrigin::File(path)))
 }
 
-/// Reads the key in `path`.
+/// The first is the own one; or how many there are.
+fn one_or_two(keys: Vec<ClusterKey>) -> Result<ClusterKeys, usize> {
+    let count = keys.len();
+    let mut keys = keys.into_iter();
+    match (keys.next(), keys.next(), keys.next()) {
+        (Some(own), other, None) => Ok(ClusterKeys { own, other }),
+        _ => Err(count),
+    }
+}
+
+/// Reads the keys in `path`: a line each, the own one first.
 ///
 /// # Errors
-/// A file that cannot be read or holds no key.
-pub(crate) fn read_key(path: &Path) -> Result<ClusterKey, SettingsError> {
+/// A file that cannot be read or holds no key, or more than two.
+pub(crate) fn read_keys(path: &Path) -> Result<ClusterKeys, SettingsError> {
     let failed = |message: String| SettingsError::KeyFile { path: path.to_path_buf(), message };
     let bytes = std::fs::metadata(path).map_err(|error| failed(error.to_string()))?.len();
     if bytes > KEY_FILE_BYTES_MAX {
         return Err(failed(format!("{bytes} bytes are too many for a cluster key")));
     }
     let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
-    text.trim().parse().map_err(|error: transport::ParseKeyError| failed(error.to_string()))
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let keys = lines.map(str::parse).collect::<Result<Vec<ClusterKey>, transport::ParseKeyError>>();
+    let keys = keys.map_err(|error| failed(error.to_string()))?;
+    if keys.is_empty() {
+        return Err(failed(
+            "it is empty: a cluster key is expected (`mlx-node key new` makes one)".to_owned(),
+        ));
+    }
+    one_or_two(keys).map_err(|count| SettingsError::KeyCount { path: path.to_path_buf(), count })
 }
 
 #[cfg(test)]
@@ -347,6 +425,12 @@ mod tests {
         check("model = \"m\"\npeers = [\"mac-2\"]", "\"mac-2\" is not host:port");
         check("model = \"m\"\npeers = [\"mac-2:0\"]", "\"mac-2:0\" is not host:port");
         check("model = \"m\"\nkey_file = \"/nonexistent/key\"", "/nonexistent/key: No such file");
+        check("model = \"m\"\ntls_cert = \"c.pem\"", "tls_cert is set and tls_key is not");
+        check("model = \"m\"\ntls_key = \"k.pem\"", "tls_key is set and tls_cert is not");
+        check(
+            "model = \"m\"\ntls_cert = \"/none/c\"\ntls_key = \"/none/k\"",
+            "tls_cert: /none/c: No such file",
+        );
     }
 
     #[test]
@@ -375,6 +459,27 @@ mod tests {
         std::fs::write(&path, "mlxk1-5ec2e75ec2e7").expect("written");
         let error = resolve(&format!("model = \"m\"\nkey_file = {path:?}")).expect_err("broken");
         assert!(error.contains("digits") && !error.contains("5ec2e7"), "{error}");
+    }
+
+    #[test]
+    fn a_key_file_holds_one_key_or_two() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("key");
+        let keys = [(); 3].map(|()| ClusterKey::generate().expect("random"));
+        let read = |text: String| {
+            std::fs::write(&path, text).expect("written");
+            read_keys(&path).map_err(|error| error.to_string())
+        };
+        let text =
+            |keys: &[ClusterKey]| keys.iter().map(|key| format!("{}\n\n", key.reveal())).collect::<String>();
+        assert_eq!(read(text(&keys[..1])).expect("one"), (&keys[0]).into());
+        let two = read(text(&keys[..2])).expect("two");
+        assert_eq!((two.own, two.other), (keys[0].clone(), Some(keys[1].clone())));
+        assert!(read(text(&keys)).expect_err("three").contains("it holds 3 keys"));
+        assert!(read(String::new()).expect_err("none").contains("it is empty"));
+        let setting = Secret(format!("{},{}", keys[1].reveal(), keys[0].reveal()));
+        let (two, _) = cluster_keys(&setting, Auto::Auto).expect("two");
+        assert_eq!((two.own, two.other), (keys[1].clone(), Some(keys[0].clone())));
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl Sight {
 
 /// Prints it once, or again and again until Ctrl-C.
 pub(crate) async fn show(values: &Values, sight: Sight, json: bool, watch: bool) -> Result<(), AskError> {
-    let endpoint = Endpoint::of(values);
+    let endpoint = Endpoint::of(values)?;
     loop {
         let answer = endpoint.get_json(sight.path()).await?;
         if json {

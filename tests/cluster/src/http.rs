@@ -19,6 +19,8 @@ pub struct Client {
     pub address: SocketAddr,
     /// Where the client stands.
     pub place: Place,
+    /// The API key that it sends.
+    pub key: Option<String>,
 }
 
 /// A whole answer.
@@ -54,6 +56,12 @@ pub enum StreamEnd {
 }
 
 impl Client {
+    /// The same with an API key.
+    #[must_use]
+    pub fn with_key(&self, key: &str) -> Self {
+        Self { key: Some(key.to_owned()), ..self.clone() }
+    }
+
     /// A GET.
     ///
     /// # Errors
@@ -133,9 +141,11 @@ impl Sse {
     fn open(client: &Client, head: &str, body: &str) -> io::Result<Self> {
         let mut stream = client.place.connect(client.address)?;
         stream.set_read_timeout(Some(ANSWER_TIME_MAX))?;
+        let key = client.key.as_ref().map(|key| format!("Authorization: Bearer {key}\r\n"));
         let rest = format!(
-            "Host: {}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            "Host: {}\r\n{}Connection: close\r\nContent-Length: {}\r\n\r\n",
             client.address,
+            key.unwrap_or_default(),
             body.len()
         );
         stream.write_all(format!("{head}{rest}{body}").as_bytes())?;

@@ -92,7 +92,7 @@ impl NodeSpec {
         prepare(&mut command);
         let started = Instant::now();
         let child = command.spawn().expect("mlx-node starts");
-        let client = Client { address: self.http, place: self.client.clone() };
+        let client = Client { address: self.http, place: self.client.clone(), key: None };
         NodeProcess { name: self.name.clone(), client, child, started, log, _folder: folder }
     }
 }
@@ -168,6 +168,11 @@ impl NodeProcess {
     /// Where it takes too long.
     pub fn wait_exit(&mut self) -> ExitStatus {
         wait_for("the process ends", EXIT_TIME_MAX, || self.child.try_wait().expect("its state is known"))
+    }
+
+    /// The process id of the node itself.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// The process id of its engine; none while it has none.

@@ -13,7 +13,7 @@ use std::{
 };
 
 /// Settings that nobody else should read.
-const SECRETS: [&str; 2] = ["api_keys", "cluster_key"];
+const SECRETS: [&str; 3] = ["api_keys", "cluster_key", "[[key]]"];
 
 /// The configuration file, and whether others may read secrets in it. `named` is what `--config` said.
 pub(super) fn file(findings: &mut Findings, named: Option<&Path>) {
@@ -38,7 +38,7 @@ pub(super) fn file(findings: &mut Findings, named: Option<&Path>) {
 
 /// The cluster key.
 pub(super) fn key(findings: &mut Findings, settings: &Settings) {
-    let fingerprint = settings.key.fingerprint();
+    let fingerprint = settings.keys.fingerprints().join(", also taken: ");
     match &settings.key_origin {
         KeyOrigin::Random(_) => findings.note(
             "cluster key",

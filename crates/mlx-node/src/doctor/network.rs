@@ -12,6 +12,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     time::{Duration, Instant},
 };
+use tokio::sync::watch;
 use transport::{Endpoint, JoinError};
 use types::{NodeId, Role};
 use wire::Hello;
@@ -75,7 +76,7 @@ async fn listen(findings: &mut Findings, settings: &Settings, time: Duration) ->
         cluster: settings.cluster.clone(),
         id: random_id()?,
         name: format!("{} doctor", settings.name),
-        fingerprint: settings.key.fingerprint(),
+        fingerprints: watch::channel(settings.keys.fingerprints()).1,
         // Nobody connects to who does nothing.
         roles: Vec::new(),
         port: settings.listen.port(),
@@ -147,7 +148,7 @@ async fn reach(findings: &mut Findings, settings: &Settings, heard: &Heard) {
     if doors.is_empty() {
         return;
     }
-    let endpoint = match Endpoint::bind((Ipv4Addr::UNSPECIFIED, 0).into(), &settings.key) {
+    let endpoint = match Endpoint::bind((Ipv4Addr::UNSPECIFIED, 0).into(), &settings.keys) {
         Ok(endpoint) => endpoint,
         Err(error) => {
             return findings.problem(
