@@ -10,6 +10,7 @@ use crate::{
     engine, failed, inspect, key, pull, serve, service,
     settings::{Settings, served_name},
     status::{self, Sight},
+    values::Auto,
 };
 use clap::{CommandFactory, Parser, Subcommand};
 use std::{

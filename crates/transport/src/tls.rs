@@ -110,8 +110,8 @@ fn transport(streams_max: u32) -> quinn::TransportConfig {
         .max_concurrent_bidi_streams(streams_max.into())
         .max_concurrent_uni_streams(0u32.into())
         .stream_receive_window(limits::STREAM_WINDOW_BYTES.into())
-        // Slow readers do not take others' share.
-        .receive_window((limits::STREAM_WINDOW_BYTES * limits::STREAMS_FULL_MAX).into())
+        // All streams may be full at once: one slow reader never takes another's share.
+        .receive_window((limits::STREAM_WINDOW_BYTES * (limits::REQUESTS_MAX + 1)).into())
         .send_window(limits::SEND_WINDOW_BYTES)
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(limits::KEEP_ALIVE_INTERVAL))

@@ -28,6 +28,7 @@ fn whole(model: &Path) -> Vec<String> {
         .flag("model-name", MODEL)
         .flag("max-batch", "8")
         .flag("kv-memory", "256 MiB")
+        .flag("queue-time", cluster::QUEUE_TIME)
         .flag("mdns", "false")
         .flag("listen", &format!("127.0.0.1:{}", free_port()))
         .start();
@@ -88,6 +89,7 @@ fn stages_far_apart_give_the_same() {
         .flag("model-name", MODEL)
         .flag("mdns", "false")
         .flag("listen", &listens[at].to_string())
+        .flag("queue-time", cluster::QUEUE_TIME)
         .flag("peers", &relays[1 - at].address().to_string())
         .start()
     };
