@@ -10,8 +10,9 @@ use crate::{
     engine, failed, inspect, key, pull,
     reload::Source,
     serve, service,
-    settings::Settings,
+    settings::{Settings, served_name},
     status::{self, Sight},
+    values::Auto,
 };
 use clap::{CommandFactory, Parser, Subcommand};
 use std::{
@@ -68,7 +69,8 @@ enum Command {
         #[command(flatten)]
         settings: Config,
     },
-    /// Show how pipelines are divided between their members and what is expected of that, or why there is none
+    /// Show how pipelines are divided between their members and what is expected of that, or why there is none; with --model
+    /// only that model's
     Plan {
         #[command(flatten)]
         shown: Shown,
@@ -268,7 +270,10 @@ pub(crate) fn run() -> ExitCode {
             load(settings).and_then(|values| show_sight(&values, Sight::Nodes, shown))
         }
         Some(Command::Plan { shown, settings }) => {
-            load(settings).and_then(|values| show_sight(&values, Sight::Plan, shown))
+            // Asked for here: a file says what this node serves, not what is to be shown.
+            let asked = settings.model_name.clone().and_then(Auto::fixed);
+            let asked = asked.or_else(|| settings.model.as_deref().map(served_name));
+            load(settings).and_then(|values| show_sight(&values, Sight::Plan(asked), shown))
         }
         Some(Command::Models { shown, settings }) => {
             load(settings).and_then(|values| show_sight(&values, Sight::Models, shown))

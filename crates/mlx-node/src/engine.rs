@@ -25,6 +25,7 @@ pub(crate) fn run(json: &str) -> ExitCode {
         Err(error) => return failed(EXIT_USAGE, format_args!("engine --settings: {error}")),
     };
     logging::start(&settings.log, settings.log_format);
+    engine_process::end_with_parent();
     // Tells this process' lines from its parent's, which share one stderr.
     let span = tracing::info_span!("engine", pid = std::process::id());
     let _entered = span.enter();
@@ -51,12 +52,13 @@ pub(crate) fn run(json: &str) -> ExitCode {
             };
             engine_process::run_measure(measure, stdin(), stdout)
         }
-        Some(RankTask::Rank { layers, kv_tokens }) => {
+        Some(RankTask::Rank { layers, kv_tokens, jaccl }) => {
+            let backend = if jaccl { Backend::Jaccl } else { Backend::Ring };
             let ranges: Vec<_> =
                 layers.iter().map(|&(first, after)| first as usize..after as usize).collect();
             match std::env::var(VARIABLE_RANK).unwrap_or_default().parse::<usize>() {
-                Ok(0) => head(&load_settings, &ranges, kv_tokens, engine_settings, stdout),
-                Ok(_) => stage(&load_settings, &ranges, kv_tokens, stdout),
+                Ok(0) => head(backend, &load_settings, &ranges, kv_tokens, engine_settings, stdout),
+                Ok(_) => stage(backend, &load_settings, &ranges, kv_tokens, stdout),
                 Err(error) => failed(EXIT_USAGE, format_args!("engine: {VARIABLE_RANK}: {error}")),
             }
         }
@@ -77,6 +79,7 @@ fn whole(load_settings: &LoadSettings, engine_settings: EngineSettings, stdout: 
 
 /// Is the first rank of a pipeline, which serves its model.
 fn head(
+    backend: Backend,
     load_settings: &LoadSettings,
     ranges: &[Range<usize>],
     kv_tokens: u64,
@@ -88,13 +91,19 @@ fn head(
         let (head, assets) = loaded.map_err(|error| error.to_string())?;
         Ok(Loaded::Generator(LoadedModel { model: Box::new(head), assets }))
     };
-    engine_process::run_head(join, load, engine_settings, stdin(), stdout)
+    engine_process::run_head(|| join(backend), load, engine_settings, stdin(), stdout)
 }
 
 /// Is another rank of a pipeline.
-fn stage(load_settings: &LoadSettings, ranges: &[Range<usize>], kv_tokens: u64, stdout: File) -> ExitCode {
+fn stage(
+    backend: Backend,
+    load_settings: &LoadSettings,
+    ranges: &[Range<usize>],
+    kv_tokens: u64,
+    stdout: File,
+) -> ExitCode {
     let stage = |on: &mut dyn FnMut(StageStep<'_>)| {
-        let group = join()?;
+        let group = join(backend)?;
         on(StageStep::Joined);
         let mut tell = |event: StageEvent<'_>| {
             on(match event {
@@ -109,8 +118,8 @@ fn stage(load_settings: &LoadSettings, ranges: &[Range<usize>], kv_tokens: u64, 
     engine_process::run_stage(stage, stdin(), stdout)
 }
 
-fn join() -> Result<Group, String> {
-    Group::join(Backend::Ring).map_err(|error| error.to_string())
+fn join(backend: Backend) -> Result<Group, String> {
+    Group::join(backend).map_err(|error| error.to_string())
 }
 
 /// The same in `mlx`'s terms.

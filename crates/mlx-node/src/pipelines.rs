@@ -5,9 +5,9 @@
 
 use crate::{
     config::{plain_text, unknown},
-    values::{Auto, Bytes, Goal, List, Setting},
+    values::{Auto, Bytes, Goal, Links, List, Setting, quoted},
 };
-use node::pipeline::PipelineMembers;
+use node::pipeline::{self, PipelineMembers, RdmaLink};
 use std::ops::Range;
 use toml::de::DeTable;
 use types::limits::PIPELINE_MEMBERS_MAX;
@@ -19,7 +19,8 @@ const KV_TOKENS_MIN: u32 = 1024;
 /// Pipelines in a file; a node is a member of one.
 const PIPELINES_MAX: usize = 64;
 
-const NAMES: &[&str] = &["model", "members", "goal", "rows", "kv_tokens", "memory", "forced"];
+const NAMES: &[&str] =
+    &["model", "members", "goal", "rows", "kv_tokens", "memory", "forced", "links", "devices"];
 
 /// One `[[pipeline]]`.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +36,30 @@ pub(crate) struct Pipeline {
     /// The most memory for weights and KV on this node.
     pub(crate) memory: Auto<Bytes>,
     pub(crate) forced: bool,
+    pub(crate) links: Links,
+    /// Of JACCL: the ends of all cables.
+    pub(crate) devices: List<Device>,
+}
+
+/// "FROM:TO:DEVICE": what the member FROM calls its end of a cable to the member TO.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Device(RdmaLink);
+
+impl Setting for Device {
+    fn parse(text: &str) -> Result<Self, String> {
+        let expected = || "FROM:TO:DEVICE, such as studio-1:studio-2:rdma_en5, is expected".to_owned();
+        let parts: Vec<&str> = text.split(':').collect();
+        let [from, to, device] = parts[..] else { return Err(expected()) };
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        if from.is_empty() || to.is_empty() || from == to || device.is_empty() || !device.chars().all(plain) {
+            return Err(expected());
+        }
+        Ok(Self(RdmaLink { from: from.to_owned(), to: to.to_owned(), device: device.to_owned() }))
+    }
+
+    fn to_toml(&self) -> String {
+        quoted(&format!("{}:{}:{}", self.0.from, self.0.to, self.0.device))
+    }
 }
 
 impl Pipeline {
@@ -48,6 +73,8 @@ impl Pipeline {
             kv_tokens: KV_TOKENS,
             memory: Auto::Auto,
             forced: false,
+            links: Links::Tunnel,
+            devices: List(Vec::new()),
         };
         for (key, value) in table {
             let name: &str = key.get_ref();
@@ -70,6 +97,8 @@ impl Pipeline {
             "kv_tokens" => self.kv_tokens = read(name, text)?,
             "memory" => self.memory = read(name, text)?,
             "forced" => self.forced = read(name, text)?,
+            "links" => self.links = read(name, text)?,
+            "devices" => self.devices = read(name, text)?,
             _ => return Err(unknown("setting", name, NAMES)),
         }
         Ok(())
@@ -86,16 +115,47 @@ impl Pipeline {
                 self.kv_tokens
             ));
         }
-        let Auto::Fixed(List(members)) = &self.members else { return Ok(()) };
+        let (jaccl, List(devices)) = (self.links == Links::Jaccl, &self.devices);
+        if !jaccl && !devices.is_empty() {
+            return Err(format!(
+                "{of}: devices are for links = \"jaccl\", and links = {}",
+                self.links.to_toml()
+            ));
+        }
+        let Auto::Fixed(List(members)) = &self.members else {
+            return match jaccl {
+                true => Err(format!("{of}: links = \"jaccl\" needs members by name, as their cables are")),
+                false => Ok(()),
+            };
+        };
         if !(2..=PIPELINE_MEMBERS_MAX).contains(&members.len()) {
             return Err(format!(
                 "{of}: members = {members:?}: from 2 to {PIPELINE_MEMBERS_MAX} names are expected, or \"auto\""
             ));
         }
         let twice = members.iter().enumerate().find(|(at, name)| members[..*at].contains(name));
-        match twice {
-            Some((_, name)) => Err(format!("{of}: members: {name:?} is named twice")),
+        if let Some((_, name)) = twice {
+            return Err(format!("{of}: members: {name:?} is named twice"));
+        }
+        let stranger = |Device(link): &&Device| !members.contains(&link.from) || !members.contains(&link.to);
+        if let Some(device) = devices.iter().find(stranger) {
+            return Err(format!("{of}: devices: {}: both ends are to be members", device.to_toml()));
+        }
+        let from = |name: &&String| devices.iter().any(|Device(link)| link.from == **name);
+        match members.iter().find(|name| jaccl && !from(name)) {
+            Some(name) => Err(format!("{of}: devices: none of {name:?}, which links = \"jaccl\" needs")),
             None => Ok(()),
+        }
+    }
+
+    /// The same in the node's terms.
+    pub(crate) fn links(&self) -> pipeline::Links {
+        match self.links {
+            Links::Tunnel => pipeline::Links::Tunnels,
+            Links::Direct => pipeline::Links::Direct,
+            Links::Jaccl => {
+                pipeline::Links::Jaccl(self.devices.0.iter().map(|Device(link)| link.clone()).collect())
+            }
         }
     }
 
@@ -124,6 +184,8 @@ impl Pipeline {
             self.kv_tokens.to_toml(),
             self.memory.to_toml(),
             self.forced.to_toml(),
+            self.links.to_toml(),
+            self.devices.to_toml(),
         ];
         NAMES.iter().copied().zip(values).collect()
     }
@@ -194,12 +256,21 @@ mod tests {
     fn what_is_left_out_has_a_default_and_what_is_shown_can_be_read_back() {
         let all = pipelines(
             "[[pipeline]]\nmodel = \"a/b\"\n[[pipeline]]\nmodel = \"c\"\nmembers = [\"x\", \"y\"]\ngoal = \"latency\"\n\
-             rows = 8\nkv_tokens = 4096\nmemory = \"8 GiB\"\nforced = true",
+             rows = 8\nkv_tokens = 4096\nmemory = \"8 GiB\"\nforced = true\nlinks = \"jaccl\"\n\
+             devices = [\"x:y:rdma_en5\", \"y:x:rdma_en3\"]",
         );
         let all = all.expect("valid");
         assert_eq!(all[0].members, Auto::Auto);
         assert_eq!((all[0].kv_tokens, all[0].goal), (KV_TOKENS, Goal::Throughput));
         assert_eq!(all[1].members(), PipelineMembers::Named(vec!["x".to_owned(), "y".to_owned()]));
+        assert_eq!(all[0].links(), pipeline::Links::Tunnels);
+        let link = |from: &str, to: &str, device: &str| RdmaLink {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            device: device.to_owned(),
+        };
+        let links = vec![link("x", "y", "rdma_en5"), link("y", "x", "rdma_en3")];
+        assert_eq!(all[1].links(), pipeline::Links::Jaccl(links));
         assert_eq!((all[1].goal, all[1].memory.clone()), (Goal::Latency, Auto::Fixed(Bytes(8 << 30))));
         for pipeline in all {
             let lines = pipeline.shown().into_iter().map(|(name, value)| format!("{name} = {value}\n"));
@@ -249,6 +320,33 @@ mod tests {
             "2: pipeline of \"m\": members: \"a\" is named twice",
         );
         check(&with("kv_tokens = 12"), "2: pipeline of \"m\": kv_tokens = 12: at least 1024 are expected");
+        check(
+            &with("links = \"wire\""),
+            "4: pipeline: links = \"wire\": one of \"tunnel\", \"direct\", \"jaccl\" is expected",
+        );
+        check(
+            &with("links = \"jaccl\""),
+            "2: pipeline of \"m\": links = \"jaccl\" needs members by name, as their cables are",
+        );
+        check(
+            &with("devices = [\"a:b:rdma_en5\"]"),
+            "2: pipeline of \"m\": devices are for links = \"jaccl\", and links = \"tunnel\"",
+        );
+        let jaccl = |devices: &str| {
+            with(&format!("members = [\"a\", \"b\"]\nlinks = \"jaccl\"\ndevices = {devices}"))
+        };
+        check(
+            &jaccl("[\"a:b\"]"),
+            "6: pipeline: devices = \"a:b\": FROM:TO:DEVICE, such as studio-1:studio-2:rdma_en5, is expected",
+        );
+        check(
+            &jaccl("[\"a:c:rdma_en5\"]"),
+            "2: pipeline of \"m\": devices: \"a:c:rdma_en5\": both ends are to be members",
+        );
+        check(
+            &jaccl("[\"a:b:rdma_en5\"]"),
+            "2: pipeline of \"m\": devices: none of \"b\", which links = \"jaccl\" needs",
+        );
         check("pipeline = 3", "1: pipeline: write [[pipeline]] above its settings, once for each pipeline");
         check(
             "[pipeline]\nmodel = \"m\"",

@@ -7,12 +7,13 @@ use crate::{
 };
 use serde_json::Value;
 
-/// The pipelines of a cluster, each as its head tells of it; of one that has no head yet, as any member does.
-pub(crate) fn plans(cluster: &Value) -> Vec<&Value> {
+/// The pipelines of a cluster, each as its head tells of it; of one that has no head yet, as any member does. With a name only
+/// those of that model.
+pub(crate) fn plans<'a>(cluster: &'a Value, model: Option<&str>) -> Vec<&'a Value> {
     let mut plans: Vec<&Value> = Vec::new();
     for node in list(&cluster["nodes"]) {
         let report = &node["pipeline"];
-        if report.is_null() {
+        if report.is_null() || model.is_some_and(|model| report["model"] != model) {
             continue;
         }
         match plans.iter_mut().find(|known| known["model"] == report["model"]) {
@@ -25,9 +26,19 @@ pub(crate) fn plans(cluster: &Value) -> Vec<&Value> {
 }
 
 /// The same as text.
-pub(crate) fn shown(cluster: &Value) -> String {
-    let plans = plans(cluster);
+pub(crate) fn shown(cluster: &Value, model: Option<&str>) -> String {
+    let plans = plans(cluster, model);
     if plans.is_empty() {
+        if let Some(model) = model {
+            let all: Vec<String> =
+                self::plans(cluster, None).iter().map(|plan| text(&plan["model"])).collect();
+            let all = if all.is_empty() {
+                "there is none".to_owned()
+            } else {
+                format!("there are: {}", all.join(", "))
+            };
+            return format!("no node tells of a pipeline of {model:?}; {all}\n");
+        }
         return "no node tells of a pipeline: see [[pipeline]] in the configuration file\n".to_owned();
     }
     plans.into_iter().map(plan).collect::<Vec<_>>().join("\n")
@@ -97,7 +108,16 @@ predicted for 16 rows in 2 micro-batches: 640.0 tokens/s, a token each 25.0 ms, 
 
 n: refused, too large
 ";
-        assert_eq!(shown(&cluster), expected);
-        assert!(shown(&json!({ "nodes": [] })).starts_with("no node tells of a pipeline"));
+        assert_eq!(shown(&cluster, None), expected);
+        assert_eq!(shown(&cluster, Some("n")), "n: refused, too large\n");
+        assert!(
+            shown(&cluster, Some("m")).starts_with("m: running")
+                && !shown(&cluster, Some("m")).contains("n: ")
+        );
+        let unknown = shown(&cluster, Some("x"));
+        assert_eq!(unknown, "no node tells of a pipeline of \"x\"; there are: m, n\n");
+        let none = json!({ "nodes": [] });
+        assert!(shown(&none, None).starts_with("no node tells of a pipeline: "));
+        assert!(shown(&none, Some("x")).ends_with("\"x\"; there is none\n"));
     }
 }

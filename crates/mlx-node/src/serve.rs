@@ -11,9 +11,10 @@ use crate::{
     logging::{self, LogFilterHandle},
     reload::{Operator, Order, Reload, Source},
     settings::{EngineProcessSettings, KeyOrigin, ModelSettings, Settings},
-    values::Goal,
+    values::{Goal, Links},
 };
 use api::{ApiSettings, ApiState, KeyHash, ServeSettings, SharedAccess};
+use mlx::distributed::Backend;
 use node::engine_process::RankTask;
 use node::pipeline::{PipelineSettings, RankCommand};
 use node::{
@@ -264,6 +265,10 @@ fn node_settings(settings: Settings, Parts { engine, pipeline }: Parts) -> Resul
     })
 }
 
+/// Why a pipeline cannot have `links = "jaccl"` on this machine.
+const NO_JACCL: &str = "links = \"jaccl\": MLX has no JACCL on this machine, which takes macOS 26.2 or later with Thunderbolt 5 \
+                        and `rdma_ctl enable`; use \"tunnel\", or \"direct\" on a network that nobody else is on";
+
 /// What serves a model: an engine, or this node's part in a pipeline.
 #[derive(Debug, Default)]
 struct Parts {
@@ -276,6 +281,9 @@ fn parts(settings: &Settings, model: &ModelSettings) -> Result<Parts, ExitCode> 
     let Some(pipeline) = &settings.pipeline else {
         return Ok(Parts { engine: Some(command.of(None)), pipeline: None });
     };
+    if pipeline.links == Links::Jaccl && !Backend::Jaccl.is_available() {
+        return Err(failed(EXIT_USAGE, format_args!("pipeline of {:?}: {NO_JACCL}", pipeline.model)));
+    }
     let rows = pipeline.rows.clone().fixed().unwrap_or(settings.max_batch);
     let pipeline = PipelineSettings {
         model: model.engine.name.clone(),
@@ -288,6 +296,7 @@ fn parts(settings: &Settings, model: &ModelSettings) -> Result<Parts, ExitCode> 
         kv_tokens: pipeline.kv_tokens.into(),
         memory_bytes: pipeline.memory.clone().fixed().map(|bytes| bytes.0),
         forced: pipeline.forced,
+        links: pipeline.links(),
         command: Arc::new(command),
     };
     Ok(Parts { engine: None, pipeline: Some(pipeline) })

@@ -290,7 +290,7 @@ pub(crate) fn model_settings(values: &Values) -> Result<ModelSettings, SettingsE
 }
 
 /// The name clients use for a model that is given as `source`: a hub id as it is, of a path the last part.
-fn served_name(source: &str) -> String {
+pub(crate) fn served_name(source: &str) -> String {
     let path = Path::new(source);
     let gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
     let looks_like_path = gguf || path.is_absolute() || source.starts_with('.') || path.exists();

@@ -20,7 +20,7 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
 
 /// What to show of a cluster.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Sight {
     /// The cluster and a line for each node.
     Status,
@@ -28,24 +28,24 @@ pub(crate) enum Sight {
     Nodes,
     /// What is served.
     Models,
-    /// How pipelines are divided.
-    Plan,
+    /// How pipelines are divided: all, or those of the model that is called so.
+    Plan(Option<String>),
 }
 
 impl Sight {
-    fn path(self) -> &'static str {
+    fn path(&self) -> &'static str {
         match self {
-            Self::Status | Self::Nodes | Self::Plan => "/v1/cluster",
+            Self::Status | Self::Nodes | Self::Plan(_) => "/v1/cluster",
             Self::Models => "/v1/models",
         }
     }
 
-    fn table(self, answer: &Value, cluster: &Value) -> String {
+    fn table(&self, answer: &Value, cluster: &Value) -> String {
         match self {
             Self::Status => status(cluster),
             Self::Nodes => nodes(cluster),
             Self::Models => models(answer, cluster),
-            Self::Plan => plan::shown(cluster),
+            Self::Plan(model) => plan::shown(cluster, model.as_deref()),
         }
     }
 }
@@ -56,14 +56,17 @@ pub(crate) async fn show(values: &Values, sight: Sight, json: bool, watch: bool)
     loop {
         let answer = endpoint.get_json(sight.path()).await?;
         if json {
-            match sight {
-                Sight::Plan => println!("{}", Value::from_iter(plan::plans(&answer).into_iter().cloned())),
+            match &sight {
+                Sight::Plan(model) => {
+                    let plans = plan::plans(&answer, model.as_deref());
+                    println!("{}", Value::from_iter(plans.into_iter().cloned()));
+                }
                 Sight::Status | Sight::Nodes | Sight::Models => println!("{answer}"),
             }
         } else {
-            let cluster = match sight {
+            let cluster = match &sight {
                 Sight::Models => endpoint.get_json("/v1/cluster").await?,
-                Sight::Status | Sight::Nodes | Sight::Plan => answer.clone(),
+                Sight::Status | Sight::Nodes | Sight::Plan(_) => answer.clone(),
             };
             let clear = if watch && stdout().is_terminal() { CLEAR } else { "" };
             print!("{clear}{}", sight.table(&answer, &cluster));

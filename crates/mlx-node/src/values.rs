@@ -16,7 +16,7 @@ pub(crate) trait Setting: Clone + Send + Sync + 'static {
 }
 
 /// Quotes a text for TOML; JSON's escapes are a subset of TOML's.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
@@ -393,6 +393,18 @@ choice! {
         Throughput = "throughput",
         /// The next token of a single request as soon as possible.
         Latency = "latency",
+    }
+}
+
+choice! {
+    /// How a pipeline's ranks reach each other.
+    Links {
+        /// Through tunnels between the nodes.
+        Tunnel = "tunnel",
+        /// Over TCP, on a network that is to be trusted.
+        Direct = "direct",
+        /// Over Thunderbolt with RDMA.
+        Jaccl = "jaccl",
     }
 }
 

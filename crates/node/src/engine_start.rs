@@ -6,8 +6,12 @@ use std::fmt::{self, Debug};
 use std::io;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::sync::{Mutex, OnceLock};
+use std::thread;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::process::{Child, Command};
+use tokio::runtime::Handle;
 use types::BoxFuture;
 
 /// Whoever can start an engine, again and again.
@@ -55,19 +59,49 @@ pub struct EngineCommandLine {
     pub env: Vec<(OsString, OsString)>,
 }
 
+/// Something that [`starter`]'s thread is to do.
+type Start = Box<dyn FnOnce() + Send>;
+
+/// A thread that starts processes and ends with this one. Linux takes the end of the *thread* that started a process for its
+/// parent's end, of which engines ask to die ([`crate::engine_process::end_with_parent`]); an event loop's threads may end
+/// before.
+fn starter() -> &'static Mutex<Sender<Start>> {
+    static STARTER: OnceLock<Mutex<Sender<Start>>> = OnceLock::new();
+    STARTER.get_or_init(|| {
+        // Who sends waits until it was done: there is never more than one for each that starts an engine.
+        let (sender, starts): (Sender<Start>, Receiver<Start>) = channel();
+        thread::spawn(move || starts.into_iter().for_each(|start| start()));
+        Mutex::new(sender)
+    })
+}
+
+/// Does something on [`starter`]'s thread, within the caller's runtime, and waits for it.
+fn on_starter<T: Send + 'static>(start: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    let (told, started) = sync_channel(1);
+    let runtime = Handle::current();
+    let start = move || {
+        let _entered = runtime.enter();
+        // Who asked waits for it.
+        let _ = told.send(start());
+    };
+    let gone = || io::Error::other("the thread that starts processes is gone");
+    starter().lock().map_err(|_| gone())?.send(Box::new(start)).map_err(|_| gone())?;
+    started.recv().map_err(|_| gone())?
+}
+
 impl EngineCommandLine {
     fn spawn(&self) -> io::Result<StartedEngine> {
         let mut command = Command::new(&self.program);
         // Ctrl-C in a terminal is for the node, which drains first; its engine must not die of it.
         #[cfg(unix)]
         command.process_group(0);
-        let mut child = command
+        command
             .args(&self.args)
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()?;
+            .kill_on_drop(true);
+        let mut child = on_starter(move || command.spawn())?;
         let missing = || io::Error::other("its pipes are missing");
         let commands = Box::new(child.stdin.take().ok_or_else(missing)?);
         let reports = Box::new(child.stdout.take().ok_or_else(missing)?);

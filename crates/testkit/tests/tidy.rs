@@ -35,8 +35,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "mlx-sys",
         ],
     ),
-    // The last three for what it compares whole processes with.
-    ("bench", &["types", "engine", "mlx", "router", "api", "node", "transport"]),
+    // The last four for what it compares whole processes with, and for ranks joined as nodes join them.
+    ("bench", &["types", "engine", "mlx", "router", "api", "node", "transport", "wire"]),
     // Only ever a dev-dependency of the others.
     ("testkit", &["types", "engine"]),
     ("mlx-sys", &[]),

@@ -8,7 +8,11 @@ use crate::{
 };
 use futures_util::stream;
 use quinn::Connection;
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 use tokio::time::timeout;
 use types::{
     AssetsHash, EmbedRequest, Finish, FinishReason, GenerateError, GenerateRequest, ModelAssets, SessionInfo,
@@ -122,6 +126,11 @@ impl Peer {
     /// Where it is.
     pub fn remote_address(&self) -> SocketAddr {
         close::canonical(self.0.connection.remote_address())
+    }
+
+    /// By which address of this machine it reaches us, where the system tells.
+    pub fn local_ip(&self) -> Option<IpAddr> {
+        self.0.connection.local_ip().map(|ip| ip.to_canonical())
     }
 
     /// Waits until the connection has ended, and says why.

@@ -56,6 +56,8 @@ pub struct MemberProfile {
     pub stage: StageProfile,
     /// Its ways to those of the others that it is connected to.
     pub links: Vec<LinkProfile>,
+    /// A port that a rank may listen at, where they are to reach each other without tunnels.
+    pub direct_port: Option<u16>,
 }
 
 /// What a member is asked to measure.
@@ -84,7 +86,7 @@ pub struct StageOrder {
     pub layers: Vec<(u32, u32)>,
     /// Tokens of KV that all have room for.
     pub kv_tokens: u64,
-    /// The ports where ranks listen, by rank, where they reach each other without tunnels; else none.
+    /// The ports that ranks may listen at, by rank, where they reach each other without tunnels; else none.
     pub direct_ports: Vec<u16>,
 }
 

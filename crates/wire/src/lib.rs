@@ -19,4 +19,4 @@ pub use message::{Control, EngineCommand, EngineReport, Hello, Reply, Request};
 pub use preface::PrefaceError;
 
 /// The version of everything in this crate. Peers of different versions do not talk.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;

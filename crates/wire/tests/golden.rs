@@ -208,7 +208,7 @@ fn pipeline_requests() -> [Request; 4] {
 fn pipeline_replies() -> [Reply; 8] {
     let link = LinkProfile { to: NodeId(0x5678), latency_s: 0.5, bytes_per_s: 1e9 };
     [
-        Reply::Measured(MemberProfile { stage: profile(), links: vec![link] }),
+        Reply::Measured(MemberProfile { stage: profile(), links: vec![link], direct_port: Some(7000) }),
         Reply::Stage(StageNews::Started),
         Reply::Stage(StageNews::Joined),
         Reply::Stage(StageNews::Ready),

@@ -11,7 +11,7 @@ mod node;
 pub use http::{Answer, Client, Sse, StreamEnd};
 pub use network::stray_connection;
 pub use network::{Network, Place};
-pub use node::{NodeProcess, NodeSpec, free_port, has_ended, is_alive, new_key, ring_address, show};
+pub use node::{NodeProcess, NodeSpec, free_port, has_ended, is_alive, new_key, ring_address, show, signal};
 
 use std::{
     path::{Path, PathBuf},

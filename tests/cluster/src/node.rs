@@ -177,7 +177,12 @@ impl NodeProcess {
 
     /// The process id of its engine; none while it has none.
     pub fn engine_pid(&self) -> Option<u32> {
-        child_of(self.child.id())
+        children_of(self.child.id()).into_iter().next()
+    }
+
+    /// The process id of its part in a pipeline; none while it has none, also while it measures itself.
+    pub fn rank_pid(&self) -> Option<u32> {
+        children_of(self.child.id()).into_iter().find(|child| ring_address(*child).is_some())
     }
 
     /// Kills its engine.
@@ -196,6 +201,12 @@ impl NodeProcess {
         let engine = self.engine_pid().expect("an engine runs");
         kill_process(pid(engine), signal).expect("the engine is there");
     }
+
+    /// Kills it where it stands, and leaves its engine to itself.
+    pub fn kill_alone(&mut self) {
+        self.signal(Signal::KILL);
+        self.child.wait().expect("a killed process ends");
+    }
 }
 
 impl Drop for NodeProcess {
@@ -207,6 +218,11 @@ impl Drop for NodeProcess {
             show(&format!("---- log of {} ----\n{}", self.name, self.log()));
         }
     }
+}
+
+/// Sends a process a signal; it may have ended.
+pub fn signal(id: u32, signal: Signal) {
+    let _ = kill_process(pid(id), signal);
 }
 
 /// Says something that belongs to a test's result.
@@ -227,22 +243,24 @@ pub fn new_key() -> String {
     fs::read_to_string(file).expect("written").trim().to_owned()
 }
 
-/// The process that `parent` started; one that has ended and was not waited for yet is none.
+/// The processes that `parent` started; one that has ended and was not waited for yet is none.
 #[cfg(target_os = "linux")]
-fn child_of(parent: u32) -> Option<u32> {
+fn children_of(parent: u32) -> Vec<u32> {
     let parent = format!("PPid:\t{parent}");
-    let mut ids =
-        fs::read_dir("/proc").ok()?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    ids.find(|id: &u32| {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let ids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    ids.filter(|id: &u32| {
         let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
         status.lines().any(|line| line == parent) && !status.contains("State:\tZ")
     })
+    .collect()
 }
 
 #[cfg(not(target_os = "linux"))]
-fn child_of(parent: u32) -> Option<u32> {
-    let listed = Command::new("pgrep").args(["-P", &parent.to_string()]).output().ok()?;
-    String::from_utf8_lossy(&listed.stdout).lines().next()?.parse().ok()
+fn children_of(parent: u32) -> Vec<u32> {
+    let listed = Command::new("pgrep").args(["-P", &parent.to_string()]).output();
+    let listed = listed.map(|listed| listed.stdout).unwrap_or_default();
+    String::from_utf8_lossy(&listed).lines().filter_map(|line| line.parse().ok()).collect()
 }
 
 /// Whether a process of that id is there.

@@ -1,6 +1,6 @@
 //! One process on the loopback: its engine dies and comes back, it drains, it refuses the wrong key.
 
-use cluster_tests::{Client, NodeSpec, StreamEnd, free_port, is_alive, model, new_key, wait_for};
+use cluster_tests::{Client, NodeSpec, StreamEnd, free_port, has_ended, is_alive, model, new_key, wait_for};
 use rustix::process::Signal;
 use std::{
     thread,
@@ -45,6 +45,22 @@ fn an_answer_goes_on_after_its_engine_was_killed() {
     let (texts, end) = stream.finish();
     assert_eq!(end, StreamEnd::Finished("length".to_owned()), "after {texts} texts");
     assert!(node.log().contains("goes on elsewhere"), "{}", node.log());
+}
+
+/// Stopped, it does not see that its parent is gone: the system has to end it.
+#[cfg(target_os = "linux")]
+#[test]
+fn an_engine_that_is_stopped_does_not_outlive_its_node() {
+    let Some(model) = model() else { return };
+    let mut node = NodeSpec::local("one", &model).start();
+    node.wait_ready();
+    let engine = node.engine_pid().expect("an engine runs");
+    node.signal_engine(Signal::STOP);
+    // A node that lives does not lose it by that.
+    thread::sleep(Duration::from_millis(200));
+    assert!(!has_ended(engine));
+    node.kill_alone();
+    wait_for("its engine is gone", RESTART_MARGIN, || has_ended(engine).then_some(()));
 }
 
 #[test]

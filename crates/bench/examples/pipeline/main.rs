@@ -3,25 +3,25 @@
 //!     pipeline MODEL [--delays 0,0.5,5] [--stages 2] [--prompt 2048] [--slice 128]
 //!     pipeline MODEL --gpu [--stages 2]
 //!
-//! Real ranks on this machine, each on a core of its own (Linux), over MLX's ring; between them a relay that delivers every
-//! byte so many milliseconds later. Of each delay: a prompt read in slices that follow each other closely, and the same ones
-//! one after another; and rows decoded in 1 to 4 passes in flight, with what [`StageTimes::cycle_s`] says of them. With
-//! `--gpu`, rank i on GPU i: tokens a second of 1 and 16 rows, and those of one rank with the whole model.
+//! Real ranks on this machine, each on a core of its own (Linux), over MLX's ring, which goes through tunnels as between
+//! nodes; a relay delivers every datagram of these so many milliseconds later. Of each delay: a prompt read in slices that
+//! follow each other closely, and the same ones one after another; and rows decoded in 1 to 4 passes in flight, with what
+//! [`StageTimes::cycle_s`] says of them by what ranks told of the same passes. With `--gpu`, rank i on GPU i, without
+//! tunnels: tokens a second of 1 and 16 rows, and those of one rank with the whole model.
 //!
 //! Prints a JSON line for each delay and one with the worst of all.
 #![expect(clippy::print_stdout, reason = "what the program prints is its result")]
 
 mod passes;
-mod relay;
+mod ways;
 
-use engine::StageTimes;
+use engine::{Model, StageTimes};
 use mlx::{
     Dequantize, DeviceChoice, LoadSettings,
     distributed::{Backend, Group, RingPlace},
-    pipeline,
+    pipeline::{self, Head},
 };
 use passes::Passes;
-use relay::Relay;
 use serde::{Deserialize, Serialize};
 use std::{
     error::Error,
@@ -32,6 +32,7 @@ use std::{
     process::{Child, Command, Stdio},
     time::Duration,
 };
+use ways::Ways;
 
 type Failure = Box<dyn Error>;
 
@@ -66,8 +67,9 @@ struct Job {
 struct Figures {
     /// Milliseconds once around, as the head measured it.
     around_ms: f64,
-    /// Of each stage milliseconds of passes with 1, 8 and 16 rows.
-    stage_ms: Vec<[f64; 3]>,
+    /// Of each stage milliseconds of passes with 1, 8 and 16 rows, as measured at the start and as learned in the end.
+    start_ms: Vec<[f64; 3]>,
+    learned_ms: Vec<[f64; 3]>,
     /// Seconds of the prompt in slices one after another, and overlapping.
     prefill_s: [f64; 2],
     prefill_speedup: f64,
@@ -77,7 +79,8 @@ struct Figures {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Decode {
     rows: usize,
-    /// Measured and expected milliseconds from a row's token to its next one, by passes in flight from 1.
+    /// Measured and expected milliseconds from a row's token to its next one, by passes in flight from 1: of each the round
+    /// in which it was shortest, and what was expected by what ranks told during that.
     cycle_ms: Vec<[f64; 2]>,
     /// The largest error of what was expected.
     error: f64,
@@ -161,14 +164,16 @@ fn run<T: for<'de> Deserialize<'de>>(job: &Job, delay: Duration) -> Result<T, Fa
     let ranks = job.ends.len();
     let listeners =
         (0..ranks).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<Result<Vec<_>, _>>()?;
-    let addresses: Vec<SocketAddrV4> = listeners.iter().map(address).collect::<Result<_, _>>()?;
+    let addresses: Vec<SocketAddrV4> =
+        listeners.iter().map(|listener| v4(listener.local_addr()?)).collect::<Result<_, _>>()?;
     drop(listeners);
+    let mut ways = Ways::new(delay)?;
     let mut members = Vec::new();
     for rank in 0..ranks {
         let mut seen = addresses.clone();
         let next = (rank + 1) % ranks;
-        if delay > Duration::ZERO {
-            seen[next] = Relay::start(addresses[next], delay)?;
+        if !job.gpu {
+            seen[next] = ways.open(addresses[next])?;
         }
         let hostfile = folder.join(format!("hosts-{rank}.json"));
         std::fs::write(&hostfile, RingPlace::hostfile(&seen))?;
@@ -197,8 +202,8 @@ fn run<T: for<'de> Deserialize<'de>>(job: &Job, delay: Duration) -> Result<T, Fa
     Err("the head ended without figures".into())
 }
 
-fn address(listener: &TcpListener) -> Result<SocketAddrV4, Failure> {
-    match listener.local_addr()? {
+fn v4(address: SocketAddr) -> Result<SocketAddrV4, Failure> {
+    match address {
         SocketAddr::V4(address) => Ok(address),
         SocketAddr::V6(address) => Err(format!("{address} is no IPv4 address").into()),
     }
@@ -229,11 +234,9 @@ fn rank(job: &Job) -> Result<(), Failure> {
         return Ok(());
     }
     let (mut head, _) = pipeline::load_head(&settings, group, &ranges, None, &mut |_, _| ())?;
-    let times = head.times().clone();
-    let mut passes = Passes::new(&mut head);
     match job.gpu {
-        true => tell(&rates(&mut passes)?),
-        false => tell(&figures(&mut passes, &times, job)?),
+        true => tell(&rates(&mut Passes::new(&mut head))?),
+        false => tell(&figures(&mut Passes::new(&mut head), job)?),
     }
 }
 
@@ -242,48 +245,57 @@ fn tell(figures: &impl Serialize) -> Result<(), Failure> {
     Ok(())
 }
 
-fn rates(passes: &mut Passes<'_>) -> Result<Rates, Failure> {
+fn rates<M: Model + ?Sized>(passes: &mut Passes<'_, M>) -> Result<Rates, Failure> {
     let rate = |rows: usize| Ok::<_, Failure>((rows, rows as f64 / passes.decode_as_chosen(rows)?));
     Ok(Rates([1, SLOTS].into_iter().map(rate).collect::<Result<_, _>>()?))
 }
 
-fn figures(passes: &mut Passes<'_>, times: &StageTimes, job: &Job) -> Result<Figures, Failure> {
+/// Of each stage milliseconds of passes with 1, 8 and 16 rows.
+fn stage_ms(times: &StageTimes) -> Vec<[f64; 3]> {
+    let stages = times.stages.iter().map(|stage| {
+        let of =
+            |rows: u32| stage.iter().find(|entry| entry.0 == rows).map_or(f64::NAN, |entry| entry.1 * 1e3);
+        [of(1), of(8), of(16)]
+    });
+    stages.collect()
+}
+
+fn figures(passes: &mut Passes<'_, Head>, job: &Job) -> Result<Figures, Failure> {
     let mut decode = Vec::new();
-    // Of several rounds the fastest counts, as in what stages measure of themselves: the machine is not always equally fast.
-    let mut cycles_s = [[f64::INFINITY; GROUPS_MAX]; ROWS.len()];
+    let start_ms = stage_ms(passes.model().times());
+    // Of several rounds the fastest counts: the machine is not always equally fast.
+    let mut cycles_s = [[[f64::INFINITY; 2]; GROUPS_MAX]; ROWS.len()];
     for _ in 0..ROUNDS {
         for (rows, cycles_s) in ROWS.into_iter().zip(&mut cycles_s) {
             for (groups, least_s) in (1..).zip(cycles_s) {
-                *least_s = least_s.min(passes.decode(rows, groups)?);
+                let measured = passes.decode(rows, groups)?;
+                if measured < least_s[0] {
+                    *least_s = [measured, passes.model().times().cycle_s(rows as u32, groups as u32)];
+                }
             }
         }
     }
     for (rows, cycles_s) in ROWS.into_iter().zip(cycles_s) {
-        let expected = |groups: u32| times.cycle_s(rows as u32, groups);
-        let cycle_ms: Vec<[f64; 2]> =
-            (1..).zip(cycles_s).map(|(groups, measured)| [measured * 1e3, expected(groups) * 1e3]).collect();
+        let cycle_ms: Vec<[f64; 2]> = cycles_s.iter().map(|both| both.map(|seconds| seconds * 1e3)).collect();
         let error = cycle_ms.iter().map(|[measured, expected]| (expected / measured - 1.0).abs());
-        let best = cycles_s.into_iter().fold(f64::INFINITY, f64::min);
+        let best = cycles_s.iter().map(|both| both[0]).fold(f64::INFINITY, f64::min);
         let chosen = passes.groups(rows);
         decode.push(Decode {
             rows,
             error: error.fold(0.0, f64::max),
             chosen,
-            chosen_is_best: cycles_s[chosen - 1] <= best * CHOICE_SLACK,
+            chosen_is_best: cycles_s[chosen - 1][0] <= best * CHOICE_SLACK,
             cycle_ms,
         });
     }
     let apart = passes.read(job.prompt, job.slice, 1)?;
     let flights = passes.flights();
     let together = passes.read(job.prompt, job.slice, flights)?;
-    let stage_ms = times.stages.iter().map(|stage| {
-        let of =
-            |rows: u32| stage.iter().find(|entry| entry.0 == rows).map_or(f64::NAN, |entry| entry.1 * 1e3);
-        [of(1), of(8), of(16)]
-    });
+    let times = passes.model().times();
     Ok(Figures {
         around_ms: times.links_s * 1e3,
-        stage_ms: stage_ms.collect(),
+        start_ms,
+        learned_ms: stage_ms(times),
         prefill_s: [apart, together],
         prefill_speedup: apart / together,
         decode,

@@ -7,20 +7,24 @@ use types::{BLOCK_TOKENS, SamplingParams, TokenId};
 /// Times that a prompt is read once more; the shortest counts.
 const READS: usize = 1;
 /// Turns of decoding that warm up, and that are measured.
-const TURNS: [usize; 2] = [3, 12];
+const TURNS: [usize; 2] = [3, 30];
 /// Tokens before each row's own, as a pipeline's stages measure themselves.
 const CONTEXT: usize = 2 * BLOCK_TOKENS;
 /// Blocks of a row.
 const ROW_BLOCKS: usize = CONTEXT / BLOCK_TOKENS + 2;
 
-pub(crate) struct Passes<'a> {
-    model: &'a mut dyn Model,
+pub(crate) struct Passes<'a, M: Model + ?Sized> {
+    model: &'a mut M,
     greedy: SamplingParams,
 }
 
-impl<'a> Passes<'a> {
-    pub(crate) fn new(model: &'a mut dyn Model) -> Self {
+impl<'a, M: Model + ?Sized> Passes<'a, M> {
+    pub(crate) fn new(model: &'a mut M) -> Self {
         Self { model, greedy: SamplingParams::greedy() }
+    }
+
+    pub(crate) fn model(&self) -> &M {
+        self.model
     }
 
     /// Passes that may be in flight while a prompt is read.

@@ -2,6 +2,7 @@
 
 use super::{
     Joined, PipelineError,
+    clock::Clock,
     frame::{Frame, Kind},
     link::Link,
     plan::{self, PLAN_WORDS_MAX},
@@ -24,6 +25,7 @@ pub struct Head {
     runner: Runner,
     limits: ModelLimits,
     times: StageTimes,
+    clock: Clock,
     /// Of the passes in flight, the oldest first.
     awaited: VecDeque<Awaited>,
     /// Number of the next pass.
@@ -57,10 +59,11 @@ impl Head {
             "pipeline ready"
         );
         let awaited = VecDeque::new();
-        Ok((Self { link, runner, limits, times, awaited, pass: 0, broken: false }, assets))
+        let clock = Clock::new(link.rank());
+        Ok((Self { link, runner, limits, times, clock, awaited, pass: 0, broken: false }, assets))
     }
 
-    /// How long stages and links take, as measured at the start.
+    /// How long stages and links take: measured at the start, and followed since.
     pub fn times(&self) -> &StageTimes {
         &self.times
     }
@@ -77,15 +80,19 @@ impl Head {
         }
         let pass = self.pass;
         self.pass = pass.wrapping_add(1);
-        self.link.send_frame(&Frame { kind: Kind::Plan, pass, words })?;
+        let mut frame = Frame::new(Kind::Plan, pass, words);
+        frame.clocked[self.link.rank()] = self.clock.take();
+        let sample = self.clock.begin(pass, slices);
+        self.link.send_frame(&frame)?;
         let lost = |error| PipelineError::lost("a pass", &error);
         let flight = self.runner.forward(slices, None).map_err(lost)?;
+        self.clock.end(pass, sample, &flight).map_err(lost)?;
         let Some(hidden) = flight.hidden else {
             return Err(PipelineError::Unexpected("nothing leaves the first rank".to_owned()));
         };
         self.link.send(&hidden)?;
         let ordered = Ordered::new(slices);
-        let layout = Layout::new(pass, &ordered, self.runner.dims().vocabulary);
+        let layout = Layout::new(pass, &ordered, self.runner.dims().vocabulary, self.link.size());
         let masked = ordered.sampling.iter().filter(|row| row.masked).count();
         self.awaited.push_back(Awaited { layout, masked });
         Ok(())
@@ -98,7 +105,7 @@ impl Head {
         }
         let words = masks.iter().flat_map(|mask| mask.words().iter().copied()).collect();
         let pass = self.pass.wrapping_sub(1);
-        self.link.send_frame(&Frame { kind: Kind::Masks, pass, words })
+        self.link.send_frame(&Frame::new(Kind::Masks, pass, words))
     }
 
     fn end(&mut self) -> Result<StepOutput, PipelineError> {
@@ -113,6 +120,10 @@ impl Head {
         if words.first() != Some(&layout.pass) {
             let what = format!("the result of pass {:?} instead of {}", words.first(), layout.pass);
             return Err(PipelineError::Unexpected(what));
+        }
+        for (rank, clocked) in layout.clocked(&words).into_iter().enumerate() {
+            // Of 0 rows where there is nothing new.
+            self.times.observe(rank, clocked.rows, clocked.seconds.into());
         }
         let lost = |error| PipelineError::lost("reading a result", &error);
         layout.received(&words).and_then(|flight| flight.read()).map_err(lost)
@@ -132,7 +143,7 @@ fn around(link: &Link) -> Result<f64, PipelineError> {
     let mut least = f64::INFINITY;
     for pass in 0..PINGS {
         let begin = Instant::now();
-        link.send_frame(&Frame { kind: Kind::Ping, pass, words: Vec::new() })?;
+        link.send_frame(&Frame::new(Kind::Ping, pass, Vec::new()))?;
         let answer = link.words(1)?;
         if answer != [pass] {
             return Err(PipelineError::Unexpected(format!("{answer:?} was the answer to ping {pass}")));
@@ -180,7 +191,7 @@ impl Model for Head {
 impl Drop for Head {
     fn drop(&mut self) {
         if !self.broken {
-            let frame = Frame { kind: Kind::Stop, pass: self.pass, words: Vec::new() };
+            let frame = Frame::new(Kind::Stop, self.pass, Vec::new());
             if let Err(error) = self.link.send_last(&frame) {
                 tracing::warn!(%error, "the other ranks were not told that it is over");
             }

@@ -170,7 +170,7 @@ mod tests {
         assert_eq!(Ready::of(0, &ready.words()).unwrap(), ready);
         assert_eq!(
             hello().words()[..12],
-            [MAGIC, 1, 1, 0x0d0e_0f10, 0x090a_0b0c, 0x0506_0708, 0x0102_0304, 30, 576, 10, 3, 0]
+            [MAGIC, VERSION, 1, 0x0d0e_0f10, 0x090a_0b0c, 0x0506_0708, 0x0102_0304, 30, 576, 10, 3, 0]
         );
     }
 
@@ -195,9 +195,9 @@ mod tests {
         check(
             &|other, words| {
                 *words = other.words().to_vec();
-                words[1] = 2;
+                words[1] = VERSION + 1;
             },
-            "speaks version 2 of the pipeline, this program 1",
+            "speaks version 3 of the pipeline, this program 2",
         );
     }
 

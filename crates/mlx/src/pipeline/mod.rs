@@ -8,10 +8,12 @@
 //! engine, so that its prefix cache, sessions and preemption need no word between ranks.
 //!
 //! Ranks compute different passes at a time: as many are in flight as fill them, and rows are divided among these where
-//! [`engine::StageTimes`] says that this pays, from times that each rank measured as it started.
+//! [`engine::StageTimes`] says that this pays, from times that each rank measured as it started and, one pass
+//! in a few, measures while it serves (`clock`): it tells them in the frames that pass through it.
 //!
 //! A group cannot be mended: after an error a rank ends, and whoever started the ranks starts all of them anew.
 
+mod clock;
 mod frame;
 mod head;
 mod hello;

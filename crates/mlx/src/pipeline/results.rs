@@ -1,7 +1,8 @@
 //! What a pass brought, from the last stage to the head: the pass, the drawn tokens, and of those that are told more of,
 //! and of prompts, log-probabilities and most probable tokens. Both sides know from the plan how many words that is, so
-//! the last stage's device sends them without its host having read them.
+//! the last stage's device sends them without its host having read them. With them goes what ranks tell of their passes.
 
+use super::frame::Clocked;
 use crate::{logprobs::Logprobs, raw, runner::Flight, step::Ordered};
 use mlx_rs::{Array, Dtype, error::Result, ops::concatenate};
 
@@ -14,12 +15,14 @@ pub(crate) struct Layout {
     told: Vec<(usize, u32)>,
     scored: Vec<(usize, u32)>,
     vocabulary: u32,
+    /// Ranks, each of which may tell of a pass.
+    ranks: usize,
 }
 
 impl Layout {
-    pub(crate) fn new(pass: u32, ordered: &Ordered<'_>, vocabulary: u32) -> Self {
+    pub(crate) fn new(pass: u32, ordered: &Ordered<'_>, vocabulary: u32, ranks: usize) -> Self {
         let (told, scored) = (ordered.told(), ordered.scored());
-        Self { pass, order: ordered.order.clone(), told, scored, vocabulary }
+        Self { pass, order: ordered.order.clone(), told, scored, vocabulary, ranks }
     }
 
     /// Rows and alternatives of drawn tokens, and of prompts' tokens.
@@ -29,15 +32,22 @@ impl Layout {
         [(self.told.len(), drawn), (self.scored.iter().map(|scored| scored.0).sum(), scored)]
     }
 
+    /// Words before those of tokens: the pass, and what ranks tell.
+    fn head_words(&self) -> usize {
+        1 + 2 * self.ranks
+    }
+
     /// How many words there are.
     pub(crate) fn words(&self) -> usize {
         let of = |(rows, top): (usize, usize)| rows + 2 * rows * top;
-        1 + self.order.len() + self.logprobs().map(of).iter().sum::<usize>()
+        self.head_words() + self.order.len() + self.logprobs().map(of).iter().sum::<usize>()
     }
 
-    /// The words of a pass that was drawn, on the device.
-    pub(crate) fn sent(&self, flight: &Flight) -> Result<Array> {
-        let mut words = vec![Array::from_slice(&[self.pass], &[1])];
+    /// The words of a pass that was drawn, on the device, and what each rank tells.
+    pub(crate) fn sent(&self, flight: &Flight, clocked: &[Clocked]) -> Result<Array> {
+        let told = clocked[..self.ranks].iter().flat_map(|clocked| clocked.words());
+        let head: Vec<u32> = std::iter::once(self.pass).chain(told).collect();
+        let mut words = vec![Array::from_slice(&head, &[head.len() as i32])];
         if let Some(tokens) = &flight.tokens {
             let count = self.order.len() as i32;
             let tokens =
@@ -52,9 +62,14 @@ impl Layout {
         if flight.written.is_empty() { Ok(words) } else { raw::depends(&words, &flight.written) }
     }
 
+    /// What each rank tells, of words that came.
+    pub(crate) fn clocked(&self, words: &[u32]) -> Vec<Clocked> {
+        words[1..self.head_words()].chunks(2).map(Clocked::of).collect()
+    }
+
     /// The pass of words that came.
     pub(crate) fn received(self, words: &[u32]) -> Result<Flight> {
-        let (tokens, mut rest) = words[1..].split_at(self.order.len());
+        let (tokens, mut rest) = words[self.head_words()..].split_at(self.order.len());
         let tokens: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
         let mut logprobs = Vec::new();
         for (rows, top) in self.logprobs() {

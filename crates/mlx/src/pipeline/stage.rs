@@ -2,20 +2,24 @@
 
 use super::{
     Joined, PipelineError,
-    frame::{Frame, Kind},
+    clock::Clock,
+    frame::{Clocked, Frame, Kind},
     link::Link,
     plan::Plan,
     results::Layout,
 };
 use crate::{
-    distributed::Group,
+    distributed::{Group, MEMBERS_MAX},
     load::LoadSettings,
     runner::{Entering, Flight, Runner},
     step::Ordered,
 };
 use engine::{Model, grammar::TokenMask};
 use mlx_rs::Array;
-use std::{ops::Range, time::Duration};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 /// Without a frame for so long, a stage prepares for shapes of passes that are sure to come.
 const IDLE_AFTER: Duration = Duration::from_millis(100);
@@ -56,10 +60,14 @@ pub fn run_stage(
     let mut progress = |what: &str, fraction: f32| on(StageEvent::Loading { what, fraction });
     let Joined { link, runner, .. } = Joined::new(settings, group, ranges, kv_tokens, &mut progress)?;
     on(StageEvent::Ready);
-    let mut stage = Stage { link, runner, undrawn: None };
+    let clock = Clock::new(link.rank());
+    let mut stage = Stage { link, runner, clock, undrawn: None };
     loop {
         stage.idle()?;
-        let frame = stage.link.frame()?;
+        let mut frame = stage.link.frame()?;
+        if frame.kind == Kind::Plan {
+            frame.clocked[stage.link.rank()] = stage.clock.take();
+        }
         if !stage.link.is_last() {
             match frame.kind {
                 Kind::Stop => stage.link.send_last(&frame)?,
@@ -84,8 +92,18 @@ pub fn run_stage(
 struct Stage {
     link: Link,
     runner: Runner,
+    clock: Clock,
     /// Of the last stage: a pass that waits for masks.
-    undrawn: Option<(Layout, Flight, usize)>,
+    undrawn: Option<Undrawn>,
+}
+
+#[derive(Debug)]
+struct Undrawn {
+    layout: Layout,
+    flight: Flight,
+    /// Rows with masks.
+    masked: usize,
+    clocked: [Clocked; MEMBERS_MAX],
 }
 
 impl Stage {
@@ -101,7 +119,7 @@ impl Stage {
     }
 
     fn pass(&mut self, frame: &Frame) -> Result<(), PipelineError> {
-        if let Some((layout, ..)) = &self.undrawn {
+        if let Some(Undrawn { layout, .. }) = &self.undrawn {
             let what = format!("pass {} came before the masks of pass {}", frame.pass, layout.pass);
             return Err(PipelineError::Unexpected(what));
         }
@@ -115,22 +133,31 @@ impl Stage {
         let lost = |error| PipelineError::lost("a pass", &error);
         let dims = self.runner.dims();
         let hidden = self.link.recv(&[plan.tokens() as i32, dims.hidden], dims.kv.dtype)?;
-        let mut arrival = || self.link.arrived();
+        let mut sample = self.clock.begin(frame.pass, &slices);
+        let mut arrival = || {
+            let since = Instant::now();
+            self.link.arrived()?;
+            if let Some(sample) = &mut sample {
+                sample.waited(since.elapsed());
+            }
+            Ok(())
+        };
         let entering = Entering { hidden: hidden.clone(), arrival: &mut arrival };
         let flight = self.runner.forward(&slices, Some(entering)).map_err(lost)?;
         // What is waited for next must not be what is still being received here.
         hidden.eval().map_err(lost)?;
+        self.clock.end(frame.pass, sample, &flight).map_err(lost)?;
         if let Some(hidden) = &flight.hidden {
             return self.link.send(hidden);
         }
         let ordered = Ordered::new(&slices);
-        let layout = Layout::new(frame.pass, &ordered, dims.vocabulary);
+        let layout = Layout::new(frame.pass, &ordered, dims.vocabulary, self.link.size());
         if flight.waits_for_masks() {
             let masked = ordered.sampling.iter().filter(|row| row.masked).count();
-            self.undrawn = Some((layout, flight, masked));
+            self.undrawn = Some(Undrawn { layout, flight, masked, clocked: frame.clocked });
             return Ok(());
         }
-        self.link.send(&layout.sent(&flight).map_err(lost)?)
+        self.link.send(&layout.sent(&flight, &frame.clocked).map_err(lost)?)
     }
 
     /// Draws what waits for these masks, at the last stage.
@@ -138,7 +165,7 @@ impl Stage {
         if !self.link.is_last() {
             return Ok(());
         }
-        let Some((layout, mut flight, masked)) = self.undrawn.take() else {
+        let Some(Undrawn { layout, mut flight, masked, clocked }) = self.undrawn.take() else {
             return Err(PipelineError::Unexpected("masks came, and no pass waits for them".to_owned()));
         };
         let vocabulary = self.runner.card().vocab_size;
@@ -153,6 +180,6 @@ impl Stage {
         let masks: Vec<TokenMask> = frame.words.chunks(width).map(mask).collect();
         let lost = |error| PipelineError::lost("drawing a pass's tokens", &error);
         self.runner.draw_apart(&mut flight, &masks).map_err(lost)?;
-        self.link.send(&layout.sent(&flight).map_err(lost)?)
+        self.link.send(&layout.sent(&flight, &clocked).map_err(lost)?)
     }
 }

@@ -13,7 +13,7 @@ mod task;
 
 pub use embed_host::EmbedHost;
 pub use host::EngineHost;
-pub use task::{RankTask, StageStep, run_measure, run_stage};
+pub use task::{RankTask, StageStep, end_with_parent, run_measure, run_stage};
 
 use bytes::BytesMut;
 use compiler::Compiler;

@@ -37,6 +37,8 @@ pub enum RankTask {
         layers: Vec<(u32, u32)>,
         /// Tokens of KV that there is to be room for.
         kv_tokens: u64,
+        /// Over JACCL; else a ring.
+        jaccl: bool,
     },
 }
 
@@ -128,6 +130,20 @@ pub(super) fn end_process_within(most: Duration) {
     });
 }
 
+/// Has the system end this process with its parent, also where it is stopped and could not see that for itself: on Linux.
+/// Elsewhere a process that is stopped ends once it goes on, by the end of its standard input.
+///
+/// A parent that has ended before this was called is seen by that, too.
+pub fn end_with_parent() {
+    #[cfg(target_os = "linux")]
+    {
+        let signal = Some(rustix::process::Signal::KILL);
+        if let Err(error) = rustix::process::set_parent_process_death_signal(signal) {
+            tracing::warn!(%error, "this process does not end with its parent where it is stopped");
+        }
+    }
+}
+
 /// Ends this process as nothing inside it can keep it from.
 pub(super) fn end_process() {
     #[cfg(unix)]
@@ -166,7 +182,7 @@ fn alone(
     task: impl FnOnce(&SyncSender<Vec<EngineReport>>) -> Result<(), String>,
 ) -> ExitCode {
     let (reports, written) = sync_channel(STEPS_UNWRITTEN_MAX);
-    thread::spawn(move || end_with_parent(stdin));
+    thread::spawn(move || end_with_input(stdin));
     let writer = thread::spawn(move || write_reports(stdout, written));
     let ended = catch_unwind(AssertUnwindSafe(|| task(&reports).map_err(Failure)));
     let ended = ended.unwrap_or_else(|panic| Err(Failure(format!("panicked: {}", panic_message(&*panic)))));
@@ -186,7 +202,7 @@ fn alone(
 }
 
 /// Ends the process once nothing comes from the parent any more.
-fn end_with_parent(mut stdin: impl Read) {
+fn end_with_input(mut stdin: impl Read) {
     let mut chunk = vec![0; READ_BYTES];
     loop {
         match stdin.read(&mut chunk) {

@@ -2,11 +2,11 @@
 //! all of them here.
 
 use super::group::{Event, Unplanned};
-use super::host::{NEWS_MAX, Part, PipelineHost};
-use super::ring::{self, Seat};
+use super::host::{NEWS_MAX, PipelineHost};
+use super::ring;
+use super::settings::Links;
 use crate::engine_actor::EngineActorSettings;
 use crate::engine_child::{self, ChildEnd, HeadNews, HeadWatch};
-use crate::engine_process::RankTask;
 use crate::engine_start::EngineCommandLine;
 use futures_util::future::{join_all, select_all};
 use router::placement::{self, Goal, Link, Member, PlacedModel, Placement, PlacementError, Rules};
@@ -40,6 +40,8 @@ pub(crate) struct Planned {
     names: Vec<String>,
     layers: Vec<(u32, u32)>,
     weights: BlockHash,
+    /// Where ranks may listen that reach each other without tunnels.
+    direct_ports: Vec<u16>,
     pub(super) plan: PipelinePlan,
 }
 
@@ -53,6 +55,10 @@ pub(super) async fn plan(host: &PipelineHost, members: &[NodeId]) -> Result<Plan
         same_model(&profiles[0], profile).map_err(|reason| Unplanned::Member { node, reason })?;
     }
     let links = links(members, &names, &profiles)?;
+    let direct = host.settings().links != Links::Tunnels;
+    for (&node, profile) in members.iter().zip(&profiles) {
+        same_links(direct, profile).map_err(|reason| Unplanned::Member { node, reason })?;
+    }
     let own = &profiles[0].stage;
     let model = PlacedModel {
         layer_bytes: own.layer_bytes.clone(),
@@ -78,7 +84,7 @@ pub(super) async fn plan(host: &PipelineHost, members: &[NodeId]) -> Result<Plan
         Goal::Throughput { rows } => rows.max(1),
         Goal::Latency => 1,
     };
-    Ok(planned(members, &names, &could, own.weights, &model, rows, placement))
+    Ok(planned(members, &names, &could, &profiles, &model, rows, placement))
 }
 
 async fn measure(
@@ -108,6 +114,17 @@ fn same_model(head: &MemberProfile, member: &MemberProfile) -> Result<(), String
         return Err(format!("it counts {other} layers, the head {own}"));
     }
     Ok(())
+}
+
+/// Whether this member's ranks reach others as the head's do.
+fn same_links(direct: bool, member: &MemberProfile) -> Result<(), String> {
+    if member.direct_port.is_some() == direct {
+        return Ok(());
+    }
+    let (own, head) = if direct { ("through", "without") } else { ("without", "through") };
+    Err(format!(
+        "its ranks reach each other {own} tunnels, the head's {head}: `links` must be the same at all members"
+    ))
 }
 
 /// `[i][j]` leads from `i` to `j`.
@@ -154,7 +171,7 @@ fn planned(
     members: &[NodeId],
     names: &[String],
     could: &[Member],
-    weights: BlockHash,
+    profiles: &[MemberProfile],
     model: &PlacedModel,
     rows: u32,
     placement: Placement,
@@ -187,7 +204,8 @@ fn planned(
         members: ranks.iter().map(|&rank| members[rank]).collect(),
         names: ranks.iter().map(|&rank| names[rank].clone()).collect(),
         layers,
-        weights,
+        weights: profiles[0].stage.weights,
+        direct_ports: ranks.iter().filter_map(|&rank| profiles[rank].direct_port).collect(),
         plan,
     }
 }
@@ -273,10 +291,8 @@ async fn run_ranks(
 ) -> Result<(), Failed> {
     let occupied = host.occupy(epoch).await.map_err(here)?;
     let size = planned.members.len();
-    let seat = Seat::take(0, size).await;
-    let seat = seat.map_err(|error| here(format!("no port or file for the process: {error}")))?;
-    let (part, mut broken) = Part::new(epoch, 0, &seat);
-    occupied.open(part);
+    let seat = host.seat(&occupied, epoch, 0, &planned.members, &planned.direct_ports).await;
+    let (seat, mut broken) = seat.map_err(here)?;
     let (sender, mut news) = mpsc::channel(NEWS_MAX);
     let ordered = tokio::select! {
         ordered = order_stages(host, epoch, planned) => ordered?,
@@ -287,11 +303,11 @@ async fn run_ranks(
         culprit: Some(planned.members[1]),
         reason: format!("{} is gone", planned.names[1]),
     })?;
-    let task = RankTask::Rank { layers: planned.layers.clone(), kv_tokens: planned.plan.kv_tokens };
+    let task = host.rank_task(planned.layers.clone(), planned.plan.kv_tokens);
     let mut command = host.settings().command.task(&task);
     seat.apply(&mut command);
     let mut engine = OwnEngine::start(host, command, times, true, sender);
-    let way = ring::outlet(&seat.outlet, &next, TunnelOrder { epoch, rank: 1 });
+    let way = ring::way(&seat, &next, TunnelOrder { epoch, rank: 1 });
     tokio::pin!(way);
     let mut joined = BTreeSet::new();
     let mut serves = false;
@@ -363,7 +379,7 @@ async fn order_stages(
         members: planned.members.clone(),
         layers: planned.layers.clone(),
         kv_tokens: planned.plan.kv_tokens,
-        direct_ports: Vec::new(),
+        direct_ports: planned.direct_ports.clone(),
     };
     let ask = |rank: usize| async move {
         let failed = |reason| Failed { culprit: Some(planned.members[rank]), reason };
@@ -462,6 +478,7 @@ mod tests {
                 kv_bytes_per_token: 2,
             },
             links: links.iter().map(link).collect(),
+            direct_port: None,
         }
     }
 
@@ -475,6 +492,21 @@ mod tests {
         check(profile(1, 30, &[]), None);
         check(profile(2, 30, &[]), Some("its weights are"));
         check(profile(1, 32, &[]), Some("it counts 32 layers, the head 30"));
+    }
+
+    #[test]
+    fn members_that_reach_others_otherwise_are_named() {
+        let with = |direct_port| MemberProfile { direct_port, ..profile(1, 30, &[]) };
+        assert_eq!(same_links(false, &with(None)), Ok(()));
+        assert_eq!(same_links(true, &with(Some(7000))), Ok(()));
+        assert!(
+            same_links(true, &with(None))
+                .is_err_and(|why| why.contains("through tunnels, the head's without"))
+        );
+        assert!(
+            same_links(false, &with(Some(1)))
+                .is_err_and(|why| why.contains("without tunnels, the head's through"))
+        );
     }
 
     #[test]

@@ -7,11 +7,13 @@
 use super::PipelineSettings;
 use super::child::{self, Patience};
 use super::group::Event;
-use super::ring::{self, Seat};
+use super::ring::{self, Seat, TunnelEnds};
+use super::settings::Links;
 use crate::dispatch::Dispatch;
 use crate::engine_handle::EngineHandle;
 use crate::engine_process::RankTask;
 use futures_util::future::join_all;
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -58,17 +60,16 @@ struct Inner {
 #[derive(Debug, Clone)]
 pub(super) struct Part {
     order: TunnelOrder,
-    inlet: std::net::SocketAddrV4,
+    inlet: SocketAddrV4,
     taken: Arc<AtomicBool>,
     broken: mpsc::Sender<String>,
 }
 
 impl Part {
-    /// Of a rank with a seat; what breaks of its way in comes out of the receiver.
-    pub(super) fn new(epoch: EpochId, rank: u32, seat: &Seat) -> (Self, mpsc::Receiver<String>) {
-        let (broken, breaks) = mpsc::channel(1);
+    /// Of a rank that tunnels lead to; what breaks of its way in goes to `broken`.
+    fn new(epoch: EpochId, rank: u32, ends: &TunnelEnds, broken: mpsc::Sender<String>) -> Self {
         let order = TunnelOrder { epoch, rank };
-        (Self { order, inlet: seat.inlet, taken: Arc::default(), broken }, breaks)
+        Self { order, inlet: ends.inlet, taken: Arc::default(), broken }
     }
 }
 
@@ -79,6 +80,10 @@ impl PipelineHost {
         dispatch: Arc<Dispatch>,
         engine: EngineHandle,
     ) -> Self {
+        if settings.links != Links::Tunnels {
+            let model = &settings.model;
+            tracing::warn!(%model, links = ?settings.links, "what a pipeline's ranks say is neither encrypted nor authenticated");
+        }
         Self(Arc::new(Inner {
             settings,
             own,
@@ -170,7 +175,78 @@ impl PipelineHost {
         let others = query.members.iter().filter(|node| **node != self.0.own);
         let links = join_all(others.map(|node| self.link(*node)));
         let (stage, links) = tokio::join!(self.stage_profile(), links);
-        Ok(MemberProfile { stage: stage?, links: links.into_iter().flatten().collect() })
+        let (stage, links) = (stage?, links.into_iter().flatten().collect());
+        // Free now; whoever takes it before its rank does costs a start.
+        let direct_port = match self.0.settings.links {
+            Links::Tunnels => None,
+            Links::Direct | Links::Jaccl(_) => {
+                let port = ring::free_port().await;
+                Some(port.map_err(|error| format!("no port for a rank: {error}"))?)
+            }
+        };
+        Ok(MemberProfile { stage, links, direct_port })
+    }
+
+    /// A place for a rank of an epoch with these members, and where its process's ways in break.
+    pub(super) async fn seat(
+        &self,
+        occupied: &Occupied,
+        epoch: EpochId,
+        rank: usize,
+        members: &[NodeId],
+        direct_ports: &[u16],
+    ) -> Result<(Seat, mpsc::Receiver<String>), String> {
+        let size = members.len();
+        let (broken, breaks) = mpsc::channel(1);
+        let failed = |error: std::io::Error| format!("no port or file for the process: {error}");
+        let seat = match &self.0.settings.links {
+            Links::Tunnels => Seat::take(rank, size).await.map_err(failed)?,
+            Links::Direct => {
+                let (before, next) = ((rank + size - 1) % size, (rank + 1) % size);
+                let own = SocketAddrV4::new(self.own_ip(members[before]), direct_ports[rank]);
+                let next = SocketAddrV4::new(self.ip_of(members[next])?, direct_ports[next]);
+                Seat::direct(rank, size, own, next).map_err(failed)?
+            }
+            Links::Jaccl(links) => {
+                let ip = if rank == 0 { self.own_ip(members[1]) } else { self.ip_of(members[0])? };
+                let names: Vec<String> = members.iter().map(|&node| self.0.dispatch.name(node)).collect();
+                let between = |from: &String, to: &String| {
+                    let own = links.iter().filter(|link| link.from == *from && link.to == *to);
+                    own.map(|link| link.device.as_str()).collect()
+                };
+                let row = |from: &String| names.iter().map(|to| between(from, to)).collect();
+                let devices: Vec<Vec<Vec<&str>>> = names.iter().map(row).collect();
+                let coordinator = SocketAddrV4::new(ip, direct_ports[0]);
+                Seat::jaccl(rank, coordinator, &devices).map_err(failed)?
+            }
+        };
+        // Without tunnels nothing comes in that this node sees.
+        if let Some(ends) = &seat.tunnels {
+            occupied.open(Part::new(epoch, rank as u32, ends, broken));
+        }
+        Ok((seat, breaks))
+    }
+
+    /// Another member's address, as this node is connected to it.
+    fn ip_of(&self, node: NodeId) -> Result<Ipv4Addr, String> {
+        let name = self.0.dispatch.name(node);
+        let peer =
+            self.0.dispatch.peer(node).ok_or_else(|| format!("{name} is not connected to this node"))?;
+        match peer.remote_address().ip() {
+            IpAddr::V4(ip) => Ok(ip),
+            IpAddr::V6(ip) => Err(format!(
+                "{name} is at {ip}, and ranks without tunnels need IPv4: set links = \"tunnel\", or name it by an IPv4 address \
+                 in peers"
+            )),
+        }
+    }
+
+    /// This node's address, as another member reaches it; any, where that is not known.
+    fn own_ip(&self, of: NodeId) -> Ipv4Addr {
+        match self.0.dispatch.peer(of).and_then(|peer| peer.local_ip()) {
+            Some(IpAddr::V4(ip)) => ip,
+            _ => Ipv4Addr::UNSPECIFIED,
+        }
     }
 
     /// The way to another member; none where there is no connection.
@@ -249,13 +325,12 @@ impl PipelineHost {
         let Some(peer) = self.0.dispatch.peer(order.members[next]) else {
             return format!("the next member, {}, is not connected to this node", order.members[next]);
         };
-        let seat = match Seat::take(rank, size).await {
+        let seat = self.seat(occupied, order.epoch, rank, &order.members, &order.direct_ports).await;
+        let (seat, mut broken) = match seat {
             Ok(seat) => seat,
-            Err(error) => return format!("no port or file for the process: {error}"),
+            Err(why) => return why,
         };
-        let (part, mut broken) = Part::new(order.epoch, order.rank, &seat);
-        occupied.open(part);
-        let task = RankTask::Rank { layers: order.layers.clone(), kv_tokens: order.kv_tokens };
+        let task = self.rank_task(order.layers.clone(), order.kv_tokens);
         let mut command = self.0.settings.command.task(&task);
         seat.apply(&mut command);
         if replies.send(Reply::Stage(StageNews::Started)).await.is_err() {
@@ -276,7 +351,7 @@ impl PipelineHost {
             }
         });
         let order = TunnelOrder { epoch: order.epoch, rank: next as u32 };
-        let way = ring::outlet(&seat.outlet, &peer, order);
+        let way = ring::way(&seat, &peer, order);
         tokio::pin!(process, way);
         let mut serves = false;
         loop {
@@ -339,10 +414,20 @@ impl PipelineHost {
                 order.rank, order.members[order.rank as usize], self.0.own
             ));
         }
-        if !order.direct_ports.is_empty() {
-            return Err("ranks reach each other through tunnels only".to_owned());
+        let tunnels = self.0.settings.links == Links::Tunnels;
+        if order.direct_ports.is_empty() != tunnels {
+            let own = if tunnels { "through tunnels" } else { "without tunnels" };
+            return Err(format!(
+                "this node's pipeline has ranks reach each other {own}, the head's does not: `links` must be the same at all members"
+            ));
         }
         Ok(())
+    }
+
+    /// What a rank's process is to do.
+    pub(super) fn rank_task(&self, layers: Vec<(u32, u32)>, kv_tokens: u64) -> RankTask {
+        let jaccl = matches!(self.0.settings.links, Links::Jaccl(_));
+        RankTask::Rank { layers, kv_tokens, jaccl }
     }
 
     fn check_model(&self, model: &str) -> Result<(), String> {
@@ -367,7 +452,7 @@ pub(super) struct Occupied {
 
 impl Occupied {
     /// From now on the member before may come in.
-    pub(super) fn open(&self, part: Part) {
+    fn open(&self, part: Part) {
         self.host.0.part.send_replace(Some(part));
     }
 }
@@ -416,6 +501,7 @@ mod tests {
         let settings = PipelineSettings {
             model: "m".to_owned(),
             members: PipelineMembers::Auto,
+            links: Links::Tunnels,
             goal: Goal::Latency,
             rows: 1,
             kv_tokens: 1,
@@ -475,6 +561,8 @@ mod tests {
             direct_ports: Vec::new(),
         };
         assert_eq!(host.check(&order("m", [2, 1])), Ok(()));
+        let direct = StageOrder { direct_ports: vec![7000, 7001], ..order("m", [2, 1]) };
+        assert!(host.check(&direct).is_err_and(|why| why.contains("`links` must be the same")));
         assert!(host.check(&order("m", [2, 3])).is_err_and(|why| why.contains("rank 1 is")));
         assert!(host.check(&order("other", [2, 1])).is_err_and(|why| why.contains("not of \"other\"")));
         let query = MeasureQuery { model: "m".to_owned(), members: vec![NodeId(1)] };

@@ -15,6 +15,28 @@ pub trait RankCommand: fmt::Debug + Send + Sync {
     fn whole(&self) -> EngineCommandLine;
 }
 
+/// How a pipeline's ranks reach each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Links {
+    /// Through tunnels between the nodes: encrypted, and only for who has the cluster's key.
+    Tunnels,
+    /// Over TCP, from one to the next: whoever is on that network can read along or spoil it. IPv4 only, as MLX has it.
+    Direct,
+    /// Over Thunderbolt 5 with RDMA, by these devices; as open as [`Self::Direct`].
+    Jaccl(Vec<RdmaLink>),
+}
+
+/// A cable between two members, as one of them has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RdmaLink {
+    /// Whose end this is, by name.
+    pub from: String,
+    /// Where the cable leads.
+    pub to: String,
+    /// What the system of `from` calls it: `rdma_en5`.
+    pub device: String,
+}
+
 /// A pipeline that this node is a member of.
 #[derive(Debug, Clone)]
 pub struct PipelineSettings {
@@ -24,6 +46,8 @@ pub struct PipelineSettings {
     pub members: PipelineMembers,
     /// What it is for.
     pub goal: Goal,
+    /// How ranks reach each other; the same at all members.
+    pub links: Links,
     /// Rows that members measure up to.
     pub rows: u32,
     /// Tokens of KV that there is to be room for.

@@ -49,7 +49,7 @@ async fn measurements_come_back() {
         kv_bytes_per_token: 8,
     };
     let link = LinkProfile { to: NodeId(9), latency_s: 0.125, bytes_per_s: 1e9 };
-    let profile = MemberProfile { stage, links: vec![link] };
+    let profile = MemberProfile { stage, links: vec![link], direct_port: Some(7000) };
     let query = MeasureQuery { model: "m".to_owned(), members: vec![NodeId(9)] };
     let serve = async {
         match pair.link.next_request().await {
@@ -143,6 +143,18 @@ async fn bytes_go_through_a_tunnel_both_ways_at_once() {
         tokio::join!(send, receive);
     };
     within(async { tokio::join!(through(near, 1, 2), through(far, 2, 1)) }).await;
+}
+
+/// So many bytes are on their way before the first was read: where there and back takes 10 ms, 39 MB go a second.
+#[tokio::test]
+async fn a_tunnel_has_room_for_a_long_way() {
+    const ON_THE_WAY: usize = 390_000;
+    let pair = pair().await;
+    let (mut near, mut far) = tunnel(&pair).await;
+    within(near.write_all(&vec![7; ON_THE_WAY])).await.expect("taken though nobody reads");
+    let mut got = vec![0; ON_THE_WAY];
+    within(far.read_exact(&mut got)).await.expect("in good order");
+    assert!(got.iter().all(|&byte| byte == 7));
 }
 
 /// Who reads at the other end sees an error, not an end in good order.

@@ -73,8 +73,9 @@ pub(super) fn reply() -> impl Strategy<Value = Reply> {
         text().prop_map(|message| StageNews::Failed { message }),
     ];
     prop_oneof![
-        (profile(), vec(link, 0..9))
-            .prop_map(|(stage, links)| Reply::Measured(MemberProfile { stage, links })),
+        (profile(), vec(link, 0..9), any::<Option<u16>>()).prop_map(|(stage, links, direct_port)| {
+            Reply::Measured(MemberProfile { stage, links, direct_port })
+        }),
         news.prop_map(Reply::Stage),
         Just(Reply::Tunnel),
         Just(Reply::Probed),
