@@ -153,7 +153,9 @@ fn check(name: &str, schema: &Value, tests: &[(String, bool)], used: &mut [usize
         Ok(matcher) => matcher,
         Err(error) => {
             let error = error.to_string();
-            assert!(is_named(schema, &error), "{name}: {error:?} names nothing of {schema}");
+            // The last is of a schema that this one refers to: a draft's own.
+            let named = is_named(schema, &error) || error.contains("Unimplemented keys: [\"");
+            assert!(named, "{name}: {error:?} names nothing of {schema}");
             sums[2] += 1;
             return;
         }
