@@ -38,8 +38,10 @@ def ways(node, model):
 
 @test
 def a_cluster_without_nodes_says_so(node):
-    key = subprocess.run([node.binary, "key", "new"], capture_output=True, text=True, check=True).stdout.split()[-1]
     with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "key"
+        subprocess.run([node.binary, "key", "new", "--out", file], capture_output=True, check=True)
+        key = next(word for word in file.read_text().split() if word.startswith("mlxk1-"))
         flags = ["--roles", "router", "--cluster-key", key, "--listen", "127.0.0.1:0", "--peers", "127.0.0.1:9"]
         router = Node(node.binary, node.model_path, folder, *flags)
         try:
@@ -77,7 +79,8 @@ def an_engine_that_keeps_failing_is_an_error_of_the_server(node):
 
         def kill():
             while not over.wait(0.05):
-                if other.load()["running"] > 0:
+                # There is no load while the engine starts again.
+                if (other.load() or {"running": 0})["running"] > 0:
                     for child in engines(other.process):
                         os.kill(child, signal.SIGKILL)
 
@@ -87,9 +90,9 @@ def an_engine_that_keeps_failing_is_an_error_of_the_server(node):
             for error, call in ways(other, model):
                 began = time.monotonic()
                 raised = expect((error, openai.APIError, anthropic.APIError), call)
+                # Where a stream has begun, its status was told: the error is in it, and of no status (-1 at Ollama's).
                 status = getattr(raised, "status_code", None)
-                # Where a stream has begun, its status was told; then the error is in it.
-                assert status is None or status in (200, 500, 502, 503) or status == -1, (status, raised)
+                assert status in (None, -1, 200, 500, 502, 503), (status, raised)
                 assert time.monotonic() - began < ANSWERED_SECONDS
         finally:
             over.set()
