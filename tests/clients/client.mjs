@@ -19,6 +19,10 @@ const tests = {
   async completions() {
     const answer = await client.completions.create({ model, prompt: "The opposite of hot is", max_tokens: 8, temperature: 0 });
     assert.match(answer.choices[0].text, /cold/);
+    const question = { model, prompt: "The opposite of hot is", max_tokens: 8, temperature: 0, stream: true };
+    let text = "";
+    for await (const chunk of await client.completions.create(question)) text += chunk.choices[0]?.text ?? "";
+    assert.equal(text, answer.choices[0].text);
   },
   async schema() {
     const schema = {
@@ -41,11 +45,23 @@ const tests = {
         },
       },
     };
-    const answer = await client.chat.completions.create({
-      model, messages: user("What is 2 plus 3?"), tools: [tool], tool_choice: "required", max_tokens: 100, temperature: 0,
-    });
+    const question = { model, tools: [tool], max_tokens: 100, temperature: 0 };
+    const messages = user("What is 2 plus 3?");
+    const answer = await client.chat.completions.create({ ...question, messages, tool_choice: "required" });
     const call = answer.choices[0].message.tool_calls[0];
     assert.deepEqual(Object.keys(JSON.parse(call.function.arguments)).sort(), ["a", "b"]);
+    let streamed = "";
+    const stream = await client.chat.completions.create({ ...question, messages, tool_choice: "required", stream: true });
+    for await (const chunk of stream) {
+      for (const delta of chunk.choices[0]?.delta?.tool_calls ?? []) {
+        if (delta.index === 0) streamed += delta.function?.arguments ?? "";
+      }
+    }
+    assert.equal(streamed, call.function.arguments);
+    const told = [...messages, answer.choices[0].message];
+    for (const { id } of answer.choices[0].message.tool_calls) told.push({ role: "tool", tool_call_id: id, content: "5" });
+    const last = await client.chat.completions.create({ ...question, messages: told, tool_choice: "none" });
+    assert.ok(last.choices[0].message.content.length > 0);
   },
   async responses() {
     const question = { model, input: "What is the capital of France?", temperature: 0, max_output_tokens: 32 };
@@ -68,6 +84,10 @@ const tests = {
     await assert.rejects(create({ model: "gpt-99" }), OpenAI.NotFoundError);
     await assert.rejects(create({ temperature: 9 }), OpenAI.BadRequestError);
     await assert.rejects(create({ messages: [] }), OpenAI.BadRequestError);
+    await assert.rejects(create({ messages: user("x".repeat(17 << 20)) }), (error) => error.status === 413);
+    await assert.rejects(create({ messages: user("word ".repeat(20000)) }), /context/);
+    await assert.rejects(create({ stream: true, guided_json: { type: "nonsense" } }), OpenAI.BadRequestError);
+    await assert.rejects(client.get("/nothing"), OpenAI.NotFoundError);
   },
   async abort() {
     const messages = user("Count to one thousand.");

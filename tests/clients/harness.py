@@ -152,4 +152,4 @@ def expect(error, call, contains=""):
     except error as raised:
         assert contains in str(raised), f"{contains!r} is not in {raised}"
         return raised
-    raise AssertionError(f"no {error.__name__} was raised")
+    raise AssertionError(f"no {error} was raised")

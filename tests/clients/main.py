@@ -12,6 +12,7 @@ import anthropic_api
 import chat
 import conformance
 import embeddings
+import failures
 import javascript
 import limits
 import log_likelihood
@@ -21,7 +22,7 @@ import structured
 from harness import TESTS, Node
 
 MODULES = [
-    chat, structured, responses, anthropic_api, ollama_api, embeddings, limits, log_likelihood, javascript, conformance,
+    chat, structured, responses, anthropic_api, ollama_api, embeddings, limits, log_likelihood, javascript, failures, conformance,
 ]
 
 

@@ -225,7 +225,9 @@ impl ApiError {
             GenerateRequestError::MaxTokens { .. } | GenerateRequestError::Output { .. } => "max_tokens",
             GenerateRequestError::StopTokens { .. } => "stop_token_ids",
             GenerateRequestError::Target { name, .. } | GenerateRequestError::Logprobs { name, .. } => name,
-            GenerateRequestError::GrammarTooLong { .. } => grammar_param,
+            GenerateRequestError::GrammarTooLong { .. } | GenerateRequestError::SchemaTooDeep { .. } => {
+                grammar_param
+            }
             GenerateRequestError::MinTokens { .. } => "min_tokens",
             GenerateRequestError::PromptLogprobs { .. } => "prompt_logprobs",
             GenerateRequestError::CacheSaltTooLong { .. } => "cache_salt",

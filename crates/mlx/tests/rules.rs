@@ -51,6 +51,7 @@ struct Answer {
 struct Bench {
     engine: Engine,
     grammars: Grammars,
+    vocabulary: Vocabulary,
     tokenizer: Tokenizer,
     name: String,
 }
@@ -82,6 +83,7 @@ impl Bench {
         let vocabulary = Vocabulary::from_tokenizer_json(json, card.vocab_size, &card.eos_tokens).unwrap();
         Some(Self {
             grammars: Grammars::new(&vocabulary).unwrap(),
+            vocabulary,
             tokenizer: Tokenizer::from_bytes(json).unwrap(),
             name: card.name.clone(),
             engine: Engine::new(model, EngineSettings { speculation, ..EngineSettings::default() }),
@@ -301,6 +303,79 @@ fn rows_under_grammars_are_what_they_are_alone() {
     }
     println!("{same} rows as alone, {finished} finished");
     assert!(finished >= 10, "only {finished} finished");
+}
+
+/// Prompts that end at each byte of some tokens, within characters too: the answer is a text of its grammar from its first byte
+/// on, and the prompt's tokens stay what they are.
+#[test]
+fn prompts_may_end_inside_a_token() {
+    let Some(mut bench) = Bench::new() else { return };
+    let text = "The opposite of possible is impossible; in German: unmöglich 🌍";
+    let byte_token = |byte: u8| {
+        let tokens = 0..bench.vocabulary.size();
+        tokens.into_iter().find(|&token| bench.vocabulary.word(token) == [byte]).unwrap()
+    };
+    let encode = |text: &str| bench.tokenizer.encode(text, false).unwrap().get_ids().to_vec();
+    // Up to the last whole character as it is read, the rest byte by byte.
+    let prompt_of = |bytes: &[u8]| {
+        let whole = std::str::from_utf8(bytes).map_or_else(|error| error.valid_up_to(), str::len);
+        let mut tokens = encode(std::str::from_utf8(&bytes[..whole]).unwrap());
+        tokens.extend(bytes[whole..].iter().map(|&byte| byte_token(byte)));
+        tokens
+    };
+    let schema = r#"{"type": "object", "properties": {"word": {"type": "string", "maxLength": 8}}, "required": ["word"], "additionalProperties": false}"#;
+    let last = text.find("impossible").unwrap();
+    let (mut drafts, mut rests, mut within) = (Vec::new(), Vec::new(), 0);
+    for cut in last..text.len() {
+        let prompt = prompt_of(&text.as_bytes()[..cut]);
+        let whole = encode(text);
+        // Whether its last token is none of the whole text's.
+        within += usize::from(!whole.starts_with(&prompt));
+        // What the text goes on with is one of the choices, where that is text.
+        let rest = text.get(cut..).map_or_else(|| "lich".to_owned(), str::to_owned);
+        let choices = Grammar::Lark(format!("start: {} | \"no\"", serde_json::to_string(&rest).unwrap()));
+        let regex = Grammar::Regex("[a-z ]{3,8}!".to_owned());
+        for grammar in [choices, regex, Grammar::JsonSchema(schema.to_owned())] {
+            let draft = bench.draft(drafts.len() as u128, prompt.clone(), 60);
+            let rules = OutputRules { grammar: Some(grammar), ..OutputRules::default() };
+            drafts.push(GenerateDraft { rules, ..draft });
+            rests.push(rest.clone());
+        }
+    }
+    assert!(within > 10, "only {within} prompts end inside a token");
+    let schema = serde_json::from_str(schema).unwrap();
+    let mut went_on = 0;
+    for (drafts, rests) in drafts.chunks(15).zip(rests.chunks(15)) {
+        for ((draft, answer), rest) in drafts.iter().zip(bench.run(drafts)).zip(rests) {
+            let bytes: Vec<u8> =
+                answer.tokens.iter().flat_map(|&token| bench.vocabulary.word(token)).copied().collect();
+            let said = String::from_utf8(bytes).expect("a text from its first byte on");
+            let finish = answer.finish.unwrap();
+            let what = format!("{said:?} after {:?}", bench.text(&draft.prompt));
+            assert_eq!(finish.reason, FinishReason::Stop, "{what}");
+            assert_eq!(finish.usage.prompt_tokens as usize, draft.prompt.len(), "{what}");
+            match draft.rules.grammar.as_ref().unwrap() {
+                Grammar::Lark(_) => {
+                    assert!(said == *rest || said == "no", "{what}");
+                    went_on += usize::from(said == *rest);
+                }
+                Grammar::Regex(_) => {
+                    let words = said.strip_suffix('!').unwrap_or_else(|| panic!("{what}"));
+                    assert!((3..=8).contains(&words.len()), "{what}");
+                    assert!(words.bytes().all(|byte| byte == b' ' || byte.is_ascii_lowercase()), "{what}");
+                }
+                Grammar::JsonSchema(_) => {
+                    let value = serde_json::from_str(&said).unwrap_or_else(|error| panic!("{what}: {error}"));
+                    assert!(jsonschema::is_valid(&schema, &value), "{what}");
+                }
+            }
+        }
+    }
+    println!(
+        "{} answers, {within} prompts that end inside a token, {went_on} went on with the text",
+        drafts.len()
+    );
+    assert!(went_on > 0, "the choice is the model's");
 }
 
 /// Knows texts, and guesses each of their tokens rightly at a rate.

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 /// Bytes of an HTTP body. A 128k-token prompt is about 0.6 MB of English; JSON escapes can triple that.
 pub const HTTP_BODY_BYTES_MAX: usize = 16 << 20;
+/// Levels of arrays and objects in a body's JSON: what the parser takes, which calls itself for each.
+pub const JSON_DEPTH_MAX: usize = 127;
 /// Tokens of a prompt, whatever the model's context: bounds one frame on the wire (4 bytes each).
 pub const PROMPT_TOKENS_MAX: usize = 1 << 20;
 /// Tokens of what an answer is expected to be like: a long file; it is kept beside the prompt.
@@ -14,6 +16,8 @@ pub const NEW_TOKENS_MAX: u32 = 1 << 20;
 pub const LOGIT_BIAS_MAX: usize = 300;
 /// Bytes of a grammar or schema: those in use are a few kilobytes, and what is compiled on a server grows with it.
 pub const GRAMMAR_BYTES_MAX: usize = 256 << 10;
+/// Levels of arrays and objects in a JSON schema: those in use have a dozen, and what compiles a schema calls itself for each.
+pub const SCHEMA_DEPTH_MAX: usize = 64;
 /// Most probable tokens that are told of each token: OpenAI's bound.
 pub const LOGPROBS_MAX: u32 = 20;
 /// Tokens of one event that tells log-probabilities: keeps its frame small.
@@ -69,4 +73,5 @@ pub const LOAD_INTERVAL_MAX: Duration = Duration::from_millis(500);
 /// At most one load report in this time.
 pub const LOAD_INTERVAL_MIN: Duration = Duration::from_millis(50);
 
+const _: () = assert!(SCHEMA_DEPTH_MAX < JSON_DEPTH_MAX);
 const _: () = assert!(LOAD_INTERVAL_MAX.as_millis() * 3 < NODE_SILENCE_MAX.as_millis());

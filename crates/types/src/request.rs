@@ -65,6 +65,27 @@ impl Grammar {
     }
 }
 
+/// How many arrays and objects of a JSON text are within one another: 0 where it is only a word, a number or a string.
+pub fn json_depth(json: &str) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    let (mut in_string, mut escaped) = (false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'[' | b'{' => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
 /// What is told of tokens beside the tokens themselves: log-probabilities, each with so many of the most probable
 /// alternatives, at most [`limits::LOGPROBS_MAX`]; none: no log-probabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -143,6 +164,12 @@ pub enum GenerateRequestError {
         /// Bytes given.
         bytes: usize,
     },
+    /// A schema of more levels than anybody writes.
+    #[error("the schema is nested {depth} levels deep; at most {} are allowed", limits::SCHEMA_DEPTH_MAX)]
+    SchemaTooDeep {
+        /// Levels given.
+        depth: usize,
+    },
     /// More tokens at least than at most.
     #[error("min_tokens is {value}; it must be at most max_tokens, which is {max_tokens}")]
     MinTokens {
@@ -207,6 +234,12 @@ impl TryFrom<GenerateDraft> for GenerateRequest {
         {
             return Err(GenerateRequestError::GrammarTooLong { bytes: grammar.text().len() });
         }
+        if let Some(Grammar::JsonSchema(schema)) = &draft.rules.grammar {
+            let depth = json_depth(schema);
+            if depth > limits::SCHEMA_DEPTH_MAX {
+                return Err(GenerateRequestError::SchemaTooDeep { depth });
+            }
+        }
         if draft.speculation.prediction.len() > limits::PREDICTION_TOKENS_MAX {
             return Err(GenerateRequestError::PredictionTooLong {
                 tokens: draft.speculation.prediction.len(),
@@ -261,6 +294,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn levels_of_json_are_counted_outside_of_strings() {
+        for (json, depth) in [
+            ("1", 0),
+            ("[]", 1),
+            (r#"{"a": [1, {"b": []}], "c": {}}"#, 4),
+            (r#"{"[[[": "{{\"{{", "b\\": [1]}"#, 2),
+            (r#"["\\", [["]"]]]"#, 3),
+            ("]]}}[[", 2),
+            ("", 0),
+        ] {
+            assert_eq!(json_depth(json), depth, "{json}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let check = |change: fn(&mut GenerateDraft), expected: &str| {
             let mut draft = GenerateDraft {
@@ -295,6 +343,8 @@ mod tests {
         check(|d| d.cache.salt = Some("x".repeat(257)), expected);
         let expected = "the grammar has 262145 bytes; at most 262144 are allowed";
         check(|d| d.rules.grammar = Some(Grammar::Regex("x".repeat(262_145))), expected);
+        let expected = "the schema is nested 65 levels deep; at most 64 are allowed";
+        check(|d| d.rules.grammar = Some(Grammar::JsonSchema("[".repeat(65) + &"]".repeat(65))), expected);
         let expected = "the prediction has 131073 tokens; at most 131072 are allowed";
         check(|d| d.speculation.prediction = vec![1; 131_073], expected);
         let expected = "min_tokens is 2; it must be at most max_tokens, which is 1";

@@ -61,6 +61,7 @@ pub(super) async fn job(state: &AppState, caller: &Caller, body: Bytes) -> Resul
     drop(body);
     let (parameters, shape) = request.take_checked()?;
     let (shape, grammar_param) = shape.check()?;
+    shape.check(grammar_param)?;
     let echoed = request.echo.unwrap_or(false);
     let card = resolve(state, request.model.as_deref())?;
     let mut parameters = parameters.check(&card, caller)?;

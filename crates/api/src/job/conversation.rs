@@ -6,6 +6,7 @@ use crate::{
     openai::{parameters::RawParameters, request::Role},
 };
 use serde_json::{Map, Value, json};
+use types::{json_depth, limits};
 
 /// A conversation to be answered; `default()` is one without messages, which is refused.
 #[derive(Debug, Clone)]
@@ -153,6 +154,24 @@ pub(crate) enum Shape {
     Lark(String),
 }
 
+impl Shape {
+    /// Refuses a schema nested deeper than may be; `param` is what the client calls the shape.
+    pub(crate) fn check(&self, param: &str) -> Result<(), ApiError> {
+        let Self::JsonSchema(schema) = self else { return Ok(()) };
+        check_depth(schema, param, &format!("{param} has a schema that"))
+    }
+}
+
+/// Refuses what is nested too deep; `what` begins the message.
+fn check_depth(schema: &Value, param: &str, what: &str) -> Result<(), ApiError> {
+    let (depth, max) = (json_depth(&schema.to_string()), limits::SCHEMA_DEPTH_MAX);
+    if depth <= max {
+        return Ok(());
+    }
+    let message = format!("{what} is nested {depth} levels deep; at most {max} are allowed");
+    Err(ApiError::parameter(param, message))
+}
+
 impl Conversation {
     /// Whether tools are to be told of and looked for.
     pub(super) fn has_tools(&self) -> bool {
@@ -165,6 +184,7 @@ impl Conversation {
             return Err(ApiError::parameter("messages", "messages is []; at least one message is needed"));
         }
         self.check_tools()?;
+        self.shape.check(self.shape_param)?;
         if self.continue_final_message {
             let last = self.messages.last();
             let message = if self.add_generation_prompt {
@@ -206,6 +226,10 @@ impl Conversation {
                 let param = format!("tools[{index}].function.parameters");
                 let message = format!("{param} must be a JSON schema, an object");
                 return Err(ApiError::Parameter { param, message });
+            }
+            if let Some(parameters) = &tool.parameters {
+                let param = format!("tools[{index}].function.parameters");
+                check_depth(parameters, &param, &param)?;
             }
         }
         let wrong = match &self.tool_choice {

@@ -183,6 +183,7 @@ pub(crate) fn requests(
         let wanted = parameters.max_tokens.map(|wanted| wanted.max(1));
         let max_tokens =
             max_tokens(&card, prompt_tokens, wanted, parameters.max_tokens_param, max_tokens_default)?;
+        check_min_tokens(&parameters, max_tokens)?;
         let draft = GenerateDraft {
             id: RequestId(id.0.wrapping_add(index as u128)),
             model: card.name.clone(),
@@ -209,6 +210,21 @@ pub(crate) fn requests(
         requests.push(request(prompt, drawn - 1, requests.len())?);
     }
     Ok(requests)
+}
+
+/// Whether there may be as many tokens as there are to be at least; told in the client's own name for the former.
+fn check_min_tokens(parameters: &Parameters, max_tokens: u32) -> Result<(), ApiError> {
+    let (min_tokens, param) = (parameters.rules.min_tokens, parameters.max_tokens_param);
+    if min_tokens <= max_tokens {
+        return Ok(());
+    }
+    let message = match parameters.max_tokens {
+        Some(_) => format!("min_tokens is {min_tokens}; it must be at most {param}, which is {max_tokens}"),
+        None => {
+            format!("min_tokens is {min_tokens}; without {param} the answer has at most {max_tokens} tokens")
+        }
+    };
+    Err(ApiError::parameter("min_tokens", message))
 }
 
 /// How the tokens of one choice are drawn: fixed here, so that whichever nodes draw the answer draw the same.

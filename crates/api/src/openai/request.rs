@@ -20,7 +20,7 @@ use serde::{
     de::{DeserializeOwned, IgnoredAny},
 };
 use serde_json::{Map, Value};
-use types::TokenId;
+use types::{TokenId, limits};
 
 /// Parses a body: one that cannot be read is an error that says where, or which field.
 pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
@@ -38,11 +38,20 @@ pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
             }
             ApiError::Field { path, message }
         } else {
-            ApiError::Syntax { message: error.to_string() }
+            ApiError::Syntax { message: syntax_message(&error) }
         }
     })?;
-    deserializer.end().map_err(|error| ApiError::Syntax { message: error.to_string() })?;
+    deserializer.end().map_err(|error| ApiError::Syntax { message: syntax_message(&error) })?;
     Ok(parsed.0)
+}
+
+/// Why a text is not JSON, and where.
+pub(super) fn syntax_message(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    match message.strip_prefix("recursion limit exceeded") {
+        Some(place) => format!("it is nested more than {} levels deep{place}", limits::JSON_DEPTH_MAX),
+        None => message,
+    }
 }
 
 /// What tells the body of a chat from that of a text.

@@ -1,6 +1,6 @@
 //! The fields that say what an answer must be like: OpenAI's `response_format`, vLLM's `guided_…` and `structured_outputs`.
 
-use super::values::Object;
+use super::{request::syntax_message, values::Object};
 use crate::{error::ApiError, job::Shape, limits::TEXTS_MAX};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -130,8 +130,10 @@ fn only(mut found: Vec<(Shape, &'static str)>) -> Result<(Shape, &'static str), 
 /// A schema, as JSON or as its text.
 fn schema_of(param: &str, value: Value) -> Result<Shape, ApiError> {
     let value = match value {
-        Value::String(text) => serde_json::from_str(&text)
-            .map_err(|error| ApiError::parameter(param, format!("{param} is not valid JSON: {error}")))?,
+        Value::String(text) => serde_json::from_str(&text).map_err(|error| {
+            let message = format!("{param} is not valid JSON: {}", syntax_message(&error));
+            ApiError::parameter(param, message)
+        })?,
         other => other,
     };
     if value.is_object() || value.is_boolean() {

@@ -169,3 +169,94 @@ async fn errors_of_other_protocols() {
     let headers = [("x-api-key", "third"), ("authorization", "Bearer fourth")];
     assert_eq!(ask(app, with(get("/v1/models"), &headers)).await.status(), 401);
 }
+
+/// Bodies as deep as may be are read, one level more is told of; schemas have a bound of their own, wherever they stand.
+#[tokio::test]
+async fn depths() {
+    let cluster = Cluster::new(&["tiny"], Some("{{ messages[0].content }}"), ok());
+    let app = cluster.app();
+    let nested = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+    let body = |field: &str, levels: usize| {
+        let field = field.replace('S', &nested(levels));
+        format!(
+            r#"{{"prompt": "x", "messages": [{{"role": "user", "content": "x"}}], "input": "x", "tokens": [1], "max_tokens": 2, {field}}}"#
+        )
+    };
+    let paths = ask(app.clone(), get("/openapi.json")).await.json()["paths"].clone();
+    let posts = paths.as_object().unwrap().iter().filter(|(_, path)| path.get("post").is_some());
+    let posts: Vec<&String> = posts.map(|(name, _)| name).collect();
+    assert!(posts.len() > 10, "{posts:?}");
+    for path in posts {
+        // Nobody looks at what is in a field that nobody knows.
+        let answer = ask(app.clone(), post(path, body(r#""unknown": S"#, 100_000))).await;
+        assert!(answer.status() < 500, "{path}: {}", answer.text);
+    }
+    // The body itself is the first level, and what is around `S` more.
+    for (path, field, around) in [
+        ("/v1/chat/completions", r#""chat_template_kwargs": {"a": S}"#, 2),
+        ("/v1/completions", r#""guided_json": S"#, 1),
+        ("/v1/responses", r#""tools": [{"type": "function", "name": "f", "parameters": S}]"#, 3),
+        ("/v1/messages", r#""tools": [{"name": "f", "input_schema": S}]"#, 3),
+        ("/api/chat", r#""format": S"#, 1),
+    ] {
+        let most = limits::JSON_DEPTH_MAX - around;
+        let too_deep = "the body is not valid JSON: it is nested more than 127 levels deep at line 1";
+        let answer = ask(app.clone(), post(path, body(field, most))).await;
+        assert!(!answer.text.contains(too_deep), "{path}: {}", answer.text);
+        for levels in [most + 1, 100_000] {
+            let answer = ask(app.clone(), post(path, body(field, levels))).await;
+            assert_eq!(answer.status(), 400, "{path}: {}", answer.text);
+            assert!(answer.text.contains(too_deep), "{path}: {}", answer.text);
+        }
+    }
+
+    let schema = |levels: usize| {
+        // `{"items": …}` of so many levels.
+        format!("{}{{}}{}", r#"{"items": "#.repeat(levels - 1), "}".repeat(levels - 1))
+    };
+    let cases: [(&str, &str, &str); 9] = [
+        (
+            "/v1/chat/completions",
+            r#""response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": S}}"#,
+            "response_format has a schema that",
+        ),
+        ("/v1/chat/completions", r#""guided_json": S"#, "guided_json has a schema that"),
+        (
+            "/v1/chat/completions",
+            r#""structured_outputs": {"json": S}"#,
+            "structured_outputs has a schema that",
+        ),
+        (
+            "/v1/chat/completions",
+            r#""tools": [{"type": "function", "function": {"name": "f", "parameters": S}}]"#,
+            "tools[0].function.parameters",
+        ),
+        ("/v1/completions", r#""guided_json": S"#, "guided_json has a schema that"),
+        (
+            "/v1/responses",
+            r#""text": {"format": {"type": "json_schema", "name": "x", "schema": S}}"#,
+            "text.format has a schema that",
+        ),
+        (
+            "/v1/responses",
+            r#""tools": [{"type": "function", "name": "f", "parameters": S}]"#,
+            "tools[0].parameters",
+        ),
+        ("/v1/messages", r#""tools": [{"name": "f", "input_schema": S}]"#, "tools.0.input_schema"),
+        ("/api/chat", r#""format": S"#, "format has a schema that"),
+    ];
+    for (path, field, what) in cases {
+        let body = |levels: usize| {
+            let field = field.replace('S', &schema(levels));
+            format!(
+                r#"{{"prompt": "x", "messages": [{{"role": "user", "content": "x"}}], "input": "x", "max_tokens": 2, "stream": false, {field}}}"#
+            )
+        };
+        let most = limits::SCHEMA_DEPTH_MAX;
+        assert_eq!(ask(app.clone(), post(path, body(most))).await.status(), 200, "{path} {field}");
+        let answer = ask(app.clone(), post(path, body(most + 1))).await;
+        assert_eq!(answer.status(), 400, "{path} {field}");
+        let expected = format!("{what} is nested 65 levels deep; at most 64 are allowed");
+        assert!(answer.text.contains(&expected), "{path} {field}: {} lacks {expected:?}", answer.text);
+    }
+}

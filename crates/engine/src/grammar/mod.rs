@@ -23,7 +23,7 @@ use llguidance::{
     earley::SlicedBiasComputer,
     toktrie::InferenceCapabilities,
 };
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc, thread};
 use types::{GenerateError, Grammar, TokenId};
 
 /// Grammars that are kept compiled; the one used longest ago yields. Applications have a handful each.
@@ -40,6 +40,10 @@ const LIMITS: ParserLimits = ParserLimits {
     precompute_large_lexemes: true,
     verbose_errors: false,
 };
+/// Stack of the thread that compiles: the compiler calls itself for each rule, terminal and reference of a chain, and takes up
+/// to 7 kB of stack for each in a debug build. A chain in a grammar of the largest size that may be has 32,000. What is not
+/// used is never given to the process.
+const STACK_BYTES: usize = 512 << 20;
 /// Characters of what the compiler says that are passed on: it may quote the grammar.
 const MESSAGE_CHARS_MAX: usize = 400;
 
@@ -93,7 +97,7 @@ impl Grammars {
             *used = uses;
             return Ok(matcher.clone());
         }
-        let matcher = self.parse(grammar).map_err(invalid)?;
+        let matcher = self.parse_aside(grammar).map_err(invalid)?;
         if self.compiled.len() >= CACHED_MAX {
             let oldest = self.compiled.iter().min_by_key(|(_, (used, _))| *used);
             if let Some(oldest) = oldest.map(|(grammar, _)| grammar.clone()) {
@@ -102,6 +106,16 @@ impl Grammars {
         }
         self.compiled.insert(grammar.clone(), (uses, matcher.clone()));
         Ok(matcher)
+    }
+
+    /// On a thread of its own, whose stack is large enough for whatever there is to parse.
+    fn parse_aside(&self, grammar: &Grammar) -> Result<Matcher, String> {
+        thread::scope(|scope| {
+            let builder = thread::Builder::new().name("grammar".to_owned()).stack_size(STACK_BYTES);
+            let parsing = builder.spawn_scoped(scope, || self.parse(grammar));
+            let parsing = parsing.map_err(|error| format!("no thread to compile it on: {error}"))?;
+            parsing.join().unwrap_or_else(|_| Err("the compiler failed on it".to_owned()))
+        })
     }
 
     fn parse(&self, grammar: &Grammar) -> Result<Matcher, String> {
@@ -127,5 +141,13 @@ fn invalid(message: String) -> GenerateError {
 fn message_of(error: &dyn fmt::Display) -> String {
     let message = error.to_string();
     let message = message.split("\n<").next().unwrap_or_default();
+    // It cannot say more than that it failed, or does not name the keywords.
+    let message = if message.starts_with("panic: ") {
+        "the compiler failed on it; a keyword may have a value that it cannot have".to_owned()
+    } else if message.starts_with("Failed to generate regex for") {
+        format!("minimum, maximum, exclusiveMinimum or exclusiveMaximum cannot be kept to: {message}")
+    } else {
+        message.to_owned()
+    };
     message.chars().take(MESSAGE_CHARS_MAX).collect()
 }

@@ -1,7 +1,9 @@
 //! Grammars: masks against an independent validator of JSON schemas, token by token, over generated and hand-made schemas.
 
+mod chains;
 mod generated;
 mod hand_made;
+mod suite;
 
 use engine::grammar::{Grammars, Matcher};
 use serde_json::Value;
