@@ -30,6 +30,9 @@ const RELOADABLE: &[&str] = &[
     "drain_timeout",
     "log",
 ];
+/// Said where all HTTP keys are gone: the file may be half written, and an endpoint should not open to everybody by that.
+const KEYS_GONE: &str =
+    "there are HTTP keys now and none in the settings any more: an endpoint without keys needs a restart";
 /// Orders that wait for `serve` to look: administrators are few.
 const ORDERS_MAX: usize = 16;
 
@@ -115,6 +118,9 @@ impl Reload {
             values.take(name, &read);
         }
         let settings = Settings::resolve(values.clone()).map_err(|error| error.to_string())?;
+        if settings.access.keys.is_empty() && !self.access.get().keys.is_empty() {
+            return Err(KEYS_GONE.to_owned());
+        }
         let mut restart: Vec<&str> =
             differing.iter().copied().filter(|name| !RELOADABLE.contains(name)).collect();
         let mut applied: Vec<&str> =

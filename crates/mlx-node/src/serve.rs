@@ -25,7 +25,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{
     io::{self, IsTerminal},
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
@@ -59,6 +59,12 @@ pub(crate) fn run(source: Source, values: Values) -> Result<(), ExitCode> {
     let settings = Settings::resolve(values.clone()).map_err(|error| failed(EXIT_USAGE, error))?;
     say_where_the_key_is_from(&settings);
     warn_of_plain_keys(&source, &values);
+    if settings.tls.is_some() && key::is_exposed(Path::new(&values.tls_key)) {
+        tracing::warn!(
+            "other users of this machine may read the certificate's key: chmod 600 {}",
+            values.tls_key
+        );
+    }
     let parts = settings.model.as_ref().map(|model| parts(&settings, model)).transpose()?.unwrap_or_default();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)

@@ -119,6 +119,13 @@ fn settings_are_read_again_and_what_needs_a_restart_is_named() {
     wait_for("it is logged again", SOON, || (refusals() == 2).then_some(()));
     assert_eq!(status("other", "/v1/cluster"), 200);
 
+    // Half a file does not open the endpoint to everybody.
+    write_private(&file, "");
+    let answer = reload(&admin);
+    assert_eq!(answer.status, 400);
+    assert!(answer.body.contains("needs a restart"), "{}", answer.body);
+    assert_eq!(status("nobody", "/v1/cluster"), 401);
+
     write_private(&file, &format!("max_batch = 3\n{keys}"));
     let http = node.client.address.to_string();
     let (done, said) = run(&["config", "apply", "--http", &http], Some(&admin));
@@ -127,6 +134,36 @@ fn settings_are_read_again_and_what_needs_a_restart_is_named() {
     assert!(!done && said.contains("403") && said.contains("\"admin\""), "{said}");
     assert_eq!(status("other", "/v1/cluster"), 401);
     assert!(!node.log().contains(&admin) && !node.log().contains(&alice));
+}
+
+#[test]
+fn files_with_secrets_that_others_may_read_are_told_of() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [file, key, cert, private] =
+        ["cluster.toml", "key", "cert.pem", "key.pem"].map(|name| folder.path().join(name));
+    fs::write(&cert, CERTIFICATES[0][0]).expect("written");
+    let write = |mode: u32| {
+        for (path, text) in
+            [(&file, "api_keys = [\"plain\"]"), (&key, &new_key()), (&private, CERTIFICATES[0][1])]
+        {
+            fs::write(path, text).expect("written");
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("changed");
+        }
+    };
+    let spec = router("");
+    let spec =
+        NodeSpec { flags: spec.flags.into_iter().filter(|flag| flag != "--cluster-key=").collect(), ..spec }
+            .flag("config", &file.to_string_lossy())
+            .flag("key-file", &key.to_string_lossy())
+            .flag("tls-cert", &cert.to_string_lossy())
+            .flag("tls-key", &private.to_string_lossy());
+    for (mode, warnings) in [(0o600, 0), (0o640, 3), (0o604, 3)] {
+        write(mode);
+        let node = spec.start();
+        wait_for("it serves", SOON, || node.log().contains("serving HTTP").then_some(()));
+        let told = node.log().matches("chmod 600 ").count();
+        assert_eq!(told, warnings, "{mode:o}: {}", node.log());
+    }
 }
 
 #[test]
