@@ -246,11 +246,14 @@ async fn depths() {
         ("/api/chat", r#""format": S"#, "format has a schema that"),
     ];
     for (path, field, what) in cases {
+        let asked = match path {
+            "/v1/completions" => r#""prompt": "x""#,
+            "/v1/responses" => r#""input": "x""#,
+            _ => r#""messages": [{"role": "user", "content": "x"}]"#,
+        };
         let body = |levels: usize| {
             let field = field.replace('S', &schema(levels));
-            format!(
-                r#"{{"prompt": "x", "messages": [{{"role": "user", "content": "x"}}], "input": "x", "max_tokens": 2, "stream": false, {field}}}"#
-            )
+            format!(r#"{{{asked}, "max_tokens": 2, "stream": false, {field}}}"#)
         };
         let most = limits::SCHEMA_DEPTH_MAX;
         assert_eq!(ask(app.clone(), post(path, body(most))).await.status(), 200, "{path} {field}");
