@@ -109,7 +109,7 @@ fn places(folder: &tempfile::TempDir) -> [RingPlace; 2] {
     [0, 1].map(|rank| RingPlace { rank, hostfile: hostfile.clone() })
 }
 
-const RANK: &str = r#"{"rank": {"layers": [[0, 12], [12, 30]], "kv_tokens": 2048}}"#;
+const RANK: &str = r#"{"rank": {"layers": [[0, 12], [12, 30]], "kv_tokens": 2048, "jaccl": false}}"#;
 
 #[test]
 fn a_profile_is_measured_and_told() {

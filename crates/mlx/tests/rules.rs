@@ -323,7 +323,8 @@ fn prompts_may_end_inside_a_token() {
         tokens.extend(bytes[whole..].iter().map(|&byte| byte_token(byte)));
         tokens
     };
-    let schema = r#"{"type": "object", "properties": {"word": {"type": "string", "maxLength": 8}}, "required": ["word"], "additionalProperties": false}"#;
+    // Without places for spaces, which a small model never comes to an end of.
+    let schema = r#"{"type": "string", "maxLength": 8}"#;
     let last = text.find("impossible").unwrap();
     let (mut drafts, mut rests, mut within) = (Vec::new(), Vec::new(), 0);
     for cut in last..text.len() {

@@ -49,7 +49,7 @@ impl Ways {
             true => near.local_address(),
             false => {
                 self.relays.push(UdpRelay::start(near.local_address(), self.delay)?);
-                self.relays.last().map_or(near.local_address(), UdpRelay::address)
+                self.relays.last().map_or_else(|| near.local_address(), UdpRelay::address)
             }
         };
         let (peer, reports, link, listener) = self.runtime.block_on(async {

@@ -136,7 +136,11 @@ const DEVIATIONS: &[(&str, &str, bool)] = &[
 fn is_named(schema: &Value, error: &str) -> bool {
     /// Too common to tell anything.
     const WORDS: [&str; 4] = ["$schema", "type", "properties", "schema"];
-    let names = |word: &str| word.len() > 1 && !WORDS.contains(&word) && error.contains(word);
+    let names = |word: &str| {
+        // Of a reference, what it is looked for in.
+        let word = word.split_once('#').map_or(word, |(resource, _)| resource);
+        word.len() > 1 && !WORDS.contains(&word) && error.contains(word)
+    };
     match schema {
         Value::Bool(allows) => !allows && error.contains("schema is false"),
         Value::String(text) => names(text),
@@ -153,8 +157,9 @@ fn check(name: &str, schema: &Value, tests: &[(String, bool)], used: &mut [usize
         Ok(matcher) => matcher,
         Err(error) => {
             let error = error.to_string();
-            // The last is of a schema that this one refers to: a draft's own.
-            let named = is_named(schema, &error) || error.contains("Unimplemented keys: [\"");
+            // The last are of a schema that this one refers to: a draft's own.
+            let named = is_named(schema, &error)
+                || ["Unimplemented keys: [\"", "Unknown format: "].iter().any(|what| error.contains(what));
             assert!(named, "{name}: {error:?} names nothing of {schema}");
             sums[2] += 1;
             return;

@@ -58,7 +58,7 @@ impl Clock {
     /// The pass is on the device: waits for it where it is measured, or where the next one is to be.
     pub(super) fn end(&mut self, pass: u32, sample: Option<Sample>, flight: &Flight) -> Result<()> {
         let next = pass.wrapping_add(1);
-        let is_due = next.wrapping_add(self.rank) % EVERY == 0;
+        let is_due = next.wrapping_add(self.rank).is_multiple_of(EVERY);
         if sample.is_none() && !is_due {
             return Ok(());
         }
