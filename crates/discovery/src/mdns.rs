@@ -1,6 +1,6 @@
 //! Announcing and hearing over mDNS (DNS-SD, RFC 6763).
 //!
-//! [`Mdns`] owns the daemon, which has a thread and a socket of its own; [`watch`] filters what the daemon hears. The
+//! [`Mdns`] owns the daemon, which has a thread and a socket of its own; [`fn@watch`] filters what the daemon hears. The
 //! pure part, [`Heard`], knows which announcements concern us and what has been told before.
 
 use crate::{DiscoveryError, DiscoverySettings, PeerEvent};

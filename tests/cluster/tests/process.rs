@@ -1,6 +1,6 @@
 //! One process on the loopback: its engine dies and comes back, it drains, it refuses the wrong key.
 
-use cluster_tests::{Client, NodeSpec, StreamEnd, free_port, has_ended, is_alive, model, new_key, wait_for};
+use cluster_tests::{Client, NodeSpec, StreamEnd, free_port, is_alive, model, new_key, wait_for};
 use rustix::process::Signal;
 use std::{
     thread,
@@ -58,9 +58,9 @@ fn an_engine_that_is_stopped_does_not_outlive_its_node() {
     node.signal_engine(Signal::STOP);
     // A node that lives does not lose it by that.
     thread::sleep(Duration::from_millis(200));
-    assert!(!has_ended(engine));
+    assert!(!cluster_tests::has_ended(engine));
     node.kill_alone();
-    wait_for("its engine is gone", RESTART_MARGIN, || has_ended(engine).then_some(()));
+    wait_for("its engine is gone", RESTART_MARGIN, || cluster_tests::has_ended(engine).then_some(()));
 }
 
 #[test]
