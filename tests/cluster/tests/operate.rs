@@ -2,18 +2,16 @@
 //! and an upgrade node by node.
 
 use cluster_tests::{Client, NodeProcess, NodeSpec, StreamEnd, binary, free_port, model, new_key, wait_for};
-use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+use rustix::process::Signal;
 use serde_json::json;
 use std::{
     fs,
-    io::{Read, Write},
-    net::TcpStream,
     os::unix::fs::PermissionsExt,
     path::Path,
     process::Command,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 const SOON: Duration = Duration::from_secs(15);
@@ -327,50 +325,67 @@ fn an_upgrade_node_by_node_under_load() {
     assert!(whole.load(Ordering::Relaxed) > 10, "{whole:?} requests are no load");
 }
 
-/// Resident memory of a process in bytes.
-fn resident_bytes(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("told");
-    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
-}
-
+/// Its process is looked at in /proc.
 #[cfg(target_os = "linux")]
-#[test]
-fn ten_thousand_idle_connections_keep_nobody_out() {
-    const CONNECTIONS: usize = 10_000;
-    let limit = getrlimit(Resource::Nofile);
-    let wanted = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    setrlimit(Resource::Nofile, wanted).expect("up to the hard limit");
-    if limit.maximum.is_some_and(|most| most < CONNECTIONS as u64 + 500) {
-        return cluster_tests::skip("this system gives too few descriptors");
+mod crowd {
+    use super::{SOON, router, wait_alive};
+    use cluster_tests::new_key;
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    use std::{
+        fs,
+        io::{Read, Write},
+        net::TcpStream,
+        time::{Duration, Instant},
+    };
+
+    /// Resident memory of a process in bytes.
+    fn resident_bytes(pid: u32) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("told");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
     }
-    let node = router(&new_key()).start();
-    wait_alive(&node);
-    let before = resident_bytes(node.pid());
-    let (mut idle, mut slowest) = (Vec::with_capacity(CONNECTIONS), Duration::ZERO);
-    for count in 0..CONNECTIONS {
-        let mut stream = TcpStream::connect(node.client.address).expect("taken");
-        if count % 2 == 0 {
-            // It may be gone by the time that it speaks.
-            let _ = stream.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-slow: ");
+
+    #[test]
+    fn ten_thousand_idle_connections_keep_nobody_out() {
+        const CONNECTIONS: usize = 10_000;
+        let limit = getrlimit(Resource::Nofile);
+        let wanted = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        setrlimit(Resource::Nofile, wanted).expect("up to the hard limit");
+        if limit.maximum.is_some_and(|most| most < CONNECTIONS as u64 + 500) {
+            return cluster_tests::skip("this system gives too few descriptors");
         }
-        idle.push(stream);
-        if count % 500 == 0 {
-            let asked = Instant::now();
-            assert_eq!(node.client.get("/health").expect("answered").status, 200, "beside {count} idle ones");
-            slowest = slowest.max(asked.elapsed());
+        let node = router(&new_key()).start();
+        wait_alive(&node);
+        let before = resident_bytes(node.pid());
+        let (mut idle, mut slowest) = (Vec::with_capacity(CONNECTIONS), Duration::ZERO);
+        for count in 0..CONNECTIONS {
+            let mut stream = TcpStream::connect(node.client.address).expect("taken");
+            if count % 2 == 0 {
+                // It may be gone by the time that it speaks.
+                let _ = stream.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-slow: ");
+            }
+            idle.push(stream);
+            if count % 500 == 0 {
+                let asked = Instant::now();
+                assert_eq!(
+                    node.client.get("/health").expect("answered").status,
+                    200,
+                    "beside {count} idle ones"
+                );
+                slowest = slowest.max(asked.elapsed());
+            }
         }
+        let after = resident_bytes(node.pid());
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", node.pid())).expect("it runs").count();
+        cluster_tests::show(&format!(
+            "{CONNECTIONS} idle connections: {} MiB more, {descriptors} descriptors, the slowest answer took {slowest:?}",
+            (after.saturating_sub(before)) >> 20
+        ));
+        assert!(after.saturating_sub(before) < 200 << 20, "{before} bytes, then {after}");
+        assert!(descriptors < 5000, "{descriptors} descriptors");
+        assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+        // The first of them made room.
+        idle[0].set_read_timeout(Some(SOON)).expect("set");
+        assert!(matches!(idle[0].read(&mut [0; 1]), Ok(0) | Err(_)));
     }
-    let after = resident_bytes(node.pid());
-    let descriptors = fs::read_dir(format!("/proc/{}/fd", node.pid())).expect("it runs").count();
-    cluster_tests::show(&format!(
-        "{CONNECTIONS} idle connections: {} MiB more, {descriptors} descriptors, the slowest answer took {slowest:?}",
-        (after.saturating_sub(before)) >> 20
-    ));
-    assert!(after.saturating_sub(before) < 200 << 20, "{before} bytes, then {after}");
-    assert!(descriptors < 5000, "{descriptors} descriptors");
-    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
-    // The first of them made room.
-    idle[0].set_read_timeout(Some(SOON)).expect("set");
-    assert!(matches!(idle[0].read(&mut [0; 1]), Ok(0) | Err(_)));
 }
