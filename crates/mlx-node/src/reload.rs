@@ -33,6 +33,8 @@ const RELOADABLE: &[&str] = &[
 /// Said where all HTTP keys are gone: the file may be half written, and an endpoint should not open to everybody by that.
 const KEYS_GONE: &str =
     "there are HTTP keys now and none in the settings any more: an endpoint without keys needs a restart";
+/// Said where `serve` takes no orders any more.
+const ENDING: &str = "this process is ending";
 /// Orders that wait for `serve` to look: administrators are few.
 const ORDERS_MAX: usize = 16;
 
@@ -74,10 +76,9 @@ impl Operator {
 impl Operate for Operator {
     fn reload(&self) -> BoxFuture<'_, Result<Reloaded, String>> {
         Box::pin(async {
-            let gone = |_| "this process is ending".to_owned();
             let (done, reloaded) = oneshot::channel();
-            self.0.send(Order::Reload(done)).await.map_err(|_| "this process is ending".to_owned())?;
-            reloaded.await.map_err(gone)?
+            self.0.send(Order::Reload(done)).await.map_err(|_| ENDING)?;
+            reloaded.await.map_err(|_| ENDING)?
         })
     }
 
@@ -104,11 +105,22 @@ pub(crate) struct Reload {
 }
 
 impl Reload {
-    /// Reads the settings again and takes over what can be.
+    /// Reads the settings again and takes over what can be; says so in the log, or why not.
     ///
     /// # Errors
     /// What is wrong with them; nothing is changed then.
     pub(crate) fn reload(&mut self, node: &NodeHandle) -> Result<Reloaded, String> {
+        let reloaded = self.take_over(node);
+        match &reloaded {
+            Ok(Reloaded { applied, restart }) => {
+                tracing::info!(?applied, after_a_restart = ?restart, "settings were read again");
+            }
+            Err(error) => tracing::error!(%error, "the settings were not reloaded, and nothing is changed"),
+        }
+        reloaded
+    }
+
+    fn take_over(&mut self, node: &NodeHandle) -> Result<Reloaded, String> {
         let read = self.source.load().map_err(|error| error.to_string())?;
         Settings::resolve(read.clone()).map_err(|error| error.to_string())?;
         // What holds from now on: keys of the new settings beside addresses of the old ones, say. That must be valid as well.
@@ -167,9 +179,7 @@ impl Reload {
         }
         self.values = values;
         let names = |names: Vec<&str>| names.into_iter().map(str::to_owned).collect();
-        let reloaded = Reloaded { applied: names(applied), restart: names(restart) };
-        tracing::info!(applied = ?reloaded.applied, after_a_restart = ?reloaded.restart, "settings were read again");
-        Ok(reloaded)
+        Ok(Reloaded { applied: names(applied), restart: names(restart) })
     }
 }
 

@@ -41,7 +41,6 @@ pub use pipeline::{
 };
 pub use request::{
     GenerateDraft, GenerateRequest, GenerateRequestError, Grammar, OutputRules, Speculation, TokenReport,
-    json_depth,
 };
 pub use sampling::{SamplingDraft, SamplingError, SamplingParams};
 pub use sessions::{NodeSession, SessionAnswers, SessionRequest, Sessions};

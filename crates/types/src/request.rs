@@ -66,7 +66,7 @@ impl Grammar {
 }
 
 /// How many arrays and objects of a JSON text are within one another: 0 where it is only a word, a number or a string.
-pub fn json_depth(json: &str) -> usize {
+fn json_depth(json: &str) -> usize {
     let (mut depth, mut deepest) = (0_usize, 0);
     let (mut in_string, mut escaped) = (false, false);
     for byte in json.bytes() {

@@ -6,7 +6,7 @@ use crate::{
     openai::{parameters::RawParameters, request::Role},
 };
 use serde_json::{Map, Value, json};
-use types::{json_depth, limits};
+use types::limits;
 
 /// A conversation to be answered; `default()` is one without messages, which is refused.
 #[derive(Debug, Clone)]
@@ -164,12 +164,21 @@ impl Shape {
 
 /// Refuses what is nested too deep; `what` begins the message.
 fn check_depth(schema: &Value, param: &str, what: &str) -> Result<(), ApiError> {
-    let (depth, max) = (json_depth(&schema.to_string()), limits::SCHEMA_DEPTH_MAX);
+    let (depth, max) = (depth(schema), limits::SCHEMA_DEPTH_MAX);
     if depth <= max {
         return Ok(());
     }
     let message = format!("{what} is nested {depth} levels deep; at most {max} are allowed");
     Err(ApiError::parameter(param, message))
+}
+
+/// How many arrays and objects are within one another; a body's parser has bounded that.
+fn depth(value: &Value) -> usize {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
+        Value::Object(entries) => 1 + entries.values().map(depth).max().unwrap_or(0),
+        _ => 0,
+    }
 }
 
 impl Conversation {
